@@ -1,0 +1,55 @@
+# Everything is installed into $(VENV) and nowhere else. Variables, all settable on the command line:
+#   PYTHON        the interpreter that makes the virtual environment        make setup PYTHON=python3.12
+#   TRANSFORMERS  another release than the pinned one, in a .venv of its own   make test TRANSFORMERS=5.17.0
+#   PYTEST_ARGS   what pytest is given                                      make test PYTEST_ARGS="-x tests/test_affine.py"
+
+PYTHON ?= python3
+TRANSFORMERS ?=
+VENV ?= .venv$(addprefix -,$(TRANSFORMERS))
+PYTEST_ARGS ?= -n 2
+# Data beside the checkout; tests and notebooks that need it skip what they must where it is missing.
+export KVCALIB_SHARED ?= $(abspath ../shared)
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test lint notebooks clean
+
+help:  ## print this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+setup: $(STAMP)  ## make the virtual environment and install everything, pinned; quick when nothing changed
+
+# --no-compile: bytecode is written on first import anyway, and compiling all of torch's doubles the time of the install.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"python: 3.11 or newer is needed; {sys.executable} is {sys.version.split()[0]}; try make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	sed -e '$(if $(TRANSFORMERS),s/^transformers==.*/transformers==$(TRANSFORMERS)/)' constraints.txt > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install --quiet --no-compile --constraint $(VENV)/constraints.txt --editable '.[dev]'
+	touch $@
+
+test: $(STAMP)  ## run the whole suite: tests and the examples in docstrings
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)  ## ruff, mypy --strict, and the one-way imports
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# A copy is executed, so neither outputs nor files of a run end up in the checkout.
+notebooks: $(STAMP)  ## execute every notebook from top to bottom
+	@set -e; work=$$(mktemp -d); trap 'rm -rf "$$work"' EXIT; \
+	cp -R notebooks/. "$$work" 2>/dev/null || true; \
+	bin=$$(cd $(BIN) && pwd); cd "$$work"; \
+	export JUPYTER_RUNTIME_DIR="$$work/.runtime" IPYTHONDIR="$$work/.ipython" PATH="$$bin:$$PATH"; \
+	for notebook in *.ipynb; do \
+		test -e "$$notebook" || { echo "no notebooks"; break; }; \
+		echo "executing $$notebook"; \
+		python -m jupyter execute --timeout=300 "$$notebook"; \
+	done
+
+clean:  ## remove the virtual environments, caches and builds; keep runs/
+	rm -rf .venv .venv-* build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

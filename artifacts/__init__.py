@@ -1,0 +1,71 @@
+"""What a quantizer is: sites, quantizers, their codes, and the file that keeps them.
+
+Names are resolved when first used, so that tools which only read a file's header need not wait for torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from artifacts.artifact import Artifact, load, save
+    from artifacts.attention import attention_layers, site_table
+    from artifacts.codes import Codes
+    from artifacts.errors import (
+        ArtifactError,
+        CorruptArtifactError,
+        MismatchError,
+        NonFiniteError,
+        UnknownKindError,
+        UnsupportedModelError,
+        UnsupportedVersionError,
+    )
+    from artifacts.manifest import Manifest
+    from artifacts.quantizer import Quantizer
+    from artifacts.sites import Site
+    from artifacts.spec import QuantSpec
+
+_HOME = {
+    "artifact": ("Artifact", "load", "save"),
+    "attention": ("attention_layers", "site_table"),
+    "codes": ("Codes",),
+    "errors": (
+        "ArtifactError",
+        "CorruptArtifactError",
+        "MismatchError",
+        "NonFiniteError",
+        "UnknownKindError",
+        "UnsupportedModelError",
+        "UnsupportedVersionError",
+    ),
+    "manifest": ("Manifest",),
+    "quantizer": ("Quantizer",),
+    "sites": ("Site",),
+    "spec": ("QuantSpec",),
+}
+
+__all__ = [
+    "Artifact",
+    "ArtifactError",
+    "Codes",
+    "CorruptArtifactError",
+    "Manifest",
+    "MismatchError",
+    "NonFiniteError",
+    "QuantSpec",
+    "Quantizer",
+    "Site",
+    "UnknownKindError",
+    "UnsupportedModelError",
+    "UnsupportedVersionError",
+    "attention_layers",
+    "load",
+    "save",
+    "site_table",
+]
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOME.items():
+        if name in names:
+            return getattr(importlib.import_module(f"artifacts.{module}"), name)
+    raise AttributeError(f"module 'artifacts' has no attribute {name!r}")

@@ -1,0 +1,134 @@
+"""A set of fitted quantizers with their manifest, and its way to and from a file."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from artifacts.errors import CorruptArtifactError, MismatchError
+from artifacts.kinds import build
+from artifacts.manifest import Manifest
+from artifacts.quantizer import Quantizer
+from artifacts.sites import Site
+from artifacts.storage import Array, Stored, read, write
+
+FORMAT = "kvcalib.artifact"
+_SKETCH = "corpus/ngrams"
+
+
+@dataclass(frozen=True, eq=False)
+class Artifact(Mapping[Site, Quantizer]):
+    """Quantizers by site, in the order in which a cache fills.
+
+    Parameters
+    ----------
+    quantizers : Mapping[Site, Quantizer]
+        What was fitted.
+    manifest : Manifest
+        Where it comes from; its specifications are those of the quantizers.
+    ngrams : Tensor or None
+        Sketch of the calibration text, to tell whether evaluation text was seen.
+    """
+
+    quantizers: Mapping[Site, Quantizer]
+    manifest: Manifest
+    ngrams: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        labelled = {site: self.quantizers[site].replace(site=site) for site in sorted(self.quantizers)}
+        object.__setattr__(self, "quantizers", labelled)
+        if {site: quantizer.spec for site, quantizer in labelled.items()} != dict(self.manifest.specs):
+            raise CorruptArtifactError("artifact: the manifest describes other quantizers than it comes with")
+
+    def __getitem__(self, site: Site) -> Quantizer:
+        return self.quantizers[site]
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.quantizers)
+
+    def __len__(self) -> int:
+        return len(self.quantizers)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the content, the same for both file formats."""
+        return self._stored().digest
+
+    def check_model(self, fingerprint: Mapping[str, object]) -> None:
+        """The model is the one that was calibrated; tokenizers are compared where both are known.
+
+        Raises
+        ------
+        MismatchError
+            If it is not; the message lists every difference.
+        """
+        wanted = self.manifest.model
+        keys = {*wanted, *fingerprint} - ({"tokenizer"} - (set(wanted) & set(fingerprint)))
+        different = [key for key in sorted(keys) if wanted.get(key) != fingerprint.get(key)]
+        if different:
+            rows = [f"  {key}: artifact {wanted.get(key)!r}, model {fingerprint.get(key)!r}" for key in different]
+            raise MismatchError("artifact: it was made for another model:\n" + "\n".join(rows))
+
+    def _stored(self) -> Stored:
+        arrays = {
+            f"{site}/{name}": _to_numpy(tensor)
+            for site, quantizer in self.quantizers.items()
+            for name, tensor in quantizer.tensors().items()
+        }
+        if self.ngrams is not None:
+            arrays[_SKETCH] = _to_numpy(self.ngrams)
+        return Stored(format=FORMAT, header=self.manifest.to_json(), arrays=arrays)
+
+
+def save(artifact: Artifact, path: str | Path) -> None:
+    """Writes an artifact; `.safetensors` or `.pkl`, the same content gives the same bytes.
+
+    Raises
+    ------
+    ArtifactError
+        If the suffix is neither.
+    """
+    write(Path(path), artifact._stored())
+
+
+def load(path: str | Path) -> Artifact:
+    """Reads an artifact and checks all of it; never runs code.
+
+    Raises
+    ------
+    ArtifactError
+        `CorruptArtifactError`, `UnsupportedVersionError` or `UnknownKindError`, by what is wrong.
+    """
+    try:
+        return from_stored(read(Path(path), FORMAT))
+    except CorruptArtifactError as error:
+        text = str(error)
+        raise CorruptArtifactError(text if text.startswith(str(path)) else f"{path}: {text}") from error
+
+
+def from_stored(stored: Stored) -> Artifact:
+    """The artifact that a file's content describes.
+
+    Raises
+    ------
+    ArtifactError
+        If it describes none.
+    """
+    manifest = Manifest.from_json(stored.header)
+    by_site: dict[str, dict[str, Tensor]] = {}
+    for name, array in stored.arrays.items():
+        place, _, tensor = name.partition("/")
+        by_site.setdefault(place, {})[tensor] = torch.from_numpy(np.array(array))
+    ngrams = by_site.pop("corpus", {}).get("ngrams")
+    stray = set(by_site) - {str(site) for site in manifest.specs}
+    if stray or not manifest.specs:
+        raise CorruptArtifactError(f"artifact: arrays for sites without a specification: {sorted(stray) or 'no site'}")
+    quantizers = {site: build(spec, by_site.get(str(site), {}), site) for site, spec in manifest.specs.items()}
+    return Artifact(quantizers, manifest, ngrams)
+
+
+def _to_numpy(tensor: Tensor) -> Array:
+    return tensor.detach().cpu().contiguous().numpy()

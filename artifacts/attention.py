@@ -1,0 +1,163 @@
+"""The attention layers of a transformers model, found by structure and verified by one small forward pass.
+
+With its helpers `probe`, `evidence` and `taps`, this is all that depends on how the models of transformers 5.17 to 5.23
+are laid out. Child modules are found by name; then their outputs are replaced with noise, and what arrives in the cache
+has to be that noise, rotated. No class name is looked at.
+"""
+
+import inspect
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from artifacts.errors import UnsupportedModelError
+from artifacts.evidence import Evidence, Refusal, projection, text_config, understand
+from artifacts.probe import probe
+from artifacts.rope import Rotation, rotate
+from artifacts.taps import AttentionLayer, Tap, tapped
+
+__all__ = ["AttentionLayer", "LayerReport", "Rotation", "Tap", "attention_layers", "rotate", "site_table", "tapped"]
+
+_CACHE_PARAMETERS = {"past_key_values", "past_key_value", "layer_past", "cache_params"}
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What is known about one layer of a model.
+
+    Parameters
+    ----------
+    layer : int
+        Index of the layer, from 0.
+    name : str
+        Path of the module that keeps the layer's cache; empty if there is none.
+    status : {'applied', 'skipped'}
+        Whether the layer's keys and values can be reached.
+    why : str
+        The reason for 'skipped'; empty otherwise.
+    kv_heads, head_dim : int or None
+        Shape of keys and values; None for 'skipped'.
+    taps : tuple of str
+        Child modules where key, value and query are taken, with its columns if one holds all three.
+    """
+
+    layer: int
+    name: str
+    status: Literal["applied", "skipped"]
+    why: str = ""
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    taps: tuple[str, ...] = ()
+
+
+def attention_layers(model: nn.Module) -> tuple[AttentionLayer, ...]:
+    """The attention layers of a model, from layer 0 to the last.
+
+    Runs the model once on a few tokens and leaves it as it was.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A causal language model of transformers, or its decoder.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If there is no attention layer, or a layer caches anything else than what its projections or norms return
+        (the keys rotated or not). Names the first such layer and the reason.
+    """
+    found = _survey(model)
+    if not found:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: expected attention modules, with an integer layer_idx and a forward that takes "
+            "past_key_values; got none. Pass a causal language model of transformers, or its decoder."
+        )
+    for layer in found:
+        if isinstance(layer, LayerReport):
+            name = f" ({layer.name})" if layer.name else ""
+            raise UnsupportedModelError(f"layers.{layer.layer}{name}: {layer.why}; site_table(model) lists all layers")
+    return tuple(layer for layer in found if isinstance(layer, AttentionLayer))
+
+
+def site_table(model: nn.Module) -> list[LayerReport]:
+    """One row per layer: whether its keys and values can be reached, where, and why not.
+
+    Never raises for a layer that is not supported. A model in which no layer keeps a cache has no rows.
+    """
+    return [layer if isinstance(layer, LayerReport) else _report(layer) for layer in _survey(model)]
+
+
+def _survey(model: nn.Module) -> list[AttentionLayer | LayerReport]:
+    mixers = _mixers(model)
+    if not mixers:
+        return []
+    attention = [module for modules in mixers.values() for module in modules.values() if projection(module, "key")]
+    evidence = probe(model, attention) if attention else {}
+    n_layers = max(max(mixers) + 1, getattr(text_config(model), "num_hidden_layers", 0))
+    return [_judge(layer, mixers.get(layer, {}), evidence) for layer in range(n_layers)]
+
+
+def _mixers(model: nn.Module) -> dict[int, dict[str, nn.Module]]:
+    """The innermost modules that have a layer index and take a cache: module by path, by layer."""
+    found = {name: module for name, module in model.named_modules() if _takes_cache(module)}
+    outer = {name[: dot.start()] for name in found for dot in re.finditer(r"\.", name)}
+    by_layer: dict[int, dict[str, nn.Module]] = {}
+    for name in found.keys() - outer:
+        by_layer.setdefault(_layer_index(found[name]), {})[name] = found[name]
+    return by_layer
+
+
+def _takes_cache(module: nn.Module) -> bool:
+    if _layer_index(module) < 0:
+        return False
+    return not _CACHE_PARAMETERS.isdisjoint(inspect.signature(type(module).forward).parameters)
+
+
+def _layer_index(module: nn.Module) -> int:
+    index = getattr(module, "layer_idx", None)
+    return index if isinstance(index, int) else -1
+
+
+def _judge(
+    index: int, modules: Mapping[str, nn.Module], evidence: Mapping[nn.Module, Evidence]
+) -> AttentionLayer | LayerReport:
+    name = " + ".join(sorted(modules))
+    try:
+        module = _only_attention(modules)
+        return understand(index, name, evidence[module])
+    except Refusal as refusal:
+        return LayerReport(index, name, "skipped", str(refusal))
+
+
+def _only_attention(modules: Mapping[str, nn.Module]) -> nn.Module:
+    if len(modules) != 1:
+        raise Refusal(f"expected one module that keeps a cache under this layer_idx; got {len(modules)}")
+    [module] = modules.values()
+    latent = next((name for name, _ in module.named_children() if name.startswith("kv_a_proj")), None)
+    if latent is not None:
+        raise Refusal(f"multi-head latent attention ({latent}) caches latents, not keys and values")
+    if projection(module, "key") is None:
+        raise Refusal(_why_no_keys(module))
+    return module
+
+
+def _why_no_keys(module: nn.Module) -> str:
+    if projection(module, "query"):
+        return "projects queries but no keys: it reads the keys and values of another layer"
+    return (
+        f"{type(module).__name__} has neither k_proj nor qkv_proj: it keeps a running state and no keys and values "
+        "(linear attention, state space), or names its projections in a way unknown here"
+    )
+
+
+def _report(layer: AttentionLayer) -> LayerReport:
+    names = {child: name for name, child in layer.module.named_children()}
+    taps = tuple(_describe(tap, names[tap.module]) for tap in (layer.key, layer.value, layer.query))
+    return LayerReport(layer.layer, layer.name, "applied", "", layer.kv_heads, layer.head_dim, taps)
+
+
+def _describe(tap: Tap, name: str) -> str:
+    return name if tap.columns is None else f"{name}[{tap.columns.start}:{tap.columns.stop}]"

@@ -1,0 +1,119 @@
+"""Non-uniform quantizers: x ~ offset + scale * levels[code]."""
+
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import torch
+from jaxtyping import Float, Float16, Float32, UInt8
+from torch import Tensor
+
+from artifacts.affine import round_outward
+from artifacts.checks import check_bits, check_levels, check_vector
+from artifacts.codes import Codes
+from artifacts.packing import pack, unpack
+from artifacts.quantizer import Context, Quantizer
+
+_FEW_LEVELS = 16
+"""Up to here comparing with every boundary is quicker than a binary search (2048 x 1024 values, two cores)."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Codebook(Quantizer):
+    """A table of levels on channels that are shifted and scaled by static numbers.
+
+    Parameters
+    ----------
+    bits : int
+        Code width, 1 to 8; the table has 2^bits levels.
+    scale, offset : Float32[Tensor, "channels"]
+        What the levels are multiplied by and shifted by, in units of x.
+    levels : Float16[Tensor, "tables levels"]
+        Ascending; one table for all channels, or one for each.
+    """
+
+    kind: ClassVar[str] = "codebook"
+
+    bits: int
+    scale: Float32[Tensor, " channels"]
+    offset: Float32[Tensor, " channels"]
+    levels: Float16[Tensor, "tables levels"]
+
+    def __post_init__(self) -> None:
+        check_bits(self.kind, self.bits)
+        check_vector(self.kind, "scale", self.scale, self.channels, positive=True)
+        check_vector(self.kind, "offset", self.offset, self.channels)
+        check_levels(self.kind, self.levels, self.bits, self.channels)
+
+    def _encode(self, x: Float[Tensor, "tokens channels"], context: Context) -> Codes:
+        codes = nearest_level((x.float() - self.offset) / self.scale, self.levels)
+        return Codes(tensors={"codes": pack(codes, self.bits)}, shape=(x.shape[0], x.shape[1]), dtype=x.dtype)
+
+    def _decode(self, codes: Codes, context: Context) -> Float[Tensor, "tokens channels"]:
+        indices = unpack(codes.tensors["codes"], self.bits, codes.shape[1])
+        return self.offset + self.scale * look_up(self.levels, indices)
+
+    def deviation(self, x: Float[Tensor, "tokens channels"]) -> Float[Tensor, "tokens channels"]:
+        """Distance from the middle of the channel's range, in half-ranges."""
+        return ((x - self.offset) / self.scale).abs()
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DynamicCodebook(Quantizer):
+    """A table of levels on [-1, 1], laid over each token's own range; middle and half-range are kept in float16.
+
+    Parameters
+    ----------
+    bits : int
+        Code width, 1 to 8; the table has 2^bits levels.
+    levels : Float16[Tensor, "1 levels"]
+        Ascending.
+    """
+
+    kind: ClassVar[str] = "dynamic_codebook"
+
+    bits: int
+    levels: Float16[Tensor, "1 levels"]
+
+    def __post_init__(self) -> None:
+        check_bits(self.kind, self.bits)
+        check_levels(self.kind, self.levels, self.bits, 1)
+
+    def _encode(self, x: Float[Tensor, "tokens channels"], context: Context) -> Codes:
+        wide = x.float()
+        low, high = torch.aminmax(wide, dim=1, keepdim=True)
+        offset = round_outward((low + high) / 2, up=False, who=self.label)
+        scale = round_outward(torch.maximum(high - offset.float(), offset.float() - low), up=True, who=self.label, positive=True)
+        codes = nearest_level((wide - offset.float()) / scale.float(), self.levels)
+        tensors = {"codes": pack(codes, self.bits), "scale": scale, "offset": offset}
+        return Codes(tensors=tensors, shape=(x.shape[0], x.shape[1]), dtype=x.dtype)
+
+    def _decode(self, codes: Codes, context: Context) -> Float[Tensor, "tokens channels"]:
+        indices = unpack(codes.tensors["codes"], self.bits, codes.shape[1])
+        return codes.tensors["offset"].float() + codes.tensors["scale"].float() * look_up(self.levels, indices)
+
+
+def nearest_level(
+    a: Float32[Tensor, "tokens channels"], levels: Float16[Tensor, "tables levels"]
+) -> UInt8[Tensor, "tokens channels"]:
+    """Index of the nearest level; on a tie the lower one."""
+    wide = levels.float()
+    boundaries = (wide[:, 1:] + wide[:, :-1]) / 2
+    if boundaries.shape[1] < _FEW_LEVELS:
+        codes = torch.zeros(a.shape, dtype=torch.uint8, device=a.device)
+        for boundary in boundaries.unbind(dim=1):
+            codes += a > boundary
+        return codes
+    if boundaries.shape[0] == 1:
+        return torch.bucketize(a, boundaries[0], out_int32=True).to(torch.uint8)
+    return torch.searchsorted(boundaries, a.T.contiguous(), out_int32=True).T.to(torch.uint8)
+
+
+def look_up(
+    levels: Float16[Tensor, "tables levels"], indices: UInt8[Tensor, "tokens channels"]
+) -> Float32[Tensor, "tokens channels"]:
+    """Each code's level."""
+    if levels.shape[0] == 1:
+        return torch.take(levels[0].float(), indices.long())
+    return levels.float().T.gather(0, indices.long())

@@ -1,0 +1,104 @@
+"""What an artifact file holds, told without torch."""
+
+import json
+from typing import Any
+
+import numpy as np
+
+from artifacts.manifest import Manifest
+from artifacts.sites import Site
+from artifacts.spec import QuantSpec
+from artifacts.storage import Array, Stored
+
+
+def report(stored: Stored) -> dict[str, Any]:
+    """Provenance and one entry per site, as JSON values.
+
+    Raises
+    ------
+    CorruptArtifactError
+        If the manifest is not whole.
+    """
+    manifest = Manifest.from_json(stored.header)
+    sites = {str(site): _site(site, spec, manifest, stored) for site, spec in sorted(manifest.specs.items())}
+    header = {name: value for name, value in manifest.to_json().items() if name not in ("specs", "fit_sources")}
+    return {"digest": stored.digest, **header, "sites": sites}
+
+
+def table(found: dict[str, Any]) -> str:
+    """The report for people."""
+    corpus, model = found["corpus"], found["model"]
+    head = [
+        f"recipe     {found['recipe'].get('name', '-')}: {found['recipe'].get('source', '')}",
+        f"model      {found['model_id'] or 'a local folder'} ({model.get('model_type')}, {model.get('n_layers')} layers)",
+        f"text       {corpus['name']}: {corpus['n_windows']} windows of {corpus['seqlen']} tokens, seed {corpus['seed']}",
+        f"sinks      first {found['sink_tokens']} tokens exact and left out of the fit",
+        f"written by kvcalib {found['tool_version']}, digest {found['digest'][:16]}",
+        "",
+        f"{'site':24} {'bits':>4} {'bytes':>8}  {'range':26} quantizer",
+    ]
+    rows = []
+    for name, site in found["sites"].items():
+        span = "{:.4g} .. {:.4g}".format(*site["range"]) if site["range"] else "each token's own"
+        rows.append(f"{name:24} {site['bits']:>4} {site['static_bytes']:>8}  {span:26} {site['quantizer']}")
+        rows += [f"{'':40}{line}" for line in _level_lines(site)]
+    sources = sorted({site["fitted_from"] for site in found["sites"].values()})
+    return "\n".join([*head, *rows, "", "fitted from " + "; ".join(sources)])
+
+
+def differences(one: Stored, other: Stored) -> list[str]:
+    """Every entry of the manifest and every array in which two files differ."""
+    rows = _different_values("", one.header, other.header)
+    for name in sorted({*one.arrays, *other.arrays}):
+        a, b = one.arrays.get(name), other.arrays.get(name)
+        if a is None or b is None:
+            rows.append(f"{name}: only in the {'second' if a is None else 'first'}")
+        elif a.shape != b.shape or a.dtype != b.dtype:
+            rows.append(f"{name}: {a.dtype} {a.shape} and {b.dtype} {b.shape}")
+        elif not np.array_equal(a, b):
+            gap = np.abs(a.astype(np.float64) - b.astype(np.float64)).max()
+            rows.append(f"{name}: {int((a != b).sum())} of {a.size} values differ, by at most {gap:.4g}")
+    return rows
+
+
+def _site(site: Site, spec: QuantSpec, manifest: Manifest, stored: Stored) -> dict[str, Any]:
+    arrays = {n.partition("/")[2]: a for n, a in stored.arrays.items() if n.startswith(f"{site}/")}
+    tensors = {name.rpartition(".")[2]: array for name, array in arrays.items()}
+    levels = tensors.get("levels")
+    return {
+        "quantizer": spec.describe(),
+        "kind": spec.kind,
+        "bits": spec.bits,
+        "static_bytes": int(sum(array.nbytes for array in arrays.values())),
+        "range": _range(tensors, spec),
+        "tables": 0 if levels is None else int(levels.shape[0]),
+        "levels": [] if levels is None else [round(float(level), 6) for level in levels[0]],
+        "fitted_from": manifest.fit_sources.get(str(site), "unknown"),
+    }
+
+
+def _range(tensors: dict[str, Array], spec: QuantSpec) -> list[float] | None:
+    """Smallest and largest value that static parameters can give back, over all channels."""
+    scale = tensors.get("scale")
+    if scale is None:
+        return None
+    scale = scale.astype(np.float64)
+    levels = tensors.get("levels")
+    steps = 2**spec.bits - 1
+    offset = tensors.get("offset", -scale * (2 ** (spec.bits - 1) - 1)).astype(np.float64)
+    low, high = (0.0, float(steps)) if levels is None else (levels[:, 0].astype(float), levels[:, -1].astype(float))
+    return [float((offset + scale * low).min()), float((offset + scale * high).max())]
+
+
+def _level_lines(site: dict[str, Any]) -> list[str]:
+    if not site["levels"] or len(site["levels"]) > 16:
+        return []
+    which = "levels" if site["tables"] == 1 else f"levels of channel 0 of {site['tables']}"
+    return [f"{which}: " + " ".join(f"{level:+.3f}" for level in site["levels"])]
+
+
+def _different_values(name: str, one: Any, other: Any) -> list[str]:
+    if isinstance(one, dict) and isinstance(other, dict):
+        keys = sorted({*one, *other})
+        return [row for key in keys for row in _different_values(f"{name}.{key}" if name else key, one.get(key), other.get(key))]
+    return [] if one == other else [f"{name}: {json.dumps(one)[:80]} and {json.dumps(other)[:80]}"]

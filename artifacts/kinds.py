@@ -1,0 +1,58 @@
+"""The closed table of quantizers: a file can name these and nothing else."""
+
+import difflib
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from artifacts.affine import Affine, DynamicAffine
+from artifacts.codebook import Codebook, DynamicCodebook
+from artifacts.errors import CorruptArtifactError, UnknownKindError
+from artifacts.identity import Identity
+from artifacts.quantizer import Quantizer
+from artifacts.sites import Site
+from artifacts.sparse import PercentileSparse, RankSparse, ThresholdSparse
+from artifacts.spec import QuantSpec
+
+KINDS: dict[str, type[Quantizer]] = {
+    kind.kind: kind
+    for kind in (
+        Identity,
+        Affine,
+        DynamicAffine,
+        Codebook,
+        DynamicCodebook,
+        ThresholdSparse,
+        PercentileSparse,
+        RankSparse,
+    )
+}
+
+
+def build(spec: QuantSpec, tensors: Mapping[str, Tensor], site: Site) -> Quantizer:
+    """The quantizer that gave this specification and these tensors.
+
+    Raises
+    ------
+    UnknownKindError
+        If no quantizer has the name.
+    CorruptArtifactError
+        If options or tensors are missing, left over or out of range.
+    """
+    if spec.kind not in KINDS:
+        near = difflib.get_close_matches(spec.kind, KINDS, n=1)
+        raise UnknownKindError(
+            f"{site}: unknown kind of quantizer {spec.kind!r}; this version has {', '.join(KINDS)}."
+            + (f" Nearest: {near[0]}." if near else "")
+        )
+    own = {name: tensor for name, tensor in tensors.items() if "." not in name}
+    inner = {name.removeprefix("inner."): tensor for name, tensor in tensors.items() if "." in name}
+    try:
+        wrapped = {} if spec.inner is None else {"inner": build(spec.inner, inner, site)}
+        if spec.inner is None and inner:
+            raise ValueError(f"{spec.kind}: tensors {sorted(inner)} belong to no wrapped quantizer")
+        return KINDS[spec.kind](**dict(spec.options), **own, **wrapped, site=site)
+    except UnknownKindError:
+        raise
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CorruptArtifactError(f"{site}: {error}") from error

@@ -1,0 +1,135 @@
+"""The contract of every quantizer.
+
+A final subclass is a frozen dataclass. Its tensor fields are what was fitted, its other fields are its configuration:
+both must be plain, because `spec` and `tensors()` are read off them and are all that a file keeps. It implements
+`_encode` and `_decode` for finite input of the right width, is stateless and deterministic, and `_encode` may use no
+token's neighbours unless `tokens_per_scale` says so. Nothing else has to be read to write a quantizer.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from artifacts.codes import Codes
+from artifacts.errors import MismatchError, NonFiniteError
+from artifacts.sites import Site
+from artifacts.spec import QuantSpec
+
+Context = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Quantizer(ABC):
+    """A lossy codec for the vectors of one site.
+
+    Parameters
+    ----------
+    channels : int
+        Width of the vectors: kv_heads * head_dim.
+    site : Site or None
+        Where it belongs; named in errors, set when it enters an `Artifact`.
+    """
+
+    channels: int
+    site: Site | None = None
+
+    kind: ClassVar[str]
+    sources: ClassVar[tuple[Site, ...]] = ()
+    """Earlier sites whose dequantized vectors of the same tokens are the context; empty for all but predictors."""
+
+    @property
+    def tokens_per_scale(self) -> int | None:
+        """How many tokens share what is stored per call: 1, a group, or None for all tokens of the call."""
+        return 1
+
+    @final
+    def encode(self, x: Float[Tensor, "tokens channels"], context: Context = ()) -> Codes:
+        """What a cache stores for the tokens `x`.
+
+        Raises
+        ------
+        MismatchError
+            If `x` has another number of channels.
+        NonFiniteError
+            If `x` holds NaN or infinity.
+        """
+        if x.ndim != 2 or x.shape[1] != self.channels:
+            raise MismatchError(
+                f"{self.label}: x has shape {tuple(x.shape)}, this quantizer was fitted on tokens of {self.channels} "
+                "channels. Was the artifact made for another model?"
+            )
+        if not torch.isfinite(x).all():
+            n_bad = int((~torch.isfinite(x)).sum())
+            raise NonFiniteError(
+                f"{self.label}: {n_bad} of {x.numel()} values to encode are NaN or infinite. "
+                "Find the layer that overflows, or run the model with --dtype float32."
+            )
+        return self._encode(x, context)
+
+    @final
+    def decode(self, codes: Codes, context: Context = ()) -> Float[Tensor, "tokens channels"]:
+        """The tokens as attention reads them back, in the dtype that was encoded."""
+        return self._decode(codes, context).to(codes.dtype)
+
+    @final
+    def simulate(self, x: Float[Tensor, "tokens channels"], context: Context = ()) -> Float[Tensor, "tokens channels"]:
+        """`decode(encode(x))`: bit for bit what a cache gives back."""
+        return self.decode(self.encode(x, context), context)
+
+    @abstractmethod
+    def _encode(self, x: Float[Tensor, "tokens channels"], context: Context) -> Codes: ...
+
+    @abstractmethod
+    def _decode(self, codes: Codes, context: Context) -> Float[Tensor, "tokens channels"]: ...
+
+    def deviation(self, x: Float[Tensor, "tokens channels"]) -> Float[Tensor, "tokens channels"]:
+        """How far out each value lies, to rank outliers: distance from the token's own mean."""
+        return (x - x.mean(dim=1, keepdim=True)).abs()
+
+    @property
+    def label(self) -> str:
+        """The site, or the kind where no site is known."""
+        return str(self.site) if self.site is not None else self.kind
+
+    @final
+    @property
+    def spec(self) -> QuantSpec:
+        """Everything but the tensors."""
+        own = {name: value for name, value in self._fields().items() if not isinstance(value, Tensor | Quantizer)}
+        inner = self._fields().get("inner")
+        return QuantSpec(
+            kind=self.kind, options=own, inner=inner.spec if isinstance(inner, Quantizer) else None
+        )
+
+    @final
+    def tensors(self) -> dict[str, Tensor]:
+        """The fitted tensors by name; those of a wrapped quantizer behind `inner.`."""
+        found = {}
+        for name, value in self._fields().items():
+            if isinstance(value, Tensor):
+                found[name] = value
+            elif isinstance(value, Quantizer):
+                found |= {f"{name}.{key}": tensor for key, tensor in value.tensors().items()}
+        return found
+
+    @property
+    def static_bytes(self) -> int:
+        """Bytes that are stored once, whatever the number of tokens."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    def to(self, device: torch.device) -> "Quantizer":
+        """The same quantizer with its tensors on `device`."""
+        moved = {name: value.to(device) for name, value in self._fields().items() if isinstance(value, Tensor | Quantizer)}
+        return self.replace(**moved)
+
+    def replace(self, **changes: Any) -> "Quantizer":
+        """The same quantizer with some fields changed."""
+        return type(self)(**{**self._fields(), "site": self.site, **changes})
+
+    def _fields(self) -> dict[str, Any]:
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "site"}
+        return {name: value for name, value in values.items() if value is not None}

@@ -1,0 +1,69 @@
+"""The rotary embedding, in the variants that models use."""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Rotation = Literal["half", "interleaved", "none"]
+TableOrder = Literal["as_read", "halves", "once"]
+
+
+def spread(table: Tensor, order: TableOrder, rotation: Rotation) -> Tensor:
+    """A table of cosines or sines with one entry per rotated channel, in the order of the channels.
+
+    Parameters
+    ----------
+    table : Tensor
+        As the model made it, its last axis laid out as `order` says.
+    order : {'as_read', 'halves', 'once'}
+        See `AttentionLayer`.
+    rotation : {'half', 'interleaved', 'none'}
+        Which channels are paired.
+    """
+    if order == "as_read":
+        return table
+    once = table[..., : table.shape[-1] // 2] if order == "halves" else table
+    return torch.cat([once, once], dim=-1) if rotation == "half" else once.repeat_interleave(2, dim=-1)
+
+
+def rotate(
+    x: Float[Tensor, "batch heads tokens head_dim"],
+    cos: Float[Tensor, "#batch tokens rotary_dim"],
+    sin: Float[Tensor, "#batch tokens rotary_dim"],
+    rotation: Rotation,
+) -> Float[Tensor, "batch heads tokens head_dim"]:
+    """`x` after the rotary embedding: (a, b) -> (a cos - b sin, b cos + a sin) for each pair of channels.
+
+    Parameters
+    ----------
+    x : Tensor
+        Keys or queries before rotation.
+    cos, sin : Tensor
+        One entry per rotated channel, from `AttentionLayer.tables`. Channels beyond `rotary_dim` stay as they are.
+    rotation : {'half', 'interleaved', 'none'}
+        Which channels are paired; 'none' returns `x`.
+
+    References
+    ----------
+    arXiv:2104.09864, equation 34 (interleaved).
+
+    Examples
+    --------
+    >>> x, cos, sin = torch.tensor([[[[1.0, 2.0, 3.0]]]]), torch.zeros(1, 1, 2), torch.ones(1, 1, 2)
+    >>> rotate(x, cos, sin, "half").tolist()
+    [[[[-2.0, 1.0, 3.0]]]]
+    """
+    if rotation == "none":
+        return x
+    # A model spread over devices moves the tables inside the attention module, after our hooks have seen them.
+    cos, sin = cos.to(x.device).unsqueeze(1), sin.to(x.device).unsqueeze(1)
+    turning, still = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    if rotation == "half":
+        a, b = turning.chunk(2, dim=-1)
+        quarter_turn = torch.cat([-b, a], dim=-1)
+    else:
+        a, b = turning[..., ::2], turning[..., 1::2]
+        quarter_turn = torch.stack([-b, a], dim=-1).flatten(-2)
+    return torch.cat([(turning * cos + quarter_turn * sin).to(x.dtype), still], dim=-1)

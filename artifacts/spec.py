@@ -1,0 +1,80 @@
+"""What a quantizer is, apart from its tensors."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+Option = int | float | bool | str
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantSpec:
+    """All that is needed to rebuild a quantizer except its tensors; plain JSON both ways.
+
+    Parameters
+    ----------
+    kind : str
+        Name of the quantizer class in the closed table `artifacts.kinds.KINDS`.
+    options : Mapping[str, int | float | bool | str]
+        The class's own settings by name, such as `bits` and `channels`.
+    inner : QuantSpec or None
+        The wrapped quantizer of a wrapper.
+
+    Raises
+    ------
+    ValueError
+        If `kind` is no name or an option is not a plain JSON value.
+
+    Examples
+    --------
+    >>> spec = QuantSpec(kind="affine", options={"bits": 3, "channels": 64})
+    >>> QuantSpec.from_json(spec.to_json()) == spec
+    True
+    """
+
+    kind: str
+    options: Mapping[str, Option] = field(default_factory=dict)
+    inner: "QuantSpec | None" = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.kind, str) or not self.kind.isidentifier():
+            raise ValueError(f"QuantSpec: kind must be a name such as 'affine'; got {self.kind!r}")
+        for name, value in self.options.items():
+            if not isinstance(name, str) or not isinstance(value, Option):
+                raise ValueError(f"QuantSpec: option {name!r} must be a number, a bool or a text; got {value!r}")
+        object.__setattr__(self, "options", MappingProxyType(dict(sorted(self.options.items()))))
+
+    def to_json(self) -> dict[str, Any]:
+        """The specification as JSON values."""
+        inner = {} if self.inner is None else {"inner": self.inner.to_json()}
+        return {"kind": self.kind, "options": dict(self.options), **inner}
+
+    @classmethod
+    def from_json(cls, data: object) -> "QuantSpec":
+        """The specification that `to_json` wrote.
+
+        Raises
+        ------
+        ValueError
+            If `data` has another shape.
+        """
+        if not isinstance(data, dict) or not {"kind", "options"} <= set(data) <= {"kind", "options", "inner"}:
+            raise ValueError(f"QuantSpec: expected an object with kind, options and at most inner; got {data!r:.200}")
+        if not isinstance(data["options"], dict):
+            raise ValueError(f"QuantSpec: options must be an object; got {data['options']!r:.200}")
+        inner = cls.from_json(data["inner"]) if "inner" in data else None
+        return cls(kind=data["kind"], options=data["options"], inner=inner)
+
+    @property
+    def bits(self) -> int:
+        """Code width of the innermost quantizer; 16 means kept exact."""
+        if self.inner is not None:
+            return self.inner.bits
+        return int(self.options.get("bits", 16))
+
+    def describe(self) -> str:
+        """One phrase for tables, such as `percentile_sparse(outlier_fraction=0.01) of codebook(bits=3)`."""
+        shown = ", ".join(f"{k}={v}" for k, v in self.options.items() if k != "channels" and v is not False)
+        own = f"{self.kind}({shown})" if shown else self.kind
+        return own if self.inner is None else f"{own} of {self.inner.describe()}"

@@ -1,0 +1,223 @@
+"""Bytes on disk: one JSON header and named arrays, as safetensors or as a pickle of builtin containers.
+
+Both hold the same content and the same digest. The suffix decides which is written, the content which is read; reading
+never runs code and needs no torch. Statistics are kept in the same container under another `format`.
+"""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import struct
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from artifacts.errors import ArtifactError, CorruptArtifactError, UnsupportedVersionError
+
+Array = NDArray[Any]
+
+FORMAT_VERSION = 1
+SUFFIXES = (".safetensors", ".pkl")
+_METADATA_KEY = "kvcalib"
+_DTYPES = ("bool", "uint8", "int16", "int32", "int64", "float16", "float32", "float64")
+_LFS_POINTER = b"version https://git-lfs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """What a file holds.
+
+    Parameters
+    ----------
+    format : str
+        What the file is: `kvcalib.artifact` or `kvcalib.statistics`.
+    header : Mapping[str, Any]
+        JSON values.
+    arrays : Mapping[str, Array]
+        Arrays by name.
+    """
+
+    format: str
+    header: Mapping[str, Any]
+    arrays: Mapping[str, Array]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over format, header and every array's name, dtype, shape and bytes."""
+        sha = hashlib.sha256(canonical_json({"format": self.format, "header": self.header}).encode())
+        for name in sorted(self.arrays):
+            array = self.arrays[name]
+            sha.update(canonical_json([name, str(array.dtype), list(array.shape)]).encode())
+            sha.update(np.ascontiguousarray(array).data)
+        return sha.hexdigest()
+
+
+def canonical_json(value: object) -> str:
+    """JSON text that is the same for the same content."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def check_suffix(path: Path) -> None:
+    """The path ends in a suffix that can be written.
+
+    Raises
+    ------
+    ArtifactError
+        If it does not.
+    """
+    if path.suffix not in SUFFIXES:
+        raise ArtifactError(f"{path}: expected a name that ends in {' or '.join(SUFFIXES)}, got {path.suffix!r}")
+
+
+def write(path: Path, stored: Stored) -> None:
+    """Writes the file whole or not at all: a temporary sibling, then a rename.
+
+    Raises
+    ------
+    ArtifactError
+        If the suffix is unknown.
+    """
+    check_suffix(path)
+    text = canonical_json(
+        {"format": stored.format, "version": FORMAT_VERSION, "digest": stored.digest, "header": stored.header}
+    )
+    data = _to_safetensors(text, stored.arrays) if path.suffix == ".safetensors" else _to_pickle(text, stored.arrays)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def read(path: Path, expected_format: str) -> Stored:
+    """Reads and verifies a file.
+
+    Raises
+    ------
+    CorruptArtifactError
+        If the file is missing, foreign, truncated or altered.
+    UnsupportedVersionError
+        If another format version wrote it.
+    """
+    text, arrays = _parse(path, _read_bytes(path))
+    try:
+        top = json.loads(text)
+        version, digest = top["version"], top["digest"]
+        stored = Stored(format=top["format"], header=top["header"], arrays=arrays)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CorruptArtifactError(f"{path}: the header is not the JSON object that kvcalib writes ({error})") from error
+    if version != FORMAT_VERSION:
+        raise UnsupportedVersionError(
+            f"{path}: format version {version!r}; this kvcalib reads version {FORMAT_VERSION}. "
+            "Install the kvcalib that wrote it, or calibrate again."
+        )
+    if stored.format != expected_format:
+        raise CorruptArtifactError(f"{path}: expected a file of format {expected_format}, got {stored.format!r:.60}")
+    if not isinstance(stored.header, dict) or stored.digest != digest:
+        raise CorruptArtifactError(f"{path}: the content does not match its digest; the file was altered or damaged")
+    return stored
+
+
+def _read_bytes(path: Path) -> bytes:
+    if path.is_dir():
+        inside = sorted(p.name for p in path.iterdir() if p.suffix in SUFFIXES)
+        hint = f" Did you mean {path / inside[0]}?" if inside else ""
+        raise CorruptArtifactError(f"{path}: expected a file, got a directory.{hint}")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CorruptArtifactError(f"{path}: cannot be read ({error.strerror})") from error
+    if data.startswith(_LFS_POINTER):
+        raise CorruptArtifactError(f"{path}: this is a git-lfs pointer, not the file itself. Run: git lfs pull")
+    if not data:
+        raise CorruptArtifactError(f"{path}: the file is empty")
+    return data
+
+
+def _parse(path: Path, data: bytes) -> tuple[str, dict[str, Array]]:
+    if data[:1] == b"\x80":
+        return _from_pickle(path, data)
+    if data[8:9] == b"{":
+        return _from_safetensors(path, data)
+    if data[:2] == b"PK":
+        raise CorruptArtifactError(f"{path}: this is a zip archive such as torch.save writes, not a kvcalib file")
+    raise CorruptArtifactError(f"{path}: neither a safetensors file nor a pickle (first bytes {data[:8]!r})")
+
+
+def _to_safetensors(text: str, arrays: Mapping[str, Array]) -> bytes:
+    from safetensors.numpy import save
+
+    return save({name: np.ascontiguousarray(array) for name, array in arrays.items()}, {_METADATA_KEY: text})
+
+
+def _from_safetensors(path: Path, data: bytes) -> tuple[str, dict[str, Array]]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    try:
+        arrays = load(data)
+        header = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise CorruptArtifactError(f"{path}: not a whole safetensors file ({error})") from error
+    text = (header.get("__metadata__") or {}).get(_METADATA_KEY)
+    if text is None:
+        raise CorruptArtifactError(
+            f"{path}: a safetensors file without kvcalib metadata; model weights, perhaps. Expected what `calibrate` wrote"
+        )
+    return text, arrays
+
+
+def _to_pickle(text: str, arrays: Mapping[str, Array]) -> bytes:
+    rows = [
+        (name, str(arrays[name].dtype), tuple(int(n) for n in arrays[name].shape), arrays[name].tobytes())
+        for name in sorted(arrays)
+    ]
+    buffer = io.BytesIO()
+    pickler = pickle.Pickler(buffer, protocol=4)
+    pickler.fast = True  # no memo: equal content gives equal bytes, whichever objects happen to be shared
+    pickler.dump({_METADATA_KEY: text, "arrays": rows})
+    return buffer.getvalue()
+
+
+class _BuiltinsOnly(pickle.Unpickler):
+    """Builds builtin containers; every reference to a class or function is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise ArtifactError(f"it refers to {module}.{name}")
+
+
+def _from_pickle(path: Path, data: bytes) -> tuple[str, dict[str, Array]]:
+    try:
+        content = _BuiltinsOnly(io.BytesIO(data)).load()
+    except ArtifactError as error:
+        raise CorruptArtifactError(
+            f"{path}: {error}, and a kvcalib pickle refers to nothing: nothing in it is ever run. "
+            "Pickles of other tools are not read."
+        ) from error
+    except Exception as error:  # a damaged pickle can raise anything
+        raise CorruptArtifactError(f"{path}: not a whole pickle ({type(error).__name__}: {error!s:.100})") from error
+    try:
+        rows, text = content["arrays"], content[_METADATA_KEY]
+        if not isinstance(text, str) or not isinstance(rows, list):
+            raise TypeError("header or arrays of another type")
+        return text, {row[0]: _to_array(*row) for row in rows}
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise CorruptArtifactError(f"{path}: a pickle, but not one that kvcalib wrote ({error!s:.100})") from error
+
+
+def _to_array(name: str, dtype: str, shape: tuple[int, ...], data: bytes) -> Array:
+    if not isinstance(name, str) or dtype not in _DTYPES or not isinstance(data, bytes):
+        raise ValueError(f"array {name!r:.60} of dtype {dtype!r:.20}")
+    return np.frombuffer(data, dtype=dtype).reshape(shape)

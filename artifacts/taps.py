@@ -1,0 +1,231 @@
+"""Reading and replacing the tensors of attention layers while a model runs."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from artifacts.errors import MismatchError
+from artifacts.rope import Rotation, TableOrder, rotate, spread
+from artifacts.sites import Site
+
+Layout = Literal["flat", "tokens_first", "heads_first"]
+Handler = Callable[[Tensor], Tensor | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Tap:
+    """Where a tensor leaves a module.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The projection, or the norm after it, whose output holds the tensor.
+    columns : slice or None
+        The tensor's share of the last axis of a fused projection; None if the output is the tensor alone.
+    heads, head_dim : int
+        Shape of the tensor.
+    layout : {'flat', 'tokens_first', 'heads_first'}
+        Axes of the output: batch tokens channels, batch tokens heads head_dim, or batch heads tokens head_dim.
+    """
+
+    module: nn.Module
+    columns: slice | None
+    heads: int
+    head_dim: int
+    layout: Layout
+
+    def read(self, output: Tensor) -> Float[Tensor, "batch heads tokens head_dim"]:
+        """The tensor inside a module's output, as a view."""
+        part = output if self.columns is None else output[..., self.columns]
+        if self.layout == "flat":
+            part = part.unflatten(-1, (self.heads, self.head_dim))
+        return part if self.layout == "heads_first" else part.transpose(1, 2)
+
+    def write(self, output: Tensor, x: Float[Tensor, "batch heads tokens head_dim"]) -> Tensor:
+        """A module's output with `x` in the tensor's place; `output` itself is left alone."""
+        part = x if self.layout == "heads_first" else x.transpose(1, 2).contiguous()
+        if self.layout == "flat":
+            part = part.flatten(-2)
+        if self.columns is None:
+            return part
+        whole = output.clone()
+        whole[..., self.columns] = part
+        return whole
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionLayer:
+    """One attention layer: its shape, and where its keys, values and queries can be reached.
+
+    Parameters
+    ----------
+    layer : int
+        Index of the layer, from 0; the same as in `Site.layer`.
+    name : str
+        Path of the attention module in the model.
+    module : nn.Module
+        The attention module.
+    q_heads, kv_heads, head_dim : int
+        Number of query heads, of key and value heads, and channels of each.
+    query, key, value : Tap
+        Where each is last seen before rotation.
+    rotation : {'half', 'interleaved', 'none'}
+        Which channels the rotary embedding pairs: (d, d + rotary_dim / 2), (2d, 2d + 1), or no rotation.
+    rotary_dim : int
+        Leading channels of each head that rotate; 0 without rotation.
+    sliding_window : int or None
+        Number of tokens that a query reaches back; None if it sees all.
+    table_order : {'as_read', 'halves', 'once'}
+        How the model lays out its cosines and sines: as `rotate` reads them, all frequencies twice over
+        although pairs are interleaved (GLM), or each frequency once (gpt-oss). See `tables`.
+    """
+
+    layer: int
+    name: str
+    module: nn.Module
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    query: Tap
+    key: Tap
+    value: Tap
+    rotation: Rotation
+    rotary_dim: int
+    sliding_window: int | None
+    table_order: TableOrder = "as_read"
+
+    @property
+    def channels(self) -> int:
+        """Channels of a key or a value over all heads."""
+        return self.kv_heads * self.head_dim
+
+    def tables(self, position_embeddings: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The (cos, sin) that `rotate` reads, from the model's own `position_embeddings`."""
+        cos, sin = (spread(table, self.table_order, self.rotation) for table in position_embeddings)
+        return cos, sin
+
+
+@contextmanager
+def tapped(layers: Sequence[AttentionLayer], handlers: Mapping[Site, Handler]) -> Iterator[None]:
+    """Call a handler with each site's tensor whenever the model runs inside the context.
+
+    A handler gets "batch heads tokens head_dim". What it returns goes on in place of the tensor, both into the cache
+    and into attention; None leaves everything as it is. Contexts may be nested: the outer one's handlers come first.
+    On leaving, also by an exception, no hook remains.
+
+    Parameters
+    ----------
+    layers : sequence of AttentionLayer
+        From `attention_layers(model)`.
+    handlers : mapping from Site to callable
+        A handler of `query.post_rope` can only observe.
+
+    Raises
+    ------
+    MismatchError
+        If a site names a layer that is not in `layers`, or a handler changes shape, dtype or device.
+    TypeError
+        If a handler of `query.post_rope` returns something.
+    """
+    by_index = {layer.layer: layer for layer in layers}
+    with ExitStack() as stack:
+        for site, handler in handlers.items():
+            if site.layer not in by_index:
+                raise MismatchError(
+                    f"{site}: expected one of the layers {sorted(by_index)}; got layer {site.layer}. "
+                    "Was the artifact made for another model?"
+                )
+            for handle in _register(by_index[site.layer], site, handler):
+                stack.callback(handle.remove)
+        yield
+
+
+def intercept_cache(
+    attention: nn.Module, replace: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+) -> RemovableHandle:
+    """Pass keys and values through `replace` on their way into the cache, also when there is no cache."""
+
+    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, "past_key_values": _InterceptedCache(kwargs.get("past_key_values"), replace)}
+
+    # Prepended, so that the outer of two nested contexts wraps the inner one's wrapper and has its turn first.
+    return attention.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
+
+
+class _InterceptedCache:
+    """A model's cache, or none, with something done to what comes in."""
+
+    def __init__(self, cache: Any, replace: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
+        self._cache = cache
+        self._replace = replace
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        key, value = self._replace(key_states, value_states)
+        if self._cache is None:
+            return key, value
+        updated: tuple[Tensor, Tensor] = self._cache.update(key, value, layer_idx, *args, **kwargs)
+        return updated
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+
+def _register(layer: AttentionLayer, site: Site, handler: Handler) -> Iterator[RemovableHandle]:
+    match site.tensor, site.stage:
+        case "key", "post_rope":
+            yield _on_cached_key(layer, site, handler)
+        case "query", "post_rope":
+            yield from _observe_rotated_query(layer, site, handler)
+        case _:
+            taps = {"key": layer.key, "value": layer.value, "query": layer.query}
+            yield _on_tap(taps[site.tensor], site, handler)
+
+
+def _on_cached_key(layer: AttentionLayer, site: Site, handler: Handler) -> RemovableHandle:
+    def replace(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        replacement = _handled(site, handler, key)
+        return (key if replacement is None else replacement), value
+
+    return intercept_cache(layer.module, replace)
+
+
+def _on_tap(tap: Tap, site: Site, handler: Handler) -> RemovableHandle:
+    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        replacement = _handled(site, handler, tap.read(output))
+        return None if replacement is None else tap.write(output, replacement)
+
+    return tap.module.register_forward_hook(hook)
+
+
+def _observe_rotated_query(layer: AttentionLayer, site: Site, handler: Handler) -> Iterator[RemovableHandle]:
+    position_embeddings: list[Tensor] = []
+
+    def note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        position_embeddings[:] = kwargs.get("position_embeddings") or ()
+
+    def observe(x: Tensor) -> None:
+        rotated = x if layer.rotation == "none" else rotate(x, *layer.tables(position_embeddings), layer.rotation)
+        if handler(rotated) is not None:
+            raise TypeError(f"{site}: a handler must return None here; got a value. Replace query.pre_rope instead")
+
+    yield layer.module.register_forward_pre_hook(note, with_kwargs=True)
+    yield _on_tap(layer.query, site, observe)
+
+
+def _handled(site: Site, handler: Handler, x: Tensor) -> Tensor | None:
+    replacement = handler(x)
+    if replacement is None:
+        return None
+    if (replacement.shape, replacement.dtype, replacement.device) != (x.shape, x.dtype, x.device):
+        raise MismatchError(
+            f"{site}: expected a handler that keeps {tuple(x.shape)}, {x.dtype}, {x.device}; "
+            f"got {tuple(replacement.shape)}, {replacement.dtype}, {replacement.device}"
+        )
+    return replacement

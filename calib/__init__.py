@@ -1,0 +1,23 @@
+"""How quantizers are found: text, statistics, estimators, recipes."""
+
+from calib.calibration import calibrate
+from calib.corpus import Corpus, CorpusError, load_corpus
+from calib.fitting import fit
+from calib.recipe import Recipe, RecipeError, load_recipe, shipped_recipes
+from calib.statistics.model_statistics import ModelStatistics
+from calib.windows import sample_windows, split_windows
+
+__all__ = [
+    "Corpus",
+    "CorpusError",
+    "ModelStatistics",
+    "Recipe",
+    "RecipeError",
+    "calibrate",
+    "fit",
+    "load_corpus",
+    "load_recipe",
+    "sample_windows",
+    "shipped_recipes",
+    "split_windows",
+]

@@ -1,0 +1,160 @@
+"""Calibration in one call: run the model once, fit, and hand back an artifact."""
+
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import psutil
+from jaxtyping import Int64
+from torch import Tensor, nn
+
+from artifacts.artifact import Artifact
+from artifacts.attention import AttentionLayer, attention_layers
+from artifacts.evidence import text_config
+from artifacts.fingerprint import model_fingerprint
+from artifacts.sites import Stage
+from calib.capture import collect, single_windows, site_shapes
+from calib.fitting import fit, tool_version
+from calib.recipe import Recipe, load_recipe
+from calib.statistics.model_statistics import ModelStatistics, Origin
+from calib.statistics.site_statistics import Tier
+from calib.windows import NGRAM_TOKENS, check_vocabulary, merge_sketches, ngram_sketch
+
+_LOG = logging.getLogger(__name__)
+
+
+def calibrate(
+    model: nn.Module,
+    windows: Int64[Tensor, "windows tokens"],
+    recipe: str | Recipe = "default",
+    *,
+    bits: int | None = None,
+    tier: Tier = "basic",
+) -> Artifact:
+    """Fits quantizers for the key-value cache of a model.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A transformers causal language model.
+    windows : Int64[Tensor, "windows tokens"]
+        Token ids of the calibration text, without padding.
+    recipe : str or Recipe
+        A shipped recipe's name, a recipe file, or a recipe.
+    bits : int or None
+        Code width for keys and values; None leaves it to the recipe.
+    tier : {'basic', 'full'}
+        Which statistics to take.
+
+    Returns
+    -------
+    Artifact
+        To be saved by `artifacts.save` and run by `simquant.simulate`.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If a layer cannot be handled, with the reason.
+    NonFiniteError
+        If activations hold NaN or infinity.
+    """
+    chosen = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    if bits is not None:
+        chosen = chosen.edited({"key": with_bits(bits), "value": with_bits(bits)})
+    layers = attention_layers(model)
+    statistics = new_statistics(model, layers, stage=chosen.stage, tier=tier)
+    add_windows(model, layers, statistics, windows)
+    return fit(statistics, chosen)
+
+
+def with_bits(bits: int) -> dict[str, Any]:
+    """The change to a recipe entry that sets its code width; 16 keeps the site exact."""
+    return {"method": "identity"} if bits == 16 else {"bits": bits}
+
+
+def new_statistics(
+    model: nn.Module,
+    layers: Sequence[AttentionLayer],
+    *,
+    stage: Stage = "pre_rope",
+    tier: Tier = "basic",
+    **origin: Any,
+) -> ModelStatistics:
+    """Empty statistics for a model.
+
+    Parameters
+    ----------
+    model : nn.Module
+        With its configuration.
+    layers : Sequence[AttentionLayer]
+        Its attention layers.
+    stage : {'pre_rope', 'post_rope'}
+        Where keys and queries are taken.
+    tier : {'basic', 'full'}
+        Which statistics to take.
+    **origin
+        `model_id`, `corpus`, `seed` and `tokenizer_digest`, as far as they are known.
+
+    Raises
+    ------
+    MemoryError
+        If the statistics need more memory than is free.
+    """
+    fingerprint = model_fingerprint(model, layers, origin.pop("tokenizer_digest", None))
+    known = {"model_id": None, "corpus": "windows", "seed": None, **origin}
+    statistics = ModelStatistics(
+        site_shapes(layers, stage), tier, Origin(model=fingerprint, tool_version=tool_version(), **known)
+    )
+    check_memory(statistics)
+    return statistics
+
+
+def check_memory(statistics: ModelStatistics) -> None:
+    """Logs what the statistics will take.
+
+    Raises
+    ------
+    MemoryError
+        If that is more than is free.
+    """
+    needed, free = statistics.estimated_bytes(), psutil.virtual_memory().available
+    _LOG.info("statistics (%s) take %s; %s are free", statistics.tier, gigabytes(needed), gigabytes(free))
+    if needed > free:
+        smaller = " Use --statistics basic." if statistics.tier == "full" else " Free memory or use another machine."
+        raise MemoryError(
+            f"calibrate: statistics of tier {statistics.tier} take {gigabytes(needed)}, {gigabytes(free)} are free.{smaller}"
+        )
+
+
+def gigabytes(n_bytes: int) -> str:
+    """A size for people."""
+    return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**28 else f"{n_bytes / 2**20:.1f} MiB"
+
+
+def add_windows(
+    model: nn.Module,
+    layers: Sequence[AttentionLayer],
+    statistics: ModelStatistics,
+    windows: Int64[Tensor, "windows tokens"],
+    progress: Any = iter,
+) -> None:
+    """Runs the model over windows and feeds the statistics, one forward pass each.
+
+    Raises
+    ------
+    CorpusError
+        If a token id is beyond the vocabulary.
+    NonFiniteError
+        If activations hold NaN or infinity.
+    """
+    check_vocabulary(windows, text_config(model).vocab_size, "calibration text")
+    batches: Iterable[Any] = progress(list(single_windows(windows)))
+    training, before = model.training, len(statistics.windows)
+    model.eval()
+    try:
+        collect(model, layers, statistics, batches)
+    finally:
+        model.train(training)
+        finished = windows[: len(statistics.windows) - before]
+        if len(finished) and finished.shape[1] >= NGRAM_TOKENS:
+            statistics.ngrams = merge_sketches(statistics.ngrams, ngram_sketch(finished, ngram_tokens=NGRAM_TOKENS))

@@ -1,0 +1,163 @@
+"""Tables of levels by exact one-dimensional k-means."""
+
+from typing import ClassVar, Literal, Self, final
+
+import torch
+from jaxtyping import Float16, Float32, Float64
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from artifacts.codebook import Codebook, DynamicCodebook
+from artifacts.quantizer import Quantizer
+from calib.estimators.estimator import EXACT, Estimator, Fit, Outliers
+from calib.estimators.ranges import Ranges, ThresholdDtype, channel_ranges
+from calib.kmeans import kmeans_1d
+from calib.statistics.site_statistics import SiteStatistics
+from calib.statistics.token_histogram import OUTLIER_FRACTIONS, bin_centers, outliers, token_histogram
+
+_SITE_BINS = 4096
+"""Bins over [-1, 1] for one table per site: within 1e-6 of the optimum for any number of values."""
+
+_CHANNEL_BINS = 512
+"""Bins over [-1, 1] for a table per channel."""
+
+_FINEST_LEVEL_BINS = 4
+"""Histogram bins per level, at least; coarser channels are fitted from the token reservoir."""
+
+
+@final
+class CodebookEstimator(Estimator):
+    """Levels that minimise the weighted squared error of the normalised values (arXiv 2401.18079, equation 7).
+
+    Parameters
+    ----------
+    bits : int
+        Code width, 1 to 8.
+    per : {'channel', 'token'}
+        Normalised by static ranges of the channels, or by each token's own range.
+    tables : {'site', 'channel'}
+        One table for all channels, or one for each.
+    weights : {'none', 'scale2'}
+        Every normalised value alike, or by the square of its channel's or token's half-range, which makes the
+        error that of x itself.
+    outliers : Outliers or None
+        Values kept apart.
+    threshold_dtype : {'float32', 'float16'}
+        Precision of the static range's ends.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ("tails", "histogram", "token_histogram")
+
+    method: Literal["codebook"] = "codebook"
+    bits: int = Field(default=4, ge=1, le=8)
+    per: Literal["channel", "token"] = "channel"
+    tables: Literal["site", "channel"] = "site"
+    weights: Literal["none", "scale2"] = "scale2"
+    outliers: Outliers | None = None
+    threshold_dtype: ThresholdDtype = "float32"
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.per == "token" and self.tables == "channel":
+            raise ValueError("a range per token goes with one table per site; use tables: site, or per: channel")
+        return self
+
+    def fit(self, statistics: SiteStatistics) -> Fit:
+        """Reads ranges and histograms; the token reservoir where those are too coarse."""
+        return self._fit_tokens(statistics) if self.per == "token" else self._fit_channels(statistics)
+
+    def dynamic(self, channels: int) -> Quantizer:
+        """There is none: levels are fitted."""
+        raise ValueError("codebooks are fitted; calibrate first: calibrate MODEL --nuq --quantizer-path q.safetensors")
+
+    @property
+    def _fraction(self) -> float:
+        return self.outliers.fraction if self.outliers else 0.0
+
+    def _fit_tokens(self, statistics: SiteStatistics) -> Fit:
+        channels = statistics.shape.channels
+        histogram = statistics.token_histogram
+        if self._fraction in OUTLIER_FRACTIONS:
+            row = OUTLIER_FRACTIONS.index(self._fraction)
+            counts, weighted, source = histogram.counts[row], histogram.weights[row], EXACT
+        else:
+            rows = statistics.rows
+            counts, weighted = token_histogram(rows, outliers(rows, self._fraction), histogram.bins)
+            source = f"reservoir of {len(rows)} tokens"
+        weights = weighted if self.weights == "scale2" else counts.double()
+        levels = _levels(bin_centers(histogram.bins, weights.device)[None], weights[None], self.bits)
+        inner = DynamicCodebook(channels=channels, bits=self.bits, levels=levels)
+        return Fit(self.outliers.wrap(inner, None) if self.outliers else inner, source)
+
+    def _fit_channels(self, statistics: SiteStatistics) -> Fit:
+        ranges = channel_ranges(statistics, self._fraction, self.threshold_dtype)
+        scale, offset = _normalisation(ranges, self.threshold_dtype)
+        bins = _SITE_BINS if self.tables == "site" else _CHANNEL_BINS
+        centers, weights, n_coarse = _normal_histogram(statistics, ranges, scale, offset, bins, 2**self.bits)
+        if self.tables == "site":
+            weights = weights * (scale.double().square()[:, None] if self.weights == "scale2" else 1.0)
+            total = weights.sum(dim=0)
+            total[len(total) // 2] += float(total.sum() == 0)
+            centers = (centers * weights).sum(dim=0) / total.clamp_min(torch.finfo(torch.float64).tiny)
+            centers = torch.where(total > 0, centers, bin_centers(bins, centers.device))[None]
+            weights = total[None]
+        else:
+            weights[weights.sum(dim=1) == 0, bins // 2] = 1.0
+        levels = _levels(centers, weights, self.bits)
+        inner = Codebook(channels=len(scale), bits=self.bits, levels=levels, **_exact_constants(scale, offset, levels, ranges))
+        source = ranges.source if not n_coarse else f"{ranges.source}; reservoir for {n_coarse} channels"
+        return Fit(self.outliers.wrap(inner, ranges) if self.outliers else inner, source)
+
+
+def _normalisation(ranges: Ranges, dtype: ThresholdDtype) -> tuple[Float32[Tensor, " channels"], Float32[Tensor, " channels"]]:
+    """Half-range and middle of each channel, in the arithmetic of the thresholds."""
+    low, high = (end.half() if dtype == "float16" else end for end in (ranges.low, ranges.high))
+    scale, offset = ((high - low) / 2).float(), ((high + low) / 2).float()
+    return torch.where(scale > 0, scale, torch.ones_like(scale)), offset
+
+
+def _exact_constants(
+    scale: Float32[Tensor, " channels"], offset: Float32[Tensor, " channels"], levels: Float16[Tensor, "tables levels"],
+    ranges: Ranges,
+) -> dict[str, Tensor]:
+    """Scale and offset with which the level nearest zero gives a constant channel back without rounding.
+
+    The scale is a power of two far below the constant's last bit, so that scale * level is exact and vanishes beside it;
+    for the constant zero the offset cancels it.
+    """
+    nearest = levels.float().gather(1, levels.float().abs().argmin(dim=1, keepdim=True))[:, 0].expand_as(scale)
+    _, exponent = torch.frexp(ranges.low)
+    tiny = torch.ldexp(torch.ones_like(scale), (exponent - 40).clamp_min(-100))
+    offset = torch.where(ranges.constant, torch.where(ranges.low == 0, -tiny * nearest, ranges.low), offset)
+    return {"scale": torch.where(ranges.constant, tiny, scale), "offset": offset}
+
+
+def _normal_histogram(
+    statistics: SiteStatistics, ranges: Ranges, scale: Tensor, offset: Tensor, bins: int, n_levels: int
+) -> tuple[Float64[Tensor, "channels bins"], Float64[Tensor, "channels bins"], int]:
+    """Histogram of (x - offset) / scale within the ranges, empty for constant channels; and how many channels came from the reservoir."""
+    histogram = statistics.histogram
+    centers, counts = histogram.centers().cpu(), histogram.counts.cpu()
+    coarse = (histogram.width().cpu() * n_levels * _FINEST_LEVEL_BINS > 2 * scale) & ~ranges.constant
+    normal, weights = _rebin((centers - offset[:, None]) / scale[:, None], counts.double(), bins)
+    if coarse.any():
+        rows = ((statistics.rows.cpu() - offset) / scale).T[coarse]
+        normal[coarse], weights[coarse] = _rebin(rows, torch.ones_like(rows, dtype=torch.float64), bins)
+    weights[ranges.constant] = 0.0
+    return normal, weights, int(coarse.sum())
+
+
+def _rebin(
+    a: Float32[Tensor, "channels values"], weights: Float64[Tensor, "channels values"], bins: int
+) -> tuple[Float64[Tensor, "channels bins"], Float64[Tensor, "channels bins"]]:
+    """Weights within [-1, 1] by bin, each bin with the mean of what fell into it as its centre."""
+    inside = weights * ((a >= -1) & (a <= 1))
+    index = ((a + 1) * (bins / 2)).clamp(0, bins - 1).long()
+    total = torch.zeros(a.shape[0], bins, dtype=torch.float64).scatter_add_(1, index, inside)
+    sums = torch.zeros_like(total).scatter_add_(1, index, inside * a.double())
+    middles = bin_centers(bins, total.device).expand_as(total)
+    return torch.where(total > 0, sums / total.clamp_min(1e-300), middles), total
+
+
+def _levels(centers: Float64[Tensor, "tables bins"], weights: Float64[Tensor, "tables bins"], bits: int) -> Tensor:
+    return kmeans_1d(centers, weights, 2**bits).cpu().half()

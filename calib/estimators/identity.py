@@ -1,0 +1,23 @@
+"""No quantization."""
+
+from typing import Literal, final
+
+from artifacts.identity import Identity
+from artifacts.quantizer import Quantizer
+from calib.estimators.estimator import EXACT, Estimator, Fit
+from calib.statistics.site_statistics import SiteStatistics
+
+
+@final
+class IdentityEstimator(Estimator):
+    """Keeps the site exact."""
+
+    method: Literal["identity"] = "identity"
+
+    def fit(self, statistics: SiteStatistics) -> Fit:
+        """The identity; nothing is read."""
+        return Fit(Identity(channels=statistics.shape.channels), EXACT)
+
+    def dynamic(self, channels: int) -> Quantizer:
+        """The identity."""
+        return Identity(channels=channels)

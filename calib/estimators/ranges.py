@@ -1,0 +1,60 @@
+"""Where the bulk of each channel lies."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+
+from calib.statistics.site_statistics import SiteStatistics
+
+ThresholdDtype = Literal["float32", "float16"]
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Lower and upper end of each channel, and how they were found.
+
+    Parameters
+    ----------
+    low, high : Float32[Tensor, "channels"]
+        In units of x.
+    source : str
+        Exact statistics, or the histogram where the tails do not reach far enough.
+    """
+
+    low: Float32[Tensor, " channels"]
+    high: Float32[Tensor, " channels"]
+    source: str
+
+    @property
+    def constant(self) -> Tensor:
+        """Channels that never change."""
+        return self.low == self.high
+
+
+def channel_ranges(statistics: SiteStatistics, outlier_fraction: float, dtype: ThresholdDtype = "float32") -> Ranges:
+    """Minimum and maximum, or the percentiles that leave out `outlier_fraction`, half on each side.
+
+    Parameters
+    ----------
+    statistics : SiteStatistics
+        Of the site.
+    outlier_fraction : float
+        From 0.
+    dtype : {'float32', 'float16'}
+        What the ends are rounded to before anything is derived from them.
+    """
+    tail = outlier_fraction / 2
+    exact = statistics.tails.covers(tail)
+    low, high = (statistics.tails if exact else statistics.histogram).quantiles(tail)
+    source = "exact statistics" if exact else "channel histogram, to half a bin"
+    if dtype == "float16":
+        low, high = low.half().float(), high.half().float()
+    return Ranges(low.cpu().float(), high.cpu().float(), source)
+
+
+def scale_for_constant(low: Float32[Tensor, " channels"]) -> Float32[Tensor, " channels"]:
+    """A step with which a uniform grid hits the constant exactly: its magnitude, or 1 for zero."""
+    return torch.where(low == 0, torch.ones_like(low), low.abs())

@@ -1,0 +1,88 @@
+"""From statistics to an artifact, without the model."""
+
+from collections.abc import Callable, Iterable
+from importlib import metadata
+from typing import Any
+
+from joblib import Parallel, delayed
+
+from artifacts.artifact import Artifact
+from artifacts.manifest import Manifest
+from artifacts.sites import Site
+from calib.estimators import Estimator, Fit
+from calib.recipe import Recipe
+from calib.statistics.model_statistics import ModelStatistics
+from calib.statistics.site_statistics import SiteStatistics
+
+Progress = Callable[[Iterable[Any]], Iterable[Any]]
+
+
+def tool_version() -> str:
+    """Version of this distribution."""
+    try:
+        return metadata.version("kvcalib")
+    except metadata.PackageNotFoundError:
+        return "0.1.0"
+
+
+def fit(
+    statistics: ModelStatistics, recipe: Recipe, *, jobs: int = 1, progress: Progress = iter
+) -> Artifact:
+    """Fits every cached site from statistics.
+
+    Parameters
+    ----------
+    statistics : ModelStatistics
+        Of the model, of any number of merged shards.
+    recipe : Recipe
+        What to fit.
+    jobs : int
+        Sites fitted at a time (threads; an active joblib backend takes precedence).
+    progress : callable
+        Wraps the sites, for a progress bar.
+
+    Raises
+    ------
+    ValueError
+        If the statistics lack a site or a statistic that the recipe reads.
+    """
+    sites = cached_sites(statistics, recipe)
+    fits = Parallel(n_jobs=jobs, prefer="threads", return_as="generator")(
+        delayed(_fit_site)(statistics.site(site, recipe.sink_tokens), recipe.estimator(site)) for site in sites
+    )
+    found: dict[Site, Fit] = dict(zip(sites, progress(fits), strict=True))
+    quantizers = {site: fit.quantizer for site, fit in found.items()}
+    head = "" if statistics.exact_head else "; first positions from a sample of the windows"
+    manifest = Manifest(
+        specs={site: quantizer.spec for site, quantizer in quantizers.items()},
+        model=statistics.origin.model,
+        model_id=statistics.origin.model_id,
+        corpus=statistics.corpus,
+        recipe=recipe.model_dump(mode="json"),
+        sink_tokens=recipe.sink_tokens,
+        fit_sources={str(site): fit.source + head for site, fit in found.items()},
+        tool_version=tool_version(),
+    )
+    return Artifact(quantizers, manifest, statistics.ngrams)
+
+
+def cached_sites(statistics: ModelStatistics, recipe: Recipe) -> list[Site]:
+    """The sites that the recipe quantizes, in the order in which a cache fills.
+
+    Raises
+    ------
+    ValueError
+        If keys were captured at another stage.
+    """
+    cached = [site for site in statistics.sites if site.tensor != "query"]
+    wrong = [site for site in cached if site.tensor == "key" and site.stage != recipe.stage]
+    if wrong:
+        raise ValueError(
+            f"fit: recipe {recipe.name} takes keys {recipe.stage}, the statistics hold {wrong[0]}. "
+            f"Calibrate again with --stage {recipe.stage}, or use a recipe with stage: {wrong[0].stage}."
+        )
+    return cached
+
+
+def _fit_site(statistics: SiteStatistics, estimator: Estimator) -> Fit:
+    return estimator.fit(statistics)

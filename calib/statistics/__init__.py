@@ -1,0 +1,1 @@
+"""Sufficient statistics: fixed memory, mergeable, independent of order."""

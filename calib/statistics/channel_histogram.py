@@ -1,0 +1,107 @@
+"""A histogram of each channel that widens by itself and still does not depend on the order of what it sees."""
+
+from typing import Self
+
+import torch
+from jaxtyping import Float, Float32, Int32
+from torch import Tensor
+
+from calib.statistics.statistic import Statistic, adopt_device
+
+_SIGNIFICANT_BITS = 28
+"""Bin edges are multiples of a power of two not below 2^-28 of the largest magnitude: exact in float32."""
+
+
+class ChannelHistogram(Statistic):
+    """Counts per channel in `bins` bins of one power-of-two width, edges at whole multiples of the width.
+
+    The width is the smallest that lets the bins span the channel's minimum and maximum, so it follows from the data
+    alone; when it doubles, each two neighbouring bins add up exactly.
+
+    Parameters
+    ----------
+    channels : int
+        Channels of a token.
+    bins : int
+        Bins per channel; between half and all of them lie within the range.
+    """
+
+    STATE = ("minimum", "maximum", "exponent", "first", "counts")
+
+    def __init__(self, channels: int, bins: int = 2048) -> None:
+        self.bins = bins
+        self.minimum = torch.full((channels,), torch.inf)
+        self.maximum = torch.full((channels,), -torch.inf)
+        self.exponent = torch.full((channels,), -200, dtype=torch.int32)
+        self.first = torch.zeros(channels, dtype=torch.int32)
+        self.counts = torch.zeros(channels, bins, dtype=torch.int32)
+
+    def update(self, x: Float[Tensor, "tokens channels"]) -> None:
+        """Takes in finite tokens."""
+        if x.shape[0] == 0:
+            return
+        adopt_device(self, x.device)
+        wide = x.float()
+        low, high = torch.aminmax(wide, dim=0)
+        self._widen(low, high)
+        bins = torch.floor(torch.ldexp(wide, -self.exponent)).to(torch.int32) - self.first
+        rows = torch.arange(x.shape[1], dtype=torch.int64, device=x.device) * self.bins
+        flat = (bins + rows).view(-1)
+        self.counts += torch.bincount(flat, minlength=self.counts.numel()).view_as(self.counts).to(torch.int32)
+
+    def merge(self, other: Self) -> None:
+        """Takes in what another statistic has seen."""
+        if not torch.isfinite(other.minimum).all():
+            return
+        self._widen(other.minimum, other.maximum)
+        counts, first, exponent = other.counts, other.first, other.exponent
+        self.counts += _coarsen(counts, first, exponent, self.first, self.exponent)
+
+    def centers(self) -> Float32[Tensor, "channels bins"]:
+        """Middle of each bin, in units of x."""
+        index = self.first[:, None] + torch.arange(self.bins, dtype=torch.int32, device=self.first.device)
+        return torch.ldexp(index.float() + 0.5, self.exponent[:, None])
+
+    def width(self) -> Float32[Tensor, " channels"]:
+        """Width of the bins, in units of x."""
+        return torch.ldexp(torch.ones_like(self.minimum), self.exponent)
+
+    def quantiles(self, tail: float) -> tuple[Float32[Tensor, " channels"], Float32[Tensor, " channels"]]:
+        """Each channel's quantiles `tail` and `1 - tail`, right to half a bin."""
+        cumulative = self.counts.long().cumsum(dim=1)
+        total = cumulative[:, -1:]
+        centers = self.centers()
+        found = []
+        for share in (tail, 1 - tail):
+            bins = torch.searchsorted(cumulative, (total * share).long() + 1).clamp_(max=self.bins - 1)
+            found.append(centers.gather(1, bins)[:, 0].clamp(self.minimum, self.maximum))
+        return found[0], found[1]
+
+    def _widen(self, low: Tensor, high: Tensor) -> None:
+        minimum, maximum = torch.minimum(self.minimum, low), torch.maximum(self.maximum, high)
+        exponent = _smallest_exponent(minimum, maximum, self.bins)
+        first = torch.floor(torch.ldexp(minimum, -exponent)).to(torch.int32)
+        moved = (exponent != self.exponent) | (first != self.first)
+        if moved.any():
+            old = (self.counts[moved], self.first[moved], self.exponent[moved])
+            self.counts[moved] = _coarsen(*old, first[moved], exponent[moved])
+        self.minimum, self.maximum, self.exponent, self.first = minimum, maximum, exponent, first
+
+
+def _smallest_exponent(low: Tensor, high: Tensor, bins: int) -> Int32[Tensor, " channels"]:
+    """Least e for which low and high lie within `bins` bins of width 2^e."""
+    _, magnitude = torch.frexp(torch.maximum(low.abs(), high.abs()))
+    _, span = torch.frexp(high.double() - low.double())
+    exponent = torch.maximum(magnitude - _SIGNIFICANT_BITS, span - bins.bit_length() - 1).clamp_min(-120)
+    for _ in range(4):
+        fits = torch.floor(torch.ldexp(high, -exponent)) - torch.floor(torch.ldexp(low, -exponent)) < bins
+        exponent = torch.where(fits, exponent, exponent + 1)
+    return exponent.to(torch.int32)
+
+
+def _coarsen(counts: Tensor, first: Tensor, exponent: Tensor, new_first: Tensor, new_exponent: Tensor) -> Tensor:
+    """The same counts in bins that are wider by a power of two, from another first bin on."""
+    index = first[:, None] + torch.arange(counts.shape[1], dtype=torch.int32, device=counts.device)
+    shift = (new_exponent - exponent).clamp(0, 31)[:, None]
+    target = ((index >> shift) - new_first[:, None]).clamp_(0, counts.shape[1] - 1)
+    return torch.zeros_like(counts).scatter_add_(1, target.long(), counts)

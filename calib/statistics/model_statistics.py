@@ -1,0 +1,296 @@
+"""Sufficient statistics of a whole model: fed window by window, merged over shards, kept in a file, fitted from."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Self, cast
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from artifacts.errors import CorruptArtifactError, MismatchError
+from artifacts.manifest import Corpus
+from artifacts.sites import Site
+from artifacts.storage import Stored, read, write
+from calib.statistics.moments import CrossMoments
+from calib.statistics.row_sample import RowSample, priorities
+from calib.statistics.site_statistics import (
+    HEAD_POSITIONS,
+    SAMPLE_TOKENS,
+    SiteShape,
+    SiteStatistics,
+    Tier,
+    check_finite,
+)
+from calib.windows import merge_sketches
+
+FORMAT = "kvcalib.statistics"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What the statistics were taken from.
+
+    Parameters
+    ----------
+    model : Mapping[str, Any]
+        Fingerprint of the model.
+    model_id : str or None
+        Hub id, where it came from the hub.
+    corpus : str
+        Name of the text.
+    seed : int or None
+        Seed of the window sampling.
+    tool_version : str
+        The kvcalib that took them.
+    """
+
+    model: Mapping[str, Any]
+    model_id: str | None
+    corpus: str
+    seed: int | None
+    tool_version: str
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """The tokens of one forward pass, padding left out.
+
+    Parameters
+    ----------
+    positions : Int64[Tensor, "tokens"]
+        Position of each token within its window, from 0.
+    windows : Int64[Tensor, "tokens"]
+        Number of each token's window in the run.
+    digests : Sequence[str]
+        Content digest of each window of the batch, in order.
+    """
+
+    positions: Int64[Tensor, " tokens"]
+    windows: Int64[Tensor, " tokens"]
+    digests: Sequence[str]
+
+
+class ModelStatistics:
+    """The statistics of all sites of a model.
+
+    Parameters
+    ----------
+    shapes : Sequence[SiteShape]
+        The sites.
+    tier : {'basic', 'full'}
+        `full` adds whole-layer moments and moments between neighbouring sites.
+    origin : Origin
+        What they are taken from.
+    """
+
+    def __init__(self, shapes: Sequence[SiteShape], tier: Tier, origin: Origin) -> None:
+        self.tier, self.origin = tier, origin
+        self.sites = {shape.site: SiteStatistics(shape, tier) for shape in sorted(shapes, key=lambda s: s.site)}
+        self.cross = _cross_moments(self.sites) if tier == "full" else {}
+        self.sample = RowSample(SAMPLE_TOKENS[tier])
+        self.head = RowSample(SAMPLE_TOKENS[tier])
+        self.windows: list[str] = []
+        self.seqlen = self.n_tokens = 0
+        self.ngrams = torch.empty(0, dtype=torch.int64)
+
+    def update(self, batch: TokenBatch, vectors: Mapping[Site, Float[Tensor, "tokens channels"]]) -> None:
+        """Takes in one forward pass: all of it or, after an error, none.
+
+        Raises
+        ------
+        NonFiniteError
+            If a vector holds NaN or infinity.
+        ValueError
+            If a site is missing.
+        """
+        if set(vectors) != set(self.sites):
+            raise ValueError(f"statistics: no vectors for {sorted(map(str, set(self.sites) - set(vectors)))}")
+        for site, x in vectors.items():
+            check_finite(site, x, batch.windows)
+        head = batch.positions < HEAD_POSITIONS
+        seeds = [int(digest, 16) for digest in batch.digests]
+        order = _priorities(seeds, batch)
+        rows = self.sample.choose(order, batch.positions)
+        head_rows = self.head.choose(_window_priorities(seeds, batch)[head], batch.positions[head])
+        for site, statistics in self.sites.items():
+            x = vectors[site]
+            statistics.update(x[~head.to(x.device)])
+            statistics.keep_head_rows(x[head.to(x.device)], head_rows)
+            if statistics.keeps_rows:
+                statistics.keep_rows(x, rows)
+        for (left, right), moments in self.cross.items():
+            tail = ~head.to(vectors[left].device)
+            moments.update(vectors[left][tail], vectors[right].to(vectors[left].device)[tail])
+        self.windows += batch.digests
+        self.n_tokens += len(batch.positions)
+        self.seqlen = max(self.seqlen, int(batch.positions.max()) + 1)
+
+    def merge(self, other: "ModelStatistics") -> None:
+        """Takes in another shard.
+
+        Raises
+        ------
+        MismatchError
+            If it comes from another model, tier or version, or holds windows that are already in.
+        """
+        for name in ("model", "model_id", "tool_version"):
+            own, theirs = getattr(self.origin, name), getattr(other.origin, name)
+            if own != theirs:
+                raise MismatchError(f"merge: the shards differ in {name}: {own!r:.300} and {theirs!r:.300}")
+        if self.tier != other.tier:
+            raise MismatchError(f"merge: the shards differ in tier: {self.tier} and {other.tier}")
+        twice = set(self.windows) & set(other.windows)
+        if twice:
+            raise MismatchError(
+                f"merge: {len(twice)} of {len(other.windows)} windows are in both shards; the same shard twice? "
+                "Take shards of one run with --shard 1/4 ... 4/4."
+            )
+        rows, head_rows = self.sample.merge(other.sample), self.head.merge(other.head)
+        for site, statistics in self.sites.items():
+            statistics.merge(other.sites[site], rows, head_rows)
+        for pair, moments in self.cross.items():
+            moments.merge(other.cross[pair])
+        self.windows += other.windows
+        self.n_tokens += other.n_tokens
+        self.seqlen = max(self.seqlen, other.seqlen)
+        self.ngrams = merge_sketches(self.ngrams, other.ngrams)
+        if self.origin.corpus != other.origin.corpus or self.origin.seed != other.origin.seed:
+            names = sorted({*self.origin.corpus.split("+"), *other.origin.corpus.split("+")})
+            seed = self.origin.seed if self.origin.seed == other.origin.seed else None
+            self.origin = replace(self.origin, corpus="+".join(names), seed=seed)
+
+    def site(self, site: Site, sink_tokens: int) -> SiteStatistics:
+        """The statistics of a site's positions from `sink_tokens` on.
+
+        Raises
+        ------
+        ValueError
+            If the site was not captured, or more positions are left out than were kept apart.
+        """
+        if site not in self.sites:
+            raise ValueError(
+                f"{site}: the statistics do not hold this site; they hold {', '.join(map(str, self.sites))}. "
+                "Calibrate with the stage that the recipe asks for."
+            )
+        if not 0 <= sink_tokens <= HEAD_POSITIONS:
+            raise ValueError(
+                f"statistics: at most the first {HEAD_POSITIONS} positions can be left out of a fit; got {sink_tokens}"
+            )
+        return self.sites[site].from_position(sink_tokens, self.sample, self.head)
+
+    @property
+    def corpus(self) -> Corpus:
+        """What was read, for the manifest."""
+        digest = Stored(format="windows", header={"windows": sorted(self.windows)}, arrays={}).digest
+        return Corpus(
+            name=self.origin.corpus,
+            digest=digest,
+            n_windows=len(self.windows),
+            n_tokens=self.n_tokens,
+            seqlen=self.seqlen,
+            seed=self.origin.seed,
+        )
+
+    @property
+    def exact_head(self) -> bool:
+        """Whether the first positions of every window are at hand."""
+        return self.head.complete
+
+    def estimated_bytes(self) -> int:
+        """Memory that the statistics take when full."""
+        sites = sum(statistics.estimated_bytes() for statistics in self.sites.values())
+        return sites + sum(moments.products.nbytes for moments in self.cross.values())
+
+    def save(self, path: str | Path) -> None:
+        """Writes everything to one `.safetensors` file.
+
+        Raises
+        ------
+        ArtifactError
+            If the suffix is unknown.
+        """
+        header = {
+            "tier": self.tier,
+            "origin": {**asdict(self.origin), "model": dict(self.origin.model)},
+            "shapes": [{**asdict(s.shape), "site": str(site)} for site, s in self.sites.items()],
+            "windows": sorted(self.windows),
+            "seqlen": self.seqlen,
+            "n_tokens": self.n_tokens,
+            "n_seen": [self.sample.n_seen, self.head.n_seen],
+        }
+        arrays = {
+            f"{site}/{name}": tensor.cpu().contiguous().numpy()
+            for site, statistics in self.sites.items()
+            for name, tensor in statistics.state().items()
+        }
+        arrays |= {f"cross/{a}/{b}": moments.products.cpu().numpy() for (a, b), moments in self.cross.items()}
+        for name, sample in (("sample", self.sample), ("head", self.head)):
+            arrays[f"{name}/priorities"] = sample.priorities.numpy()
+            arrays[f"{name}/positions"] = sample.positions.numpy()
+        arrays["corpus/ngrams"] = self.ngrams.numpy()
+        write(Path(path), Stored(format=FORMAT, header=header, arrays=arrays))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "ModelStatistics":
+        """Reads what `save` wrote.
+
+        Raises
+        ------
+        ArtifactError
+            If the file is not a whole file of statistics.
+        """
+        stored = read(Path(path), FORMAT)
+        try:
+            return cls._from_stored(stored)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CorruptArtifactError(f"{path}: {error}") from error
+
+    @classmethod
+    def _from_stored(cls, stored: Stored) -> "ModelStatistics":
+        header = stored.header
+        tensors = {name: torch.from_numpy(np.array(array)) for name, array in stored.arrays.items()}
+        shapes = [SiteShape(**{**shape, "site": Site.parse(shape["site"])}) for shape in header["shapes"]]
+        statistics = cls(shapes, cast(Tier, header["tier"]), Origin(**header["origin"]))
+        for site, own in statistics.sites.items():
+            prefix = f"{site}/"
+            own.restore({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+        for (a, b), moments in statistics.cross.items():
+            moments.products = tensors[f"cross/{a}/{b}"]
+        for name, sample, seen in zip(("sample", "head"), (statistics.sample, statistics.head), header["n_seen"], strict=True):
+            sample.priorities, sample.positions = tensors[f"{name}/priorities"], tensors[f"{name}/positions"]
+            sample.n_seen = seen
+        statistics.windows = list(header["windows"])
+        statistics.seqlen, statistics.n_tokens = header["seqlen"], header["n_tokens"]
+        statistics.ngrams = tensors["corpus/ngrams"]
+        return statistics
+
+
+def _cross_moments(sites: Mapping[Site, SiteStatistics]) -> dict[tuple[Site, Site], CrossMoments]:
+    """Between each site and the earlier ones that may predict it: the layer before, and the key beside a value."""
+    cached = {site: s.shape.channels for site, s in sites.items() if site.tensor != "query" and site.stage != "post_rope"}
+    return {
+        (earlier, site): CrossMoments(cached[earlier], cached[site])
+        for site in cached
+        for earlier in cached
+        if earlier.layer == site.layer - 1 or (earlier.layer == site.layer and earlier < site)
+    }
+
+
+def _priorities(seeds: Sequence[int], batch: TokenBatch) -> Int64[Tensor, " tokens"]:
+    return _by_window(seeds, batch, lambda seed, positions: priorities(seed, positions))
+
+
+def _window_priorities(seeds: Sequence[int], batch: TokenBatch) -> Int64[Tensor, " tokens"]:
+    return _by_window(seeds, batch, lambda seed, positions: priorities(seed, torch.zeros_like(positions)))
+
+
+def _by_window(seeds: Sequence[int], batch: TokenBatch, function: Any) -> Int64[Tensor, " tokens"]:
+    found = torch.empty_like(batch.positions)
+    for number, seed in zip(batch.windows.unique(), seeds, strict=True):
+        here = batch.windows == number
+        found[here] = function(seed, batch.positions[here])
+    return found
+

@@ -1,0 +1,70 @@
+"""How long the two-channel vectors are that a rotary embedding turns."""
+
+from typing import Self
+
+import torch
+from jaxtyping import Float, Float32, Float64
+from torch import Tensor
+
+from calib.statistics.statistic import Statistic, adopt_device
+
+
+class PairNorms(Statistic):
+    """Largest and mean squared length of each rotary pair: bounds on a key after rotation, at any position.
+
+    Parameters
+    ----------
+    pairs : tuple of Tensor
+        Channels of the first and of the second member of each pair.
+    """
+
+    STATE = ("n_tokens", "largest", "squares")
+
+    def __init__(self, pairs: tuple[Tensor, Tensor]) -> None:
+        self.pairs = pairs
+        self.n_tokens = torch.zeros((), dtype=torch.int64)
+        self.largest = torch.zeros(len(pairs[0]))
+        self.squares = torch.zeros(len(pairs[0]), dtype=torch.float64)
+
+    def update(self, x: Float[Tensor, "tokens channels"]) -> None:
+        """Takes in finite tokens."""
+        if x.shape[0] == 0:
+            return
+        adopt_device(self, x.device)
+        first, second = (x[:, index.to(x.device)].double() for index in self.pairs)
+        squares = first.square() + second.square()
+        self.n_tokens += x.shape[0]
+        self.squares += squares.sum(dim=0)
+        self.largest = torch.maximum(self.largest, squares.amax(dim=0).sqrt().float())
+
+    def merge(self, other: Self) -> None:
+        """Takes in what another statistic has seen."""
+        self.n_tokens += other.n_tokens
+        self.squares += other.squares
+        self.largest = torch.maximum(self.largest, other.largest)
+
+    def bound(self) -> Float32[Tensor, " pairs"]:
+        """Largest length of each pair."""
+        return self.largest
+
+    def mean_square(self) -> Float64[Tensor, " pairs"]:
+        """Mean squared length of each pair."""
+        return self.squares / self.n_tokens.clamp_min(1)
+
+
+def rotary_pairs(kv_heads: int, head_dim: int, rotary_dim: int, *, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """Channels that a rotary embedding turns together, over all heads.
+
+    Parameters
+    ----------
+    kv_heads, head_dim : int
+        Shape of a key.
+    rotary_dim : int
+        Leading channels of each head that rotate.
+    interleaved : bool
+        Pairs (0, 1), (2, 3), ... instead of (0, half), (1, half + 1), ...
+    """
+    half = rotary_dim // 2
+    first = torch.arange(0, rotary_dim, 2) if interleaved else torch.arange(half)
+    heads = torch.arange(kv_heads)[:, None] * head_dim
+    return (heads + first).reshape(-1), (heads + first + (1 if interleaved else half)).reshape(-1)

@@ -1,0 +1,59 @@
+"""The contract of every statistic.
+
+Fixed memory; any chunking, order or sharding of the same tokens gives the same state: integer counts exactly, float64
+sums to 1e-6 of their scale. All state is in the tensors that `STATE` names, so one function saves and one merges.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar, Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class Statistic(ABC):
+    """Something that a stream of tokens can be summed into."""
+
+    STATE: ClassVar[tuple[str, ...]]
+    """Names of the tensor attributes that hold everything."""
+
+    @abstractmethod
+    def update(self, x: Float[Tensor, "tokens channels"]) -> None:
+        """Takes in finite tokens."""
+
+    @abstractmethod
+    def merge(self, other: Self) -> None:
+        """Takes in what another statistic has seen."""
+
+    def state(self) -> dict[str, Tensor]:
+        """The tensors that hold everything."""
+        return {name: getattr(self, name) for name in self.STATE}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Puts back what `state` gave.
+
+        Raises
+        ------
+        ValueError
+            If a tensor is missing or has another shape or dtype.
+        """
+        for name, own in self.state().items():
+            given = state.get(name)
+            if given is None or given.shape != own.shape or given.dtype != own.dtype:
+                got = "nothing" if given is None else f"{given.dtype} {tuple(given.shape)}"
+                raise ValueError(f"{type(self).__name__}.{name}: expected {own.dtype} {tuple(own.shape)}, got {got}")
+            setattr(self, name, given.clone())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the state."""
+        return sum(tensor.nbytes for tensor in self.state().values())
+
+
+def adopt_device(statistic: Statistic, device: torch.device) -> None:
+    """Moves the state to where the activations are."""
+    for name, tensor in statistic.state().items():
+        if tensor.device != device:
+            setattr(statistic, name, tensor.to(device))

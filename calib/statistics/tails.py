@@ -1,0 +1,77 @@
+"""The largest and smallest values of each channel, exactly."""
+
+from typing import Self
+
+import torch
+from jaxtyping import Float, Float32
+from torch import Tensor
+
+from calib.statistics.statistic import Statistic, adopt_device
+
+
+class Tails(Statistic):
+    """The `depth` smallest and largest values of each channel, from which outer percentiles are exact.
+
+    Parameters
+    ----------
+    channels : int
+        Channels of a token.
+    depth : int
+        Values kept at each end of each channel.
+    """
+
+    STATE = ("n_tokens", "smallest", "largest")
+
+    def __init__(self, channels: int, depth: int = 512) -> None:
+        self.depth = depth
+        self.n_tokens = torch.zeros((), dtype=torch.int64)
+        self.smallest = torch.full((depth, channels), torch.inf)
+        self.largest = torch.full((depth, channels), -torch.inf)
+
+    def update(self, x: Float[Tensor, "tokens channels"]) -> None:
+        """Takes in finite tokens."""
+        adopt_device(self, x.device)
+        self.n_tokens += x.shape[0]
+        self.largest = _keep_largest(self.largest, x.float())
+        self.smallest = -_keep_largest(-self.smallest, -x.float())
+
+    def merge(self, other: Self) -> None:
+        """Takes in what another statistic has seen."""
+        self.n_tokens += other.n_tokens
+        self.largest = _keep_largest(self.largest, other.largest)
+        self.smallest = -_keep_largest(-self.smallest, -other.smallest)
+
+    @property
+    def minimum(self) -> Float32[Tensor, " channels"]:
+        """Smallest value of each channel."""
+        return self.smallest[0]
+
+    @property
+    def maximum(self) -> Float32[Tensor, " channels"]:
+        """Largest value of each channel."""
+        return self.largest[0]
+
+    def covers(self, tail: float) -> bool:
+        """Whether the quantiles `tail` and `1 - tail` can be read off exactly."""
+        return self._rank(tail)[0] + 1 < min(self.depth, int(self.n_tokens))
+
+    def quantiles(self, tail: float) -> tuple[Float32[Tensor, " channels"], Float32[Tensor, " channels"]]:
+        """Each channel's quantiles `tail` and `1 - tail`, linearly interpolated as numpy does it."""
+        rank, part = self._rank(tail)
+        follow = min(rank + 1, self.depth - 1) if part else rank
+        return (
+            torch.lerp(self.smallest[rank], self.smallest[follow], part),
+            torch.lerp(self.largest[rank], self.largest[follow], part),
+        )
+
+    def _rank(self, tail: float) -> tuple[int, float]:
+        position = tail * (int(self.n_tokens) - 1)
+        return int(position), position - int(position)
+
+
+def _keep_largest(kept: Float32[Tensor, "depth channels"], x: Float32[Tensor, "tokens channels"]) -> Tensor:
+    n_new = int((x > kept[-1]).sum(dim=0).max())
+    if n_new == 0:
+        return kept
+    best = x.topk(min(n_new, kept.shape[0]), dim=0, sorted=False).values
+    return torch.cat([kept, best]).topk(kept.shape[0], dim=0).values

@@ -1,0 +1,1 @@
+"""The programs `calibrate`, `evaluate` and `artifact`."""

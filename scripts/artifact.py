@@ -1,0 +1,99 @@
+"""`artifact`: looks into artifact files, compares and converts them."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from artifacts.storage import Stored, check_suffix, read, write
+from scripts.console import UsageError, run
+
+FORMAT = "kvcalib.artifact"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    return run("artifact", _main, argv)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of `artifact`."""
+    parser = argparse.ArgumentParser("artifact", description=__doc__)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    inspect = commands.add_parser("inspect", help="sites, kinds, bits, ranges, codebooks, provenance")
+    inspect.add_argument("file", type=Path)
+    inspect.add_argument("--json", action="store_true", help="print one JSON object")
+    validate = commands.add_parser("validate", help="check every rule of the format, and that it fits a model")
+    validate.add_argument("file", type=Path)
+    validate.add_argument("--model", help="folder or hub id that it should fit")
+    diff = commands.add_parser("diff", help="how two artifacts differ; exit status 1 if they do")
+    diff.add_argument("file", type=Path)
+    diff.add_argument("other", type=Path)
+    convert = commands.add_parser("convert", help="write the same content as .safetensors or .pkl")
+    convert.add_argument("file", type=Path)
+    convert.add_argument("output", type=Path)
+    convert.add_argument("--force", action="store_true", help="replace an existing file")
+    for command in (inspect, validate, diff, convert):
+        command.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+def _main(argv: list[str]) -> int:
+    args = parser().parse_args(argv)
+    commands = {"inspect": _inspect, "validate": _validate, "diff": _diff, "convert": _convert}
+    return commands[args.command](args)
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from artifacts.inspect import report, table
+
+    found = report(read(args.file, FORMAT))
+    print(json.dumps(found, indent=2, allow_nan=False) if args.json else table(found))
+    return 0
+
+
+def _validate(args: argparse.Namespace) -> int:
+    from artifacts.artifact import load
+
+    artifact = load(args.file)
+    if args.model:
+        from scripts.models import load_model
+        from simquant.simulate import check_coverage
+
+        loaded = load_model(argparse.Namespace(model=args.model, device="cpu", dtype="auto", maxseqlen=None))
+        layers = loaded.layers()
+        artifact.check_model(loaded.fingerprint(layers))
+        check_coverage(artifact, layers)
+    fits = f", fits {args.model}" if args.model else ""
+    print(f"{args.file}: valid, {len(artifact)} sites, digest {artifact.digest[:16]}{fits}")
+    return 0
+
+
+def _diff(args: argparse.Namespace) -> int:
+    from artifacts.inspect import differences
+
+    rows = differences(read(args.file, FORMAT), read(args.other, FORMAT))
+    print("\n".join(rows) if rows else "same content")
+    return 1 if rows else 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    check_suffix(args.output)
+    if args.output.exists() and not args.force:
+        raise UsageError(f"{args.output} exists; --force replaces it")
+    write(args.output, _valid(args.file))
+    print(f"{args.output}: written")
+    return 0
+
+
+def _valid(path: Path) -> Stored:
+    from artifacts.artifact import from_stored
+
+    stored = read(path, FORMAT)
+    from_stored(stored)
+    return stored
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""`calibrate`: runs a model over some text once, fits quantizers, writes them to one file."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from scripts import options
+from scripts.console import UsageError, bar, run, say, set_up_logging
+
+if TYPE_CHECKING:
+    from artifacts.artifact import Artifact
+    from calib.recipe import Recipe
+    from calib.statistics.model_statistics import ModelStatistics
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    return run("calibrate", _main, argv)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of `calibrate`."""
+    parser = argparse.ArgumentParser("calibrate", description=__doc__, epilog="Next: evaluate MODEL --quantizer-path FILE")
+    options.add_model_options(parser)
+    options.add_text_options(parser)
+    options.add_recipe_options(parser, "default")
+    parser.add_argument("--nsamples", type=options.positive, default=16, metavar="N", help="calibration windows (default: 16)")
+    parser.add_argument("--quantizer-path", type=Path, metavar="FILE", help=".safetensors or .pkl (default: under runs/)")
+    parser.add_argument("--force", action="store_true", help="replace existing output files")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="sites fitted at a time (default: 1)")
+    parser.add_argument("--statistics", choices=("basic", "full"), default="basic", help="what to gather (default: basic)")
+    parser.add_argument("--save-statistics", type=Path, metavar="FILE", help="keep the statistics, to fit again or merge")
+    parser.add_argument("--from-statistics", type=Path, metavar="FILE", help="fit from saved statistics, without the model")
+    parser.add_argument("--merge", type=Path, nargs="+", metavar="FILE", help="fit from the statistics of several shards")
+    parser.add_argument("--resume", type=Path, metavar="FILE", help="go on from the statistics of an interrupted run")
+    parser.add_argument("--shard", type=options.shard, metavar="I/N", help="take every N-th window, from the I-th")
+    parser.add_argument("--print-recipe", action="store_true", help="print the recipe, flags included, and stop")
+    parser.add_argument("--list-recipes", action="store_true", help="print the shipped recipes and stop")
+    parser.add_argument("--list-sites", action="store_true", help="print which layers of MODEL can be handled and stop")
+    parser.add_argument("--calibrate", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--limit", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def _main(argv: list[str]) -> int:
+    args = parser().parse_args(argv)
+    set_up_logging(args.verbose)
+    from calib.recipe import load_recipe, shipped_recipes
+
+    if args.list_recipes:
+        print("\n".join(f"{name:14} {load_recipe(name).source}" for name in shipped_recipes()))
+        return 0
+    recipe = load_recipe(args.recipe or "default")
+    recipe = recipe.edited(options.recipe_changes(args, recipe.model_dump(mode="json")))
+    if args.print_recipe:
+        print(recipe.to_yaml(), end="")
+        return 0
+    if args.list_sites:
+        return _list_sites(args)
+    output = _output_path(args, recipe)
+    for path in filter(None, (output, args.save_statistics)):
+        _check_writable(path, args)
+    statistics = _statistics(args, recipe)
+    if args.save_statistics:
+        statistics.save(args.save_statistics)
+    return _fit(args, recipe, statistics, output)
+
+
+def _fit(args: argparse.Namespace, recipe: "Recipe", statistics: "ModelStatistics", output: Path) -> int:
+    from artifacts.artifact import save
+    from calib.fitting import fit
+
+    artifact = fit(statistics, recipe, jobs=args.jobs, progress=lambda fits: bar(fits, "fitting"))
+    save(artifact, output)
+    print(_summary(artifact, output))
+    print(f"Next: evaluate {args.model or artifact.manifest.model_id or 'MODEL'} --quantizer-path {output}")
+    return 0
+
+
+def _statistics(args: argparse.Namespace, recipe: "Recipe") -> "ModelStatistics":
+    from calib.statistics.model_statistics import ModelStatistics
+
+    sources = [name for name in ("from_statistics", "merge", "resume") if getattr(args, name)]
+    if len(sources) > 1:
+        raise UsageError(f"--{sources[0]} and --{sources[1]} exclude each other".replace("_", "-"))
+    if args.from_statistics or args.merge:
+        first, *others = args.merge or [args.from_statistics]
+        statistics = ModelStatistics.load(first)
+        for path in others:
+            statistics.merge(ModelStatistics.load(path))
+        return statistics
+    if args.model is None:
+        raise UsageError("name the model to calibrate: calibrate MODEL, a folder or a hub id")
+    return _gather(args, recipe)
+
+
+def _gather(args: argparse.Namespace, recipe: "Recipe") -> "ModelStatistics":
+    """Runs the model. After Ctrl-C the finished windows are kept where --save-statistics says so."""
+    from calib.calibration import add_windows, gigabytes, new_statistics
+    from calib.corpus import load_corpus
+    from calib.statistics.model_statistics import ModelStatistics
+    from calib.windows import sample_windows, window_digests
+    from scripts.interrupt import between_items
+    from scripts.models import load_model
+
+    loaded = load_model(args)
+    seqlen = loaded.window_tokens(args.seqlen)
+    corpus = load_corpus(args.dataset, "calibration", loaded.encode, field=args.field)
+    windows = sample_windows(corpus, n_windows=args.nsamples, seqlen=seqlen, seed=args.seed)
+    if args.shard:
+        number, total = args.shard
+        windows = windows[number - 1 :: total]
+        if not len(windows):
+            raise UsageError(f"--shard {number}/{total} of {args.nsamples} windows is empty; use at most {args.nsamples} shards")
+    layers = loaded.layers()
+    origin = {"model_id": loaded.model_id, "corpus": corpus.name, "seed": args.seed, "tokenizer_digest": loaded.tokenizer_digest}
+    statistics = new_statistics(loaded.model, layers, stage=recipe.stage, tier=args.statistics, **origin)
+    say(f"statistics ({args.statistics}): {gigabytes(statistics.estimated_bytes())} at most")
+    if args.resume:
+        statistics.merge(ModelStatistics.load(args.resume))
+        done = set(statistics.windows)
+        windows = windows[[digest not in done for digest in window_digests(windows)]]
+        say(f"{len(done)} windows are in {args.resume}, {len(windows)} remain")
+    try:
+        add_windows(loaded.model, layers, statistics, windows, lambda items: between_items(bar(items, "calibrating")))
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(_how_to_resume(args, statistics)) from error
+    return statistics
+
+
+def _how_to_resume(args: argparse.Namespace, statistics: "ModelStatistics") -> str:
+    if not args.save_statistics:
+        return "Nothing was written. With --save-statistics FILE an interrupted run can go on where it stopped."
+    statistics.save(args.save_statistics)
+    return (
+        f"{len(statistics.windows)} of {args.nsamples} windows are in {args.save_statistics}. Go on with the same "
+        f"command and --resume {args.save_statistics} --force"
+    )
+
+
+def _output_path(args: argparse.Namespace, recipe: "Recipe") -> Path:
+    if args.quantizer_path:
+        return Path(args.quantizer_path)
+    from scripts.models import short_name
+
+    model = short_name(args.model) if args.model else "statistics"
+    key, value = (getattr(estimator, "bits", 16) for estimator in (recipe.key, recipe.value))
+    return Path("runs") / f"{model}-{recipe.name}" / f"quantizers-k{key}v{value}.safetensors"
+
+
+def _check_writable(path: Path, args: argparse.Namespace) -> None:
+    from artifacts.storage import check_suffix
+
+    check_suffix(path)
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; name a file")
+    if path.exists() and not args.force:
+        raise UsageError(f"{path} exists; --force replaces it, another --quantizer-path keeps it")
+
+
+def _summary(artifact: "Artifact", output: Path) -> str:
+    static = sum(quantizer.static_bytes for quantizer in artifact.values())
+    kinds: dict[str, int] = {}
+    for site, quantizer in artifact.items():
+        row = f"{site.tensor}: {quantizer.spec.describe()}"
+        kinds[row] = kinds.get(row, 0) + 1
+    rows = [f"  {count} x {row}" for row, count in kinds.items()]
+    corpus = artifact.manifest.corpus
+    return "\n".join(
+        [f"{output}: {len(artifact)} sites, {static} static bytes, from {corpus.n_tokens} tokens of {corpus.name}", *rows]
+    )
+
+
+def _list_sites(args: argparse.Namespace) -> int:
+    from artifacts.attention import site_table
+    from scripts.models import load_model
+
+    if args.model is None:
+        raise UsageError("name the model whose layers to list: calibrate MODEL --list-sites")
+    for row in site_table(load_model(args).model):
+        shape = f"{row.kv_heads} x {row.head_dim}" if row.kv_heads else "-"
+        print(f"{row.layer:5}  {row.status:8} {shape:10} {' '.join(row.taps) or '-':34} {row.why}".rstrip())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""What the programs share: exit codes, errors for people, seed spellings of options."""
+
+import contextlib
+import importlib.util
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+FAILURE, WRONG_USAGE, INTERRUPTED = 1, 2, 130
+
+
+class UsageError(Exception):
+    """The command line asks for something that cannot be."""
+
+
+def run(program: str, main: Callable[[list[str]], int], argv: list[str] | None) -> int:
+    """Calls a program and turns what it raises into one message on standard error and an exit status."""
+    arguments = [dashes(word) for word in (sys.argv[1:] if argv is None else argv)]
+    try:
+        return main(arguments)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader has gone; nothing more to flush to it
+        return FAILURE
+    except KeyboardInterrupt as error:
+        say(f"{program}: interrupted. {error}")
+        return INTERRUPTED
+    except Exception as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        say(f"{program}: {_message(error)}")
+        return WRONG_USAGE if isinstance(error, UsageError) else FAILURE
+
+
+def dashes(word: str) -> str:
+    """An option as the ancestors spell it, with dashes: `--quantizer_path=q` becomes `--quantizer-path=q`."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+def say(text: str) -> None:
+    """A line for people, on standard error."""
+    print(text, file=sys.stderr)
+
+
+def bar(items: Iterable[Any], what: str) -> Iterator[Any]:
+    """The items, with a progress bar on a terminal."""
+    from tqdm import tqdm
+
+    yield from tqdm(items, desc=what, file=sys.stderr, disable=None)
+
+
+def set_up_logging(verbose: bool) -> None:
+    """Warnings, or with `verbose` what happens, on standard error."""
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", stream=sys.stderr)
+    if not verbose and importlib.util.find_spec("transformers"):
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        with contextlib.suppress(ImportError):
+            from transformers.utils.logging import disable_progress_bar
+
+            disable_progress_bar()
+
+
+def artifacts_under_runs() -> list[Path]:
+    """Artifacts that earlier calibrations left in `runs/`, newest first."""
+    found = [path for suffix in ("safetensors", "pkl") for path in Path("runs").glob(f"*/*.{suffix}")]
+    return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+
+
+def listing_of_runs() -> str:
+    """A sentence that names them."""
+    found = artifacts_under_runs()
+    if not found:
+        return "There are none under runs/; make one with: calibrate MODEL --nuq --quantizer-path q.safetensors"
+    return "Artifacts under runs/:\n" + "\n".join(f"  {path}" for path in found[:20])
+
+
+def _message(error: Exception) -> str:
+    text = str(error) or type(error).__name__
+    known = isinstance(error, UsageError | ValueError | OSError | MemoryError)
+    return text if known else f"{type(error).__name__}: {text}"

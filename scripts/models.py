@@ -1,0 +1,146 @@
+"""Loading models, tokenizers and text for the programs."""
+
+import argparse
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from artifacts.attention import AttentionLayer, attention_layers
+from artifacts.evidence import text_config
+from artifacts.fingerprint import model_fingerprint, vocabulary_digest
+from scripts.console import UsageError, say
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run, with what identifies it.
+
+    Parameters
+    ----------
+    model : nn.Module
+        In evaluation mode, on its device.
+    tokenizer : object or None
+        The model's tokenizer, where the folder has one.
+    model_id : str or None
+        Hub id; None for a local folder.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    model_id: str | None
+
+    @property
+    def context(self) -> int:
+        """Longest sequence that the model takes."""
+        return int(text_config(self.model).max_position_embeddings)
+
+    @property
+    def tokenizer_digest(self) -> str | None:
+        """Digest of the vocabulary, where there is a tokenizer."""
+        return vocabulary_digest(self.tokenizer.get_vocab()) if self.tokenizer else None
+
+    def layers(self) -> tuple[AttentionLayer, ...]:
+        """The attention layers."""
+        return attention_layers(self.model)
+
+    def fingerprint(self, layers: tuple[AttentionLayer, ...]) -> dict[str, Any]:
+        """What identifies the model, tokenizer included."""
+        return model_fingerprint(self.model, layers, self.tokenizer_digest)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, with the special tokens that the tokenizer adds by itself.
+
+        Raises
+        ------
+        UsageError
+            If the model came without a tokenizer.
+        """
+        if self.tokenizer is None:
+            raise UsageError("the model has no tokenizer: pass tokenised text, --dataset ids.npy")
+        ids: list[int] = self.tokenizer(text, verbose=False).input_ids
+        return ids
+
+    def window_tokens(self, seqlen: int | None) -> int:
+        """Window length: as asked, else 2048 or the context.
+
+        Raises
+        ------
+        UsageError
+            If it is beyond the context, or shorter than two tokens.
+        """
+        if seqlen is not None and seqlen > self.context:
+            raise UsageError(
+                f"--seqlen {seqlen} is beyond the model's context of {self.context} tokens. "
+                f"Use --seqlen {self.context}, or stretch the context with --maxseqlen {seqlen}."
+            )
+        if seqlen == 1:
+            raise UsageError("--seqlen 1 leaves nothing to predict; use at least 2")
+        return seqlen or min(2048, self.context)
+
+
+def load_model(args: argparse.Namespace) -> LoadedModel:
+    """The model that the command line names.
+
+    Raises
+    ------
+    UsageError
+        If the device does not exist.
+    OSError
+        If there is no such model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    name = str(args.model)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(f"--device {device}: this torch sees no CUDA device; use --device cpu")
+    try:
+        config = AutoConfig.from_pretrained(name)
+        _stretch(config, args.maxseqlen)
+        placement = {"device_map": "auto"} if device == "auto" else {}
+        model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=args.dtype, **placement)
+    except (OSError, ValueError) as error:
+        raise OSError(f"{name}: no model could be loaded: {_first_line(error)}{_hint(name)}") from error
+    if device != "auto":
+        model = model.to(device)
+    return LoadedModel(model.eval(), _load_tokenizer(name), None if os.path.isdir(name) else name)
+
+
+def short_name(model: str) -> str:
+    """A model's name for a folder."""
+    return Path(model.rstrip("/")).name or "model"
+
+
+def _load_tokenizer(name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        say(f"note: {name} has no tokenizer that can be loaded ({_first_line(error)}); only tokenised text will do")
+        return None
+
+
+def _stretch(config: Any, max_tokens: int | None) -> None:
+    """Linear RoPE scaling by a whole factor where more tokens are asked for than the model was made for."""
+    own = config.get_text_config()
+    if max_tokens is None or max_tokens <= own.max_position_embeddings:
+        return
+    factor = float(math.ceil(max_tokens / own.max_position_embeddings))
+    own.rope_parameters = {**(own.rope_parameters or {}), "rope_type": "linear", "factor": factor}
+    own.max_position_embeddings = max_tokens
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+
+
+def _hint(name: str) -> str:
+    if os.path.isdir(name):
+        return " A folder needs config.json and model.safetensors as transformers writes them."
+    return " Pass the path of a local folder, or check the hub id and the network."

@@ -1,0 +1,153 @@
+"""Options of the command line, and the recipe edits that they stand for."""
+
+import argparse
+import json
+from typing import Any
+
+from scripts.console import UsageError
+
+BITS = (1, 2, 3, 4, 5, 6, 7, 8, 16)
+_PROJECTIONS = {"k_proj": "key", "v_proj": "value"}
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """What to run, and on what."""
+    group = parser.add_argument_group("model")
+    group.add_argument("model", nargs="?", metavar="MODEL", help="folder or hub id of a causal language model")
+    group.add_argument("--device", help="cpu, cuda, cuda:1, ... or 'auto' for accelerate's device map (default: cuda if there)")
+    group.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+                       help="of the model; statistics are always float32 or wider (default: as stored)")
+    group.add_argument("--maxseqlen", type=positive, metavar="N",
+                       help="stretch RoPE linearly to this context, as KVQuant does (default: the model's own)")
+    group.add_argument("--no-flash-attn", action="store_true", help=argparse.SUPPRESS)
+    group.add_argument("--verbose", action="store_true", help="log what happens")
+    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def add_text_options(parser: argparse.ArgumentParser) -> None:
+    """What to read."""
+    group = parser.add_argument_group("text")
+    group.add_argument("--dataset", "--datasets", default="wikitext2", metavar="NAME|FILE",
+                       help="wikitext2, c4, ptb, or a .txt, .jsonl or .npy file (default: wikitext2)")
+    group.add_argument("--field", default="text", help="field of a .jsonl file (default: text)")
+    group.add_argument("--seqlen", type=positive, metavar="N",
+                       help="tokens per window (default: 2048 or the model's context, whichever is smaller)")
+    group.add_argument("--seed", type=int, default=0)
+
+
+def add_recipe_options(parser: argparse.ArgumentParser, default_recipe: str) -> None:
+    """Which quantizers; every flag edits the recipe."""
+    group = parser.add_argument_group("recipe")
+    group.add_argument("--recipe", default=None, metavar="NAME|FILE",
+                       help=f"shipped recipe or .yaml file (default: {default_recipe})")
+    group.add_argument("--abits", "--bits", type=int, choices=BITS, metavar="N", help="bits for keys and values; 16 is exact")
+    group.add_argument("--key-bits", "--kbits", type=int, choices=BITS, metavar="N", help="bits for keys")
+    group.add_argument("--value-bits", "--vbits", type=int, choices=BITS, metavar="N", help="bits for values")
+    group.add_argument("--nuq", action=argparse.BooleanOptionalAction, default=None,
+                       help="non-uniform codebooks by k-means, or uniform grids")
+    group.add_argument("--include-sparse", action=argparse.BooleanOptionalAction, default=None,
+                       help="keep outliers beside the codes")
+    group.add_argument("--sparsity-threshold", type=float, metavar="SHARE", help="share kept dense (default: 0.99)")
+    group.add_argument("--perchannel", nargs="*", metavar="PROJ", help="k_proj and/or v_proj: one range per channel")
+    group.add_argument("--pertoken", nargs="*", metavar="PROJ", help="k_proj and/or v_proj: each token's own range")
+    group.add_argument("--symmetric", action="store_true", default=None, help="uniform grids centred on zero")
+    group.add_argument("--clamp", action="store_true", default=None, help="whole zero points within the code range")
+    group.add_argument("--first-few-fp16", type=int, metavar="N", help="first tokens kept exact, 0 to 8")
+    group.add_argument("--stage", choices=("pre_rope", "post_rope"), help="where keys are taken")
+
+
+def positive(text: str) -> int:
+    """An integer from 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer from 1, got {text!r}")
+    return int(text)
+
+
+def shard(text: str) -> tuple[int, int]:
+    """`2/4` for the second of four shards."""
+    number, _, total = text.partition("/")
+    if not (number.isdigit() and total.isdigit() and 1 <= int(number) <= int(total)):
+        raise argparse.ArgumentTypeError(f"expected I/N with I from 1 to N, such as 2/4; got {text!r}")
+    return int(number), int(total)
+
+
+def recipe_changes(args: argparse.Namespace, base: dict[str, Any]) -> dict[str, Any]:
+    """The edits to the recipe `base` that the flags stand for."""
+    changes: dict[str, Any] = {
+        tensor: _site_changes(args, tensor, base[tensor], bits)
+        for tensor, bits in (("key", args.key_bits), ("value", args.value_bits))
+    }
+    if args.first_few_fp16 is not None:
+        changes["sink_tokens"] = max(0, args.first_few_fp16)
+    if args.stage is not None:
+        changes["stage"] = args.stage
+    return {name: change for name, change in changes.items() if change != {}}
+
+
+def _site_changes(args: argparse.Namespace, tensor: str, base: dict[str, Any], own_bits: int | None) -> dict[str, Any]:
+    bits = own_bits if own_bits is not None else args.abits
+    scope = _scope(args, tensor)
+    if bits == 16 or scope == "none":
+        return {"method": "identity"}
+    changes: dict[str, Any] = {}
+    if bits is not None:
+        changes["bits"] = bits
+    if scope is not None:
+        changes["per"] = scope
+    if args.include_sparse is not None or args.sparsity_threshold is not None:
+        changes["outliers"] = _outliers(args, base)
+    for flag, name in ((args.symmetric, "symmetric"), (args.clamp, "whole_zero_point")):
+        if flag is not None:
+            changes[name] = flag
+    return _with_method(args, base, changes)
+
+
+def _with_method(args: argparse.Namespace, base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """The edits; where the method changes, all of the entry, without what the other method does not know."""
+    wanted = base["method"] if args.nuq is None else ("codebook" if args.nuq else "uniform")
+    merged = {**base, **changes}
+    if wanted == "codebook" and merged.get("per") == "token" and merged.get("tables") == "channel":
+        changes["tables"] = "site"
+    if wanted == base["method"] or base["method"] == "identity":
+        return changes
+    shared = {name: merged[name] for name in ("bits", "per", "outliers", "threshold_dtype") if name in merged}
+    return {"method": wanted, **shared, **({"weights": "none"} if wanted == "codebook" else {})}
+
+
+def _scope(args: argparse.Namespace, tensor: str) -> str | None:
+    if args.perchannel is None and args.pertoken is None:
+        return None
+    channel, token = (_tensors(words) for words in (args.perchannel, args.pertoken))
+    if channel is not None and token is not None and channel & token:
+        raise UsageError(f"--perchannel and --pertoken both name {', '.join(sorted(channel & token))}; name each once")
+    if channel and tensor in channel:
+        return "channel"
+    if token and tensor in token:
+        return "token"
+    return "none" if channel is not None and token is not None else None
+
+
+def _tensors(words: list[str] | None) -> set[str] | None:
+    if words is None:
+        return None
+    text = " ".join(words)
+    names = json.loads(text) if text.startswith("[") else text.replace(",", " ").split()
+    unknown = [name for name in names if name not in _PROJECTIONS]
+    if unknown:
+        raise UsageError(f"expected k_proj and/or v_proj, got {unknown[0]!r} (MODEL stands before these options)")
+    return {_PROJECTIONS[name] for name in names}
+
+
+def _outliers(args: argparse.Namespace, base: dict[str, Any]) -> dict[str, Any] | None:
+    """As in KVQuant a threshold alone changes nothing without --include-sparse."""
+    if args.include_sparse is False:
+        return None
+    old = base.get("outliers")
+    if args.include_sparse is None and old is None:
+        return None
+    dense = args.sparsity_threshold if args.sparsity_threshold is not None else 0.99
+    if not 0.5 < dense <= 1:
+        raise UsageError(f"--sparsity-threshold is the share kept dense, above 0.5 and at most 1; got {dense}")
+    if dense == 1:
+        return None
+    return {"rule": (old or {}).get("rule", "percentile"), "fraction": round(1 - dense, 12)}

@@ -1,0 +1,236 @@
+"""Full precision against quantized, on the same windows."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float64, Int64
+from torch import Tensor, nn
+
+from artifacts.artifact import Artifact
+from artifacts.attention import AttentionLayer, attention_layers
+from artifacts.quantizer import Quantizer
+from artifacts.sites import Site
+from simquant.policy import CachePolicy
+from simquant.result import EvalResult
+from simquant.simulate import simulate
+from simquant.usage import CONTEXT_TOKENS, Usage
+
+Normalization = Literal["targets", "gptq"]
+Progress = Callable[[Iterable[Any]], Iterable[Any]]
+
+_SCORED_LOGITS = 2**24
+"""Logits that are scored at a time, to bound memory for large vocabularies."""
+
+
+class NothingQuantizedError(ValueError):
+    """A comparison was asked for in which nothing was quantized."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Per target: negative log probability under both models, divergence, and whether the first choices agree."""
+
+    fp_nll: Float64[Tensor, "windows targets"]
+    nll: Float64[Tensor, "windows targets"]
+    kl: Float64[Tensor, "windows targets"]
+    agrees: Bool[Tensor, "windows targets"]
+
+
+@torch.no_grad()
+def perplexity(
+    model: nn.Module,
+    windows: Int64[Tensor, "windows tokens"],
+    *,
+    batch_size: int = 1,
+    normalization: Normalization = "targets",
+) -> float:
+    """exp of the mean negative log probability of all tokens but the first of each window.
+
+    Inside `simulate` this is the perplexity of the quantized model.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A transformers causal language model.
+    windows : Int64[Tensor, "windows tokens"]
+        Token ids, without padding.
+    batch_size : int
+        Windows per forward pass.
+    normalization : {'targets', 'gptq'}
+        Mean over all targets, or over the windows' means; the same for windows of equal length.
+    """
+    _check_windows(windows)
+    nll = [_target_nll(_logits(model, batch), batch) for batch in windows.split(batch_size)]
+    return _perplexity(torch.cat(nll), normalization)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    windows: Int64[Tensor, "windows tokens"],
+    quantizers: Artifact | Mapping[Site, Quantizer],
+    *,
+    policy: CachePolicy | None = None,
+    batch_size: int = 1,
+    normalization: Normalization = "targets",
+    progress: Progress = iter,
+) -> EvalResult:
+    """What quantizing the cache costs, under the fully quantized protocol.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A transformers causal language model.
+    windows : Int64[Tensor, "windows tokens"]
+        Token ids, without padding.
+    quantizers : Artifact or mapping from Site to Quantizer
+        See `simulate`.
+    policy : CachePolicy or None
+        Which tokens stay exact; None takes what the artifact says.
+    batch_size : int
+        Windows per forward pass.
+    normalization : {'targets', 'gptq'}
+        See `perplexity`.
+    progress : callable
+        Wraps the batches, for a progress bar.
+
+    Raises
+    ------
+    NothingQuantizedError
+        If a quantizer has fewer than 16 bits and no token went through it.
+    """
+    _check_windows(windows)
+    start = time.perf_counter()
+    if policy is None:
+        policy = CachePolicy(sink_tokens=quantizers.manifest.sink_tokens if isinstance(quantizers, Artifact) else 0)
+    layers = attention_layers(model)
+    training = model.training
+    model.eval()
+    try:
+        scores, usage = _score_all(model, layers, windows.split(batch_size), quantizers, policy, progress)
+    finally:
+        model.train(training)
+    if usage.quantized_fraction == 0 and any(q.spec.bits < 16 for q in quantizers.values()):
+        raise NothingQuantizedError(
+            f"evaluate: fewer than 16 bits were asked for and no token was quantized ({policy.describe()}, windows of "
+            f"{windows.shape[1]} tokens). Use longer windows or a smaller first_few_fp16."
+        )
+    loss, stderr = clustered_mean(scores.nll - scores.fp_nll)
+    return EvalResult(
+        fp_perplexity=_perplexity(scores.fp_nll, normalization),
+        perplexity=_perplexity(scores.nll, normalization),
+        loss_nats=loss,
+        loss_nats_stderr=stderr,
+        kl_mean=float(scores.kl.mean()),
+        kl_p999=float(np.quantile(scores.kl.numpy(), 0.999)),
+        top1_agreement=float(scores.agrees.double().mean()),
+        bits=_bits(usage, policy),
+        quantized_fraction=usage.quantized_fraction,
+        protocol=_protocol(quantizers, policy, windows, normalization),
+        n_targets=scores.nll.numel(),
+        n_windows=len(windows),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def clustered_mean(differences: Float64[Tensor, "windows targets"]) -> tuple[float, float]:
+    """Mean over all targets, and its standard error with windows as the independent units (nan for one window)."""
+    n_windows = len(differences)
+    mean = float(differences.mean())
+    if n_windows < 2:
+        return mean, float("nan")
+    sums = (differences - mean).sum(dim=1)
+    return mean, float((sums.square().sum() * n_windows / (n_windows - 1)).sqrt() / differences.numel())
+
+
+def _score_all(
+    model: nn.Module,
+    layers: Sequence[AttentionLayer],
+    batches: Sequence[Tensor],
+    quantizers: Artifact | Mapping[Site, Quantizer],
+    policy: CachePolicy,
+    progress: Progress,
+) -> tuple[Scores, Usage]:
+    found: list[Scores] = []
+    usage = Usage(quantizers)
+    for batch in progress(batches):
+        fp = _logits(model, batch)
+        with simulate(model, quantizers, policy=policy, layers=layers) as used:
+            quantized = _logits(model, batch)
+        usage.include(used)
+        found.append(_score(fp, quantized, batch))
+    names = ("fp_nll", "nll", "kl", "agrees")
+    return Scores(*(torch.cat([getattr(scores, name) for scores in found]) for name in names)), usage
+
+
+def _logits(model: nn.Module, batch: Int64[Tensor, "windows tokens"]) -> Float[Tensor, "windows tokens vocab"]:
+    device = next(model.parameters()).device
+    logits: Tensor = model(input_ids=batch.to(device), use_cache=False).logits
+    return logits
+
+
+def _score(fp: Tensor, quantized: Tensor, batch: Int64[Tensor, "windows tokens"]) -> Scores:
+    targets = batch[:, 1:].to(fp.device).unsqueeze(-1)
+    columns = max(1, _SCORED_LOGITS // (fp.shape[0] * fp.shape[2]))
+    found = []
+    for first in range(0, targets.shape[1], columns):
+        part = slice(first, min(first + columns, targets.shape[1]))
+        log_p, log_q = (logits[:, part].float().log_softmax(dim=-1) for logits in (fp, quantized))
+        found.append(
+            (
+                -log_p.gather(-1, targets[:, part])[..., 0],
+                -log_q.gather(-1, targets[:, part])[..., 0],
+                (log_p.exp() * (log_p - log_q)).sum(dim=-1).clamp_min(0),
+                (log_p.argmax(dim=-1) == log_q.argmax(dim=-1)),
+            )
+        )
+    fp_nll, nll, kl, agrees = (torch.cat(columns, dim=1).cpu() for columns in zip(*found, strict=True))
+    return Scores(fp_nll.double(), nll.double(), kl.double(), agrees)
+
+
+def _target_nll(logits: Tensor, batch: Int64[Tensor, "windows tokens"]) -> Float64[Tensor, "windows targets"]:
+    return _score(logits, logits, batch).nll
+
+
+def _perplexity(nll: Float64[Tensor, "windows targets"], normalization: Normalization) -> float:
+    mean = nll.mean() if normalization == "targets" else nll.mean(dim=1).mean()
+    return float(mean.exp())
+
+
+def _bits(usage: Usage, policy: CachePolicy) -> dict[str, Any]:
+    tensors = ("key", "value")
+    amortised = {
+        str(n): {tensor: usage.amortised_bits(tensor, n, policy.sink_tokens) for tensor in tensors}
+        for n in CONTEXT_TOKENS
+    }
+    return {
+        **{tensor: usage.bits(tensor) for tensor in tensors},
+        "static_bytes": {tensor: usage.static_bytes(tensor) for tensor in tensors},
+        "amortised": amortised,
+    }
+
+
+def _protocol(
+    quantizers: Mapping[Site, Quantizer], policy: CachePolicy, windows: Tensor, normalization: Normalization
+) -> str:
+    stages = sorted({site.stage.replace("_rope", "-RoPE") for site in quantizers if site.stage})
+    causal = all(quantizer.tokens_per_scale == 1 for quantizer in quantizers.values())
+    return "; ".join(
+        [
+            "fully quantized: every query, its own token included, reads decoded keys and values",
+            f"keys {', '.join(stages)}",
+            policy.describe(),
+            f"{len(windows)} windows of {windows.shape[1]} tokens, all but the first of each scored",
+            "perplexity = exp(mean over targets)" if normalization == "targets" else "perplexity as GPTQ: exp(mean of the windows' means)",
+            *([] if causal else ["NOT CAUSAL: scales look at later tokens"]),
+        ]
+    )
+
+
+def _check_windows(windows: Tensor) -> None:
+    if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
+        raise ValueError(f"windows: expected at least one window of at least 2 tokens; got shape {tuple(windows.shape)}")

@@ -1,0 +1,129 @@
+"""Attention that reads keys and values as a quantized cache would give them back."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from artifacts.artifact import Artifact
+from artifacts.attention import AttentionLayer, attention_layers, tapped
+from artifacts.errors import MismatchError
+from artifacts.fingerprint import model_fingerprint
+from artifacts.layout import from_rows, to_rows
+from artifacts.quantizer import Quantizer
+from artifacts.sites import Site
+from simquant.policy import CachePolicy
+from simquant.tokens import Tokens, watch_tokens
+from simquant.usage import Usage
+
+
+@contextmanager
+def simulate(
+    model: nn.Module,
+    quantizers: Artifact | Mapping[Site, Quantizer],
+    *,
+    policy: CachePolicy | None = None,
+    layers: Sequence[AttentionLayer] | None = None,
+) -> Iterator[Usage]:
+    """Inside the context every key and value that the model caches has been through its quantizer.
+
+    This is the fully quantized protocol: a token's key and value are encoded and decoded before any query, its own
+    included, sees them. The model is as it was afterwards, also after an exception.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A transformers causal language model.
+    quantizers : Artifact or mapping from Site to Quantizer
+        One for the keys and one for the values of every layer; identities keep a layer exact.
+    policy : CachePolicy or None
+        Which tokens stay exact; None takes what the artifact says.
+    layers : sequence of AttentionLayer or None
+        From `attention_layers(model)`, if they are known already.
+
+    Yields
+    ------
+    Usage
+        Counts of tokens and stored bytes, growing while the model runs.
+
+    Raises
+    ------
+    MismatchError
+        If the artifact was made for another model, or covers only some layers.
+    """
+    layers = attention_layers(model) if layers is None else layers
+    if isinstance(quantizers, Artifact):
+        quantizers.check_model(model_fingerprint(model, layers, None))
+        policy = policy or CachePolicy(sink_tokens=quantizers.manifest.sink_tokens)
+    check_coverage(quantizers, layers)
+    usage = Usage(quantizers)
+    with ExitStack() as stack:
+        tokens = stack.enter_context(watch_tokens(model))
+        handlers = {
+            site: _handler(site, quantizer, policy or CachePolicy(), tokens, usage)
+            for site, quantizer in quantizers.items()
+        }
+        stack.enter_context(tapped(layers, handlers))
+        yield usage
+
+
+def check_coverage(quantizers: Mapping[Site, Quantizer], layers: Sequence[AttentionLayer]) -> None:
+    """There is one quantizer for the keys and one for the values of every layer.
+
+    Raises
+    ------
+    MismatchError
+        If some are missing, or stand for layers that the model does not have.
+    """
+    wanted = {(layer.layer, tensor) for layer in layers for tensor in ("key", "value")}
+    given = {(site.layer, site.tensor) for site in quantizers}
+    for problem, places in (("covers only some layers; missing", wanted - given), ("has no place in the model for", given - wanted)):
+        if places:
+            names = ", ".join(f"layers.{layer}.{tensor}" for layer, tensor in sorted(places)[:6])
+            raise MismatchError(
+                f"artifact: it {problem} {names}{', ...' if len(places) > 6 else ''}. A layer that shall stay exact "
+                "carries the quantizer 'identity'; otherwise calibrate all layers."
+            )
+
+
+def _handler(
+    site: Site, quantizer: Quantizer, policy: CachePolicy, tokens: Tokens, usage: Usage
+) -> Callable[[Tensor], Tensor]:
+    on_device: dict[torch.device, Quantizer] = {}
+
+    def handle(x: Float[Tensor, "batch heads tokens head_dim"]) -> Tensor:
+        own = on_device.get(x.device) or on_device.setdefault(x.device, quantizer.to(x.device))
+        rows = to_rows(x)
+        keep = tokens.encoded(x.shape[0], x.shape[2], policy.sink_tokens)
+        exact = tokens.real(x.shape[0], x.shape[2])
+        n_exact = 0 if keep is None else int((exact & ~keep).sum()) if exact is not None else int((~keep).sum())
+        usage.add_exact(site, n_exact, n_exact * rows[:1].nbytes)
+        parts = _parts(own, x.shape[0], x.shape[2], keep, rows.device)
+        if parts is None:
+            return from_rows(_simulated(own, rows, site, usage), x)
+        changed = rows.clone()
+        for part in parts:
+            changed[part] = _simulated(own, rows[part], site, usage)
+        return from_rows(changed, x)
+
+    return handle
+
+
+def _simulated(quantizer: Quantizer, rows: Tensor, site: Site, usage: Usage) -> Tensor:
+    codes = quantizer.encode(rows)
+    usage.add(site, codes)
+    return quantizer.decode(codes)
+
+
+def _parts(
+    quantizer: Quantizer, batch: int, n_tokens: int, keep: Bool[Tensor, "batch tokens"] | None, device: torch.device
+) -> list[Tensor] | None:
+    """Rows that are encoded together: all of them (None), the chosen ones, or each sequence's where tokens share scales."""
+    if quantizer.tokens_per_scale == 1 and keep is None:
+        return None
+    chosen = torch.ones(batch, n_tokens, dtype=torch.bool) if keep is None else keep
+    index = torch.arange(batch * n_tokens).view(batch, n_tokens)
+    rows = [index[chosen]] if quantizer.tokens_per_scale == 1 else [i[c] for i, c in zip(index, chosen, strict=True)]
+    return [part.to(device) for part in rows if len(part)]

@@ -1,0 +1,86 @@
+"""What was stored while a model ran, counted and never computed."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+
+from artifacts.codes import Codes
+from artifacts.quantizer import Quantizer
+from artifacts.sites import Site
+
+CONTEXT_TOKENS = (2048, 32768, 131072)
+"""Context lengths over which static bytes are spread in reports."""
+
+
+@dataclass
+class SiteUsage:
+    """Counters of one site.
+
+    Parameters
+    ----------
+    n_encoded, n_exact : int
+        Tokens that went through a quantizer, and tokens that the policy kept.
+    encoded_bytes, exact_bytes : int
+        What each of the two takes.
+    """
+
+    n_encoded: int = 0
+    n_exact: int = 0
+    encoded_bytes: int = 0
+    exact_bytes: int = 0
+
+
+@dataclass
+class Usage:
+    """Counters of all sites during a simulation."""
+
+    quantizers: Mapping[Site, Quantizer]
+    sites: dict[Site, SiteUsage] = field(default_factory=lambda: defaultdict(SiteUsage))
+
+    def add(self, site: Site, codes: Codes) -> None:
+        """Counts what was stored for encoded tokens."""
+        self.sites[site].n_encoded += codes.shape[0]
+        self.sites[site].encoded_bytes += codes.nbytes
+
+    def add_exact(self, site: Site, n_tokens: int, nbytes: int) -> None:
+        """Counts tokens that stay as they are."""
+        self.sites[site].n_exact += n_tokens
+        self.sites[site].exact_bytes += nbytes
+
+    def include(self, other: "Usage") -> None:
+        """Adds what another simulation has counted."""
+        for site, use in other.sites.items():
+            for counter in fields(SiteUsage):
+                setattr(self.sites[site], counter.name, getattr(self.sites[site], counter.name) + getattr(use, counter.name))
+
+    @property
+    def quantized_fraction(self) -> float:
+        """Share of the tokens, over all sites, that a quantizer of fewer than 16 bits has seen."""
+        total = sum(use.n_encoded + use.n_exact for use in self.sites.values())
+        lossy = sum(use.n_encoded for site, use in self.sites.items() if self.quantizers[site].spec.bits < 16)
+        return lossy / total if total else 0.0
+
+    def bits(self, tensor: str) -> float:
+        """Stored bits per element of the encoded keys or values, static bytes left out."""
+        chosen = self._chosen(tensor)
+        elements = sum(use.n_encoded * self.quantizers[site].channels for site, use in chosen.items())
+        return 8 * sum(use.encoded_bytes for use in chosen.values()) / elements if elements else 0.0
+
+    def static_bytes(self, tensor: str) -> int:
+        """Bytes of scales, codebooks and thresholds, stored once for any number of tokens."""
+        return sum(self.quantizers[site].static_bytes for site in self._chosen(tensor))
+
+    def amortised_bits(self, tensor: str, context_tokens: int, sink_tokens: int) -> float:
+        """Bits per element of a cache of `context_tokens` tokens: codes, exact tokens and static bytes."""
+        chosen = self._chosen(tensor)
+        total = 0.0
+        for site, use in chosen.items():
+            per_exact = use.exact_bytes / use.n_exact if use.n_exact else 0.0
+            per_encoded = use.encoded_bytes / use.n_encoded if use.n_encoded else per_exact
+            total += (context_tokens - sink_tokens) * per_encoded + sink_tokens * per_exact
+            total += self.quantizers[site].static_bytes
+        channels = sum(self.quantizers[site].channels for site in chosen)
+        return 8 * total / (context_tokens * channels) if channels else 0.0
+
+    def _chosen(self, tensor: str) -> dict[Site, SiteUsage]:
+        return {site: use for site, use in self.sites.items() if site.tensor == tensor}

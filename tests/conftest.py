@@ -1,0 +1,72 @@
+"""What every test shares: shapes checked at run time, no network, fixed seeds, and three models to run on."""
+
+import os
+
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", MPLBACKEND="Agg")  # read when the libraries are imported
+
+import jaxtyping
+
+# Checks each jaxtyping annotation of the three packages; it must stand before their first import.
+jaxtyping.install_import_hook(["artifacts", "calib", "simquant"], "beartype.beartype")
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # workers share the cores: more threads only wait for each other
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    """Every test starts from the same random state, alone or in the suite."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - the legacy generator is what scikit-learn falls back to
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiny_llama() -> LlamaForCausalLM:
+    """A fresh random Llama: 2 layers, 4 query heads on 2 KV heads of head_dim 8, vocab 64, context 128."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=128,
+        initializer_range=0.2,  # ten times the usual: attention is far from uniform, so damage to a key shows
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The data folder beside the checkout (or $KVCALIB_SHARED); without it the test is skipped."""
+    path = Path(os.environ.get("KVCALIB_SHARED") or Path(__file__).parents[2] / "shared")
+    if not path.is_dir():
+        pytest.skip(f"shared: a data folder was expected; {path} does not exist; set KVCALIB_SHARED")
+    return path
+
+
+@pytest.fixture(scope="session")
+def stories(shared: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The trained model stories260k and its tokenizer, loaded once: leave the model as you found it."""
+    folder = shared / "data" / "stories260k"
+    if not folder.is_dir():
+        pytest.skip(f"stories: the model stories260k was expected; {folder} does not exist")
+    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
