@@ -55,7 +55,7 @@ class Stored:
         for name in sorted(self.arrays):
             array = self.arrays[name]
             sha.update(canonical_json([name, str(array.dtype), list(array.shape)]).encode())
-            sha.update(np.ascontiguousarray(array).data)
+            sha.update(np.asarray(array, order="C").data)
         return sha.hexdigest()
 
 
@@ -159,7 +159,7 @@ def _parse(path: Path, data: bytes) -> tuple[str, dict[str, Array]]:
 def _to_safetensors(text: str, arrays: Mapping[str, Array]) -> bytes:
     from safetensors.numpy import save
 
-    return save({name: np.ascontiguousarray(array) for name, array in arrays.items()}, {_METADATA_KEY: text})
+    return save({name: np.asarray(array, order="C") for name, array in arrays.items()}, {_METADATA_KEY: text})
 
 
 def _from_safetensors(path: Path, data: bytes) -> tuple[str, dict[str, Array]]:

@@ -121,7 +121,7 @@ def _in_batches(
     solve: Callable[[Tensor, Tensor, int], Tensor], centers: Tensor, weights: Tensor, n_levels: int
 ) -> Tensor:
     size = max(1, _BATCH_BINS // centers.shape[-1])
-    batches = zip(centers.double().split(size), weights.double().split(size), strict=True)
+    batches = zip(torch.split(centers.double(), size), torch.split(weights.double(), size), strict=True)
     return torch.cat([solve(x, w, n_levels) for x, w in batches])
 
 
@@ -233,7 +233,7 @@ def _best_cuts(prefix: Tensor, row: Tensor, first: Tensor, last: Tensor, positio
     costs = _cost(prefix[:, candidates][:, :, None], prefix[:, positions.T[:, block]][:, None])
     lowest, where = costs.add_(row[candidates][:, None]).min(0)
     value = _least_per_block(lowest.T, n_tiles)
-    cut = candidates.gather(0, where).T.double().masked_fill(lowest.T > value[block], torch.inf)
+    cut = candidates.gather(0, where).T.double().masked_fill(value[block] < lowest.T, torch.inf)
     return value, _least_per_block(cut, n_tiles).long()
 
 

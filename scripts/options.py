@@ -99,10 +99,10 @@ def _site_changes(args: argparse.Namespace, tensor: str, base: dict[str, Any], o
     for flag, name in ((args.symmetric, "symmetric"), (args.clamp, "whole_zero_point")):
         if flag is not None:
             changes[name] = flag
-    return _with_method(args, base, changes)
+    return _with_method(args, tensor, base, changes)
 
 
-def _with_method(args: argparse.Namespace, base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+def _with_method(args: argparse.Namespace, tensor: str, base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """The edits; where the method changes, all of the entry, without what the other method does not know."""
     wanted = base["method"] if args.nuq is None else ("codebook" if args.nuq else "uniform")
     merged = {**base, **changes}
@@ -111,7 +111,8 @@ def _with_method(args: argparse.Namespace, base: dict[str, Any], changes: dict[s
     if wanted == base["method"] or base["method"] == "identity":
         return changes
     shared = {name: merged[name] for name in ("bits", "per", "outliers", "threshold_dtype") if name in merged}
-    return {"method": wanted, **shared, **({"weights": "none"} if wanted == "codebook" else {})}
+    by_queries = tensor == "key" and merged.get("per") == "channel"
+    return {"method": wanted, **shared, **({"weights": "query" if by_queries else "scale2"} if wanted == "codebook" else {})}
 
 
 def _scope(args: argparse.Namespace, tensor: str) -> str | None:

@@ -1,7 +1,7 @@
 """Exact one-dimensional k-means: against brute force, a naive programme, sklearn and the Gaussian limits."""
 
 from collections.abc import Callable
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ def best_partition(x: Tensor, w: Tensor, n_levels: int) -> float:
     """Least cost over all ways to cut the line into n_levels intervals, some of them empty if bins are few."""
     cuts = combinations(range(1, len(x)), min(n_levels, len(x)) - 1)
     edges = ([0, *cut, len(x)] for cut in cuts)
-    return min(sum(segment_cost(x[i:j], w[i:j]) for i, j in zip(e, e[1:], strict=False)) for e in edges)
+    return min(sum(segment_cost(x[i:j], w[i:j]) for i, j in pairwise(e)) for e in edges)
 
 
 def naive_programme(x: Tensor, w: Tensor, n_levels: int) -> float:

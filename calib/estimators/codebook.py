@@ -1,6 +1,6 @@
 """Tables of levels by exact one-dimensional k-means."""
 
-from typing import ClassVar, Literal, Self, final
+from typing import ClassVar, Literal, final
 
 import torch
 from jaxtyping import Float16, Float32, Float64
@@ -37,9 +37,10 @@ class CodebookEstimator(Estimator):
         Normalised by static ranges of the channels, or by each token's own range.
     tables : {'site', 'channel'}
         One table for all channels, or one for each.
-    weights : {'none', 'scale2'}
-        Every normalised value alike, or by the square of its channel's or token's half-range, which makes the
-        error that of x itself.
+    weights : {'none', 'scale2', 'query', 'query_scale2'}
+        Every normalised value alike; or by the square of its channel's or token's half-range, which makes the error
+        that of x itself; or by the energy of the queries that read the key channel, without gradients what Fisher
+        weights measure; or by both.
     outliers : Outliers or None
         Values kept apart.
     threshold_dtype : {'float32', 'float16'}
@@ -52,14 +53,16 @@ class CodebookEstimator(Estimator):
     bits: int = Field(default=4, ge=1, le=8)
     per: Literal["channel", "token"] = "channel"
     tables: Literal["site", "channel"] = "site"
-    weights: Literal["none", "scale2"] = "scale2"
+    weights: Literal["none", "scale2", "query", "query_scale2"] = "scale2"
     outliers: Outliers | None = None
     threshold_dtype: ThresholdDtype = "float32"
 
     @model_validator(mode="after")
-    def _possible(self) -> Self:
+    def _possible(self) -> "CodebookEstimator":
         if self.per == "token" and self.tables == "channel":
             raise ValueError("a range per token goes with one table per site; use tables: site, or per: channel")
+        if self.per == "token" and self.weights.startswith("query"):
+            raise ValueError("query weights belong to key channels; with per: token use weights: scale2 or none")
         return self
 
     def fit(self, statistics: SiteStatistics) -> Fit:
@@ -95,7 +98,7 @@ class CodebookEstimator(Estimator):
         bins = _SITE_BINS if self.tables == "site" else _CHANNEL_BINS
         centers, weights, n_coarse = _normal_histogram(statistics, ranges, scale, offset, bins, 2**self.bits)
         if self.tables == "site":
-            weights = weights * (scale.double().square()[:, None] if self.weights == "scale2" else 1.0)
+            weights = weights * self._channel_weights(statistics, scale)[:, None]
             total = weights.sum(dim=0)
             total[len(total) // 2] += float(total.sum() == 0)
             centers = (centers * weights).sum(dim=0) / total.clamp_min(torch.finfo(torch.float64).tiny)
@@ -107,6 +110,18 @@ class CodebookEstimator(Estimator):
         inner = Codebook(channels=len(scale), bits=self.bits, levels=levels, **_exact_constants(scale, offset, levels, ranges))
         source = ranges.source if not n_coarse else f"{ranges.source}; reservoir for {n_coarse} channels"
         return Fit(self.outliers.wrap(inner, ranges) if self.outliers else inner, source)
+
+
+    def _channel_weights(self, statistics: SiteStatistics, scale: Float32[Tensor, " channels"]) -> Tensor:
+        weights = torch.ones(len(scale), dtype=torch.float64)
+        if self.weights.startswith("query"):
+            if statistics.query_energy is None:
+                raise ValueError(
+                    f"{statistics.shape.site}: weights: {self.weights} needs the queries that read this site; there are "
+                    "none for values. Use weights: scale2 or none."
+                )
+            weights = statistics.query_energy
+        return weights * scale.double().square() if self.weights.endswith("scale2") else weights
 
 
 def _normalisation(ranges: Ranges, dtype: ThresholdDtype) -> tuple[Float32[Tensor, " channels"], Float32[Tensor, " channels"]]:

@@ -1,6 +1,6 @@
 """Uniform grids."""
 
-from typing import ClassVar, Literal, Self, final
+from typing import ClassVar, Literal, final
 
 import torch
 from pydantic import Field, model_validator
@@ -43,7 +43,7 @@ class UniformEstimator(Estimator):
     threshold_dtype: ThresholdDtype = "float32"
 
     @model_validator(mode="after")
-    def _possible(self) -> Self:
+    def _possible(self) -> "UniformEstimator":
         if self.symmetric and self.whole_zero_point:
             raise ValueError("a symmetric range has no zero point to round; drop symmetric or whole_zero_point")
         if self.symmetric and self.bits == 1:

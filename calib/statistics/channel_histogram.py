@@ -1,6 +1,5 @@
 """A histogram of each channel that widens by itself and still does not depend on the order of what it sees."""
 
-from typing import Self
 
 import torch
 from jaxtyping import Float, Float32, Int32
@@ -49,7 +48,7 @@ class ChannelHistogram(Statistic):
         flat = (bins + rows).view(-1)
         self.counts += torch.bincount(flat, minlength=self.counts.numel()).view_as(self.counts).to(torch.int32)
 
-    def merge(self, other: Self) -> None:
+    def merge(self, other: "ChannelHistogram") -> None:
         """Takes in what another statistic has seen."""
         if not torch.isfinite(other.minimum).all():
             return

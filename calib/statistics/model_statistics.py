@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from calib.statistics.site_statistics import (
     SiteStatistics,
     Tier,
     check_finite,
+    query_energy,
 )
 from calib.windows import merge_sketches
 
@@ -179,7 +180,12 @@ class ModelStatistics:
             raise ValueError(
                 f"statistics: at most the first {HEAD_POSITIONS} positions can be left out of a fit; got {sink_tokens}"
             )
-        return self.sites[site].from_position(sink_tokens, self.sample, self.head)
+        chosen = self.sites[site].from_position(sink_tokens, self.sample, self.head)
+        query = Site(site.layer, "query", site.stage) if site.stage else None
+        if query in self.sites:
+            queries = self.sites[query].from_position(sink_tokens, self.sample, self.head)
+            chosen.query_energy = query_energy(chosen.shape, queries)
+        return chosen
 
     @property
     def corpus(self) -> Corpus:

@@ -1,6 +1,5 @@
 """Sums of products of channels, in float64."""
 
-from typing import Self
 
 import torch
 from jaxtyping import Float, Float64
@@ -40,7 +39,7 @@ class Moments(Statistic):
         self.sums += wide.sum(dim=0)
         self.products += grouped.mT @ grouped
 
-    def merge(self, other: Self) -> None:
+    def merge(self, other: "Moments") -> None:
         """Takes in what another statistic has seen."""
         self.n_tokens += other.n_tokens
         self.sums += other.sums
@@ -72,6 +71,6 @@ class CrossMoments:
         self.products = self.products.to(x.device)
         self.products += x.double().T @ y.double()
 
-    def merge(self, other: Self) -> None:
+    def merge(self, other: "CrossMoments") -> None:
         """Takes in what another statistic has seen."""
         self.products += other.products

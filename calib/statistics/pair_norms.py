@@ -1,6 +1,5 @@
 """How long the two-channel vectors are that a rotary embedding turns."""
 
-from typing import Self
 
 import torch
 from jaxtyping import Float, Float32, Float64
@@ -37,7 +36,7 @@ class PairNorms(Statistic):
         self.squares += squares.sum(dim=0)
         self.largest = torch.maximum(self.largest, squares.amax(dim=0).sqrt().float())
 
-    def merge(self, other: Self) -> None:
+    def merge(self, other: "PairNorms") -> None:
         """Takes in what another statistic has seen."""
         self.n_tokens += other.n_tokens
         self.squares += other.squares

@@ -1,7 +1,6 @@
 """A sample of tokens that depends on their content and position only, never on the order in which they came."""
 
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 import torch
@@ -44,7 +43,7 @@ class RowSample:
         self.n_seen += len(priorities)
         return Choice(order)
 
-    def merge(self, other: Self) -> Choice:
+    def merge(self, other: "RowSample") -> Choice:
         """Takes in another sample; says which rows every site has to keep."""
         choice = self.choose(other.priorities, other.positions)
         self.n_seen += other.n_seen - len(other.priorities)

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Self, TypeVar
+from typing import Literal, TypeVar
 
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Float64
 from torch import Tensor
 
 from artifacts.errors import NonFiniteError
@@ -82,6 +82,7 @@ class SiteStatistics:
         if shape.rotary_dim:
             pairs = rotary_pairs(shape.heads, shape.head_dim, shape.rotary_dim, interleaved=shape.interleaved)
             self.statistics["pair_norms"] = PairNorms(pairs)
+        self.query_energy: Float64[Tensor, " channels"] | None = None
         self.head_rows = torch.empty(0, channels)
         self.rows = torch.empty(0, channels)
 
@@ -179,6 +180,22 @@ class SiteStatistics:
                 "Calibrate again with --statistics full."
             )
         return statistic
+
+
+def query_energy(
+    key: SiteShape, query: SiteStatistics
+) -> Float64[Tensor, " channels"]:
+    """Weight of an error in each key channel: E[q^2] of the queries that read it, alike for both of a rotary pair.
+
+    Averaged over relative positions, the squared error of a logit is the sum over pairs of E|q_pair|^2 / 2 times the
+    pair's squared key error.
+    """
+    squares = query.moments.second().diagonal(dim1=1, dim2=2)
+    energy = squares.reshape(key.heads, -1, key.head_dim).mean(dim=1).reshape(-1).cpu()
+    if key.rotary_dim:
+        first, second = rotary_pairs(key.heads, key.head_dim, key.rotary_dim, interleaved=key.interleaved)
+        energy[first] = energy[second] = (energy[first] + energy[second]) / 2
+    return energy
 
 
 def check_finite(site: Site, x: Float32[Tensor, "tokens channels"], windows: Tensor) -> None:

@@ -6,7 +6,7 @@ sums to 1e-6 of their scale. All state is in the tensors that `STATE` names, so 
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -24,7 +24,7 @@ class Statistic(ABC):
         """Takes in finite tokens."""
 
     @abstractmethod
-    def merge(self, other: Self) -> None:
+    def merge(self, other: Any) -> None:
         """Takes in what another statistic has seen."""
 
     def state(self) -> dict[str, Tensor]:

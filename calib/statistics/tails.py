@@ -1,6 +1,5 @@
 """The largest and smallest values of each channel, exactly."""
 
-from typing import Self
 
 import torch
 from jaxtyping import Float, Float32
@@ -35,7 +34,7 @@ class Tails(Statistic):
         self.largest = _keep_largest(self.largest, x.float())
         self.smallest = -_keep_largest(-self.smallest, -x.float())
 
-    def merge(self, other: Self) -> None:
+    def merge(self, other: "Tails") -> None:
         """Takes in what another statistic has seen."""
         self.n_tokens += other.n_tokens
         self.largest = _keep_largest(self.largest, other.largest)

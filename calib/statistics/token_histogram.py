@@ -1,6 +1,5 @@
 """How values lie within their own token's range, which is what a per-token codebook is fitted to."""
 
-from typing import Self
 
 import torch
 from jaxtyping import Bool, Float, Float32, Float64, Int64
@@ -41,7 +40,7 @@ class TokenHistogram(Statistic):
             self.counts[row] += counts
             self.weights[row] += weights
 
-    def merge(self, other: Self) -> None:
+    def merge(self, other: "TokenHistogram") -> None:
         """Takes in what another statistic has seen."""
         self.counts += other.counts
         self.weights += other.weights
