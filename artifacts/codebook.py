@@ -84,7 +84,9 @@ class DynamicCodebook(Quantizer):
         wide = x.float()
         low, high = torch.aminmax(wide, dim=1, keepdim=True)
         offset = round_outward((low + high) / 2, up=False, who=self.label)
-        scale = round_outward(torch.maximum(high - offset.float(), offset.float() - low), up=True, who=self.label, positive=True)
+        scale = round_outward(
+            torch.maximum(high - offset.float(), offset.float() - low), up=True, who=self.label, positive=True
+        )
         codes = nearest_level((wide - offset.float()) / scale.float(), self.levels)
         tensors = {"codes": pack(codes, self.bits), "scale": scale, "offset": offset}
         return Codes(tensors=tensors, shape=(x.shape[0], x.shape[1]), dtype=x.dtype)

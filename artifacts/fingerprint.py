@@ -10,7 +10,9 @@ from artifacts.attention import AttentionLayer
 from artifacts.evidence import text_config
 
 
-def model_fingerprint(model: nn.Module, layers: Iterable[AttentionLayer], tokenizer_digest: str | None) -> dict[str, Any]:
+def model_fingerprint(
+    model: nn.Module, layers: Iterable[AttentionLayer], tokenizer_digest: str | None
+) -> dict[str, Any]:
     """Facts that must agree for quantizers to fit: shapes, rotation, layer count, vocabulary, tokenizer.
 
     Parameters

@@ -100,5 +100,9 @@ def _level_lines(site: dict[str, Any]) -> list[str]:
 def _different_values(name: str, one: Any, other: Any) -> list[str]:
     if isinstance(one, dict) and isinstance(other, dict):
         keys = sorted({*one, *other})
-        return [row for key in keys for row in _different_values(f"{name}.{key}" if name else key, one.get(key), other.get(key))]
+        return [
+            row
+            for key in keys
+            for row in _different_values(f"{name}.{key}" if name else key, one.get(key), other.get(key))
+        ]
     return [] if one == other else [f"{name}: {json.dumps(one)[:80]} and {json.dumps(other)[:80]}"]

@@ -101,9 +101,7 @@ class Quantizer(ABC):
         """Everything but the tensors."""
         own = {name: value for name, value in self._fields().items() if not isinstance(value, Tensor | Quantizer)}
         inner = self._fields().get("inner")
-        return QuantSpec(
-            kind=self.kind, options=own, inner=inner.spec if isinstance(inner, Quantizer) else None
-        )
+        return QuantSpec(kind=self.kind, options=own, inner=inner.spec if isinstance(inner, Quantizer) else None)
 
     @final
     def tensors(self) -> dict[str, Tensor]:
@@ -123,7 +121,9 @@ class Quantizer(ABC):
 
     def to(self, device: torch.device) -> "Quantizer":
         """The same quantizer with its tensors on `device`."""
-        moved = {name: value.to(device) for name, value in self._fields().items() if isinstance(value, Tensor | Quantizer)}
+        moved = {
+            name: value.to(device) for name, value in self._fields().items() if isinstance(value, Tensor | Quantizer)
+        }
         return self.replace(**moved)
 
     def replace(self, **changes: Any) -> "Quantizer":

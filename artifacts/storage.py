@@ -117,7 +117,9 @@ def read(path: Path, expected_format: str) -> Stored:
         version, digest = top["version"], top["digest"]
         stored = Stored(format=top["format"], header=top["header"], arrays=arrays)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CorruptArtifactError(f"{path}: the header is not the JSON object that kvcalib writes ({error})") from error
+        raise CorruptArtifactError(
+            f"{path}: the header is not the JSON object that kvcalib writes ({error})"
+        ) from error
     if version != FORMAT_VERSION:
         raise UnsupportedVersionError(
             f"{path}: format version {version!r}; this kvcalib reads version {FORMAT_VERSION}. "

@@ -25,9 +25,7 @@ def tool_version() -> str:
         return "0.1.0"
 
 
-def fit(
-    statistics: ModelStatistics, recipe: Recipe, *, jobs: int = 1, progress: Progress = iter
-) -> Artifact:
+def fit(statistics: ModelStatistics, recipe: Recipe, *, jobs: int = 1, progress: Progress = iter) -> Artifact:
     """Fits every cached site from statistics.
 
     Parameters

@@ -111,7 +111,9 @@ def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     for name, change in changes.items():
         old = merged.get(name)
         fresh_method = isinstance(change, dict) and "method" in change
-        merged[name] = _merged(old, change) if isinstance(old, dict) and isinstance(change, dict) and not fresh_method else change
+        merged[name] = (
+            _merged(old, change) if isinstance(old, dict) and isinstance(change, dict) and not fresh_method else change
+        )
     return merged
 
 

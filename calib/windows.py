@@ -193,7 +193,9 @@ def merge_sketches(*sketches: Int64[Tensor, "_"], capacity: int = 4096) -> Sketc
     return merged[:capacity]
 
 
-def overlap_fraction(windows: Windows, sketch: Sketch, ngram_tokens: int = NGRAM_TOKENS, *, capacity: int = 4096) -> float:
+def overlap_fraction(
+    windows: Windows, sketch: Sketch, ngram_tokens: int = NGRAM_TOKENS, *, capacity: int = 4096
+) -> float:
     """Estimated share of the windows' n-grams that occur in the text of the sketch.
 
     Of the n-grams whose hash the sketch would have kept, the share that it has. A sketch that is not full holds all

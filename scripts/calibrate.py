@@ -21,18 +21,32 @@ def main(argv: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The options of `calibrate`."""
-    parser = argparse.ArgumentParser("calibrate", description=__doc__, epilog="Next: evaluate MODEL --quantizer-path FILE")
+    parser = argparse.ArgumentParser(
+        "calibrate", description=__doc__, epilog="Next: evaluate MODEL --quantizer-path FILE"
+    )
     options.add_model_options(parser)
     options.add_text_options(parser)
     options.add_recipe_options(parser, "default")
-    parser.add_argument("--nsamples", type=options.positive, default=16, metavar="N", help="calibration windows (default: 16)")
-    parser.add_argument("--quantizer-path", type=Path, metavar="FILE", help=".safetensors or .pkl (default: under runs/)")
+    parser.add_argument(
+        "--nsamples", type=options.positive, default=16, metavar="N", help="calibration windows (default: 16)"
+    )
+    parser.add_argument(
+        "--quantizer-path", type=Path, metavar="FILE", help=".safetensors or .pkl (default: under runs/)"
+    )
     parser.add_argument("--force", action="store_true", help="replace existing output files")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="sites fitted at a time (default: 1)")
-    parser.add_argument("--statistics", choices=("basic", "full"), default="basic", help="what to gather (default: basic)")
-    parser.add_argument("--save-statistics", type=Path, metavar="FILE", help="keep the statistics, to fit again or merge")
-    parser.add_argument("--from-statistics", type=Path, metavar="FILE", help="fit from saved statistics, without the model")
-    parser.add_argument("--merge", type=Path, nargs="+", metavar="FILE", help="fit from the statistics of several shards")
+    parser.add_argument(
+        "--statistics", choices=("basic", "full"), default="basic", help="what to gather (default: basic)"
+    )
+    parser.add_argument(
+        "--save-statistics", type=Path, metavar="FILE", help="keep the statistics, to fit again or merge"
+    )
+    parser.add_argument(
+        "--from-statistics", type=Path, metavar="FILE", help="fit from saved statistics, without the model"
+    )
+    parser.add_argument(
+        "--merge", type=Path, nargs="+", metavar="FILE", help="fit from the statistics of several shards"
+    )
     parser.add_argument("--resume", type=Path, metavar="FILE", help="go on from the statistics of an interrupted run")
     parser.add_argument("--shard", type=options.shard, metavar="I/N", help="take every N-th window, from the I-th")
     parser.add_argument("--print-recipe", action="store_true", help="print the recipe, flags included, and stop")
@@ -112,9 +126,16 @@ def _gather(args: argparse.Namespace, recipe: "Recipe") -> "ModelStatistics":
         number, total = args.shard
         windows = windows[number - 1 :: total]
         if not len(windows):
-            raise UsageError(f"--shard {number}/{total} of {args.nsamples} windows is empty; use at most {args.nsamples} shards")
+            raise UsageError(
+                f"--shard {number}/{total} of {args.nsamples} windows is empty; use at most {args.nsamples} shards"
+            )
     layers = loaded.layers()
-    origin = {"model_id": loaded.model_id, "corpus": corpus.name, "seed": args.seed, "tokenizer_digest": loaded.tokenizer_digest}
+    origin = {
+        "model_id": loaded.model_id,
+        "corpus": corpus.name,
+        "seed": args.seed,
+        "tokenizer_digest": loaded.tokenizer_digest,
+    }
     statistics = new_statistics(loaded.model, layers, stage=recipe.stage, tier=args.statistics, **origin)
     say(f"statistics ({args.statistics}): {gigabytes(statistics.estimated_bytes())} at most")
     if args.resume:
@@ -168,7 +189,10 @@ def _summary(artifact: "Artifact", output: Path) -> str:
     rows = [f"  {count} x {row}" for row, count in kinds.items()]
     corpus = artifact.manifest.corpus
     return "\n".join(
-        [f"{output}: {len(artifact)} sites, {static} static bytes, from {corpus.n_tokens} tokens of {corpus.name}", *rows]
+        [
+            f"{output}: {len(artifact)} sites, {static} static bytes, from {corpus.n_tokens} tokens of {corpus.name}",
+            *rows,
+        ]
     )
 
 

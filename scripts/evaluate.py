@@ -30,11 +30,19 @@ def parser() -> argparse.ArgumentParser:
     options.add_model_options(parser)
     options.add_text_options(parser)
     options.add_recipe_options(parser, "that of the artifact; kvquant without one")
-    parser.add_argument("--quantizer-path", type=Path, metavar="FILE", help="what `calibrate` wrote; without it scales are dynamic")
+    parser.add_argument(
+        "--quantizer-path", type=Path, metavar="FILE", help="what `calibrate` wrote; without it scales are dynamic"
+    )
     parser.add_argument("--limit", type=options.positive, metavar="N", help="windows at most (default: all)")
-    parser.add_argument("--batch-size", type=options.positive, default=1, metavar="N", help="windows per forward pass (default: 1)")
-    parser.add_argument("--normalization", choices=("targets", "gptq"), default="targets",
-                        help="perplexity over all targets, or as GPTQ and KVQuant over the windows' means")
+    parser.add_argument(
+        "--batch-size", type=options.positive, default=1, metavar="N", help="windows per forward pass (default: 1)"
+    )
+    parser.add_argument(
+        "--normalization",
+        choices=("targets", "gptq"),
+        default="targets",
+        help="perplexity over all targets, or as GPTQ and KVQuant over the windows' means",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--nsamples", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--calibrate", action="store_true", help=argparse.SUPPRESS)
@@ -53,7 +61,9 @@ def _main(argv: list[str]) -> int:
     if args.model is None:
         args.model = artifact.manifest.model_id if artifact else None
     if args.model is None:
-        raise UsageError("name the model: evaluate MODEL --quantizer-path FILE (a local folder's path is not kept in the file)")
+        raise UsageError(
+            "name the model: evaluate MODEL --quantizer-path FILE (a local folder's path is not kept in the file)"
+        )
     from scripts.models import load_model
 
     loaded = load_model(args)
@@ -81,7 +91,9 @@ def _evaluate(
     check_vocabulary(windows, text_config(loaded.model).vocab_size, corpus.name)
     if artifact is not None:
         _warn_of_overlap(artifact, windows)
-    sink_tokens = max(0, args.first_few_fp16 or 0) if args.first_few_fp16 is not None else recipe.sink_tokens if recipe else 0
+    sink_tokens = (
+        max(0, args.first_few_fp16 or 0) if args.first_few_fp16 is not None else recipe.sink_tokens if recipe else 0
+    )
     quantizers = artifact if artifact is not None else _dynamic(recipe, layers)
     result = evaluate(
         loaded.model,
@@ -93,7 +105,10 @@ def _evaluate(
         progress=lambda batches: bar(batches, "evaluating"),
     )
     if not args.json:
-        print(f"{args.model} on {corpus.name}" + (f", {args.quantizer_path}" if args.quantizer_path else ", dynamic scales"))
+        print(
+            f"{args.model} on {corpus.name}"
+            + (f", {args.quantizer_path}" if args.quantizer_path else ", dynamic scales")
+        )
         print(result.table())
     return result.to_json()
 
@@ -104,7 +119,8 @@ def _load_artifact(args: argparse.Namespace) -> "Artifact | None":
     if args.quantizer_path is None:
         if all(value is None for value in (args.abits, args.key_bits, args.value_bits, args.recipe)):
             raise UsageError(
-                "name an artifact with --quantizer-path FILE, or bits for dynamic scales with --abits N. " + listing_of_runs()
+                "name an artifact with --quantizer-path FILE, or bits for dynamic scales with --abits N. "
+                + listing_of_runs()
             )
         return None
     if not args.quantizer_path.exists():
@@ -133,7 +149,8 @@ def _recipe(args: argparse.Namespace, artifact: "Artifact | None") -> "Recipe | 
         rows.append(f"recipe: the file has {recipe.name}, the command line {args.recipe}")
     if rows:
         raise UsageError(
-            f"{args.quantizer_path}: the flags contradict the artifact:\n  " + "\n  ".join(rows)
+            f"{args.quantizer_path}: the flags contradict the artifact:\n  "
+            + "\n  ".join(rows)
             + "\nDrop the flags, or calibrate again with them."
         )
     return recipe

@@ -14,11 +14,21 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     """What to run, and on what."""
     group = parser.add_argument_group("model")
     group.add_argument("model", nargs="?", metavar="MODEL", help="folder or hub id of a causal language model")
-    group.add_argument("--device", help="cpu, cuda, cuda:1, ... or 'auto' for accelerate's device map (default: cuda if there)")
-    group.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
-                       help="of the model; statistics are always float32 or wider (default: as stored)")
-    group.add_argument("--maxseqlen", type=positive, metavar="N",
-                       help="stretch RoPE linearly to this context, as KVQuant does (default: the model's own)")
+    group.add_argument(
+        "--device", help="cpu, cuda, cuda:1, ... or 'auto' for accelerate's device map (default: cuda if there)"
+    )
+    group.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of the model; statistics are always float32 or wider (default: as stored)",
+    )
+    group.add_argument(
+        "--maxseqlen",
+        type=positive,
+        metavar="N",
+        help="stretch RoPE linearly to this context, as KVQuant does (default: the model's own)",
+    )
     group.add_argument("--no-flash-attn", action="store_true", help=argparse.SUPPRESS)
     group.add_argument("--verbose", action="store_true", help="log what happens")
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -27,26 +37,43 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 def add_text_options(parser: argparse.ArgumentParser) -> None:
     """What to read."""
     group = parser.add_argument_group("text")
-    group.add_argument("--dataset", "--datasets", default="wikitext2", metavar="NAME|FILE",
-                       help="wikitext2, c4, ptb, or a .txt, .jsonl or .npy file (default: wikitext2)")
+    group.add_argument(
+        "--dataset",
+        "--datasets",
+        default="wikitext2",
+        metavar="NAME|FILE",
+        help="wikitext2, c4, ptb, or a .txt, .jsonl or .npy file (default: wikitext2)",
+    )
     group.add_argument("--field", default="text", help="field of a .jsonl file (default: text)")
-    group.add_argument("--seqlen", type=positive, metavar="N",
-                       help="tokens per window (default: 2048 or the model's context, whichever is smaller)")
+    group.add_argument(
+        "--seqlen",
+        type=positive,
+        metavar="N",
+        help="tokens per window (default: 2048 or the model's context, whichever is smaller)",
+    )
     group.add_argument("--seed", type=int, default=0)
 
 
 def add_recipe_options(parser: argparse.ArgumentParser, default_recipe: str) -> None:
     """Which quantizers; every flag edits the recipe."""
     group = parser.add_argument_group("recipe")
-    group.add_argument("--recipe", default=None, metavar="NAME|FILE",
-                       help=f"shipped recipe or .yaml file (default: {default_recipe})")
-    group.add_argument("--abits", "--bits", type=int, choices=BITS, metavar="N", help="bits for keys and values; 16 is exact")
+    group.add_argument(
+        "--recipe", default=None, metavar="NAME|FILE", help=f"shipped recipe or .yaml file (default: {default_recipe})"
+    )
+    group.add_argument(
+        "--abits", "--bits", type=int, choices=BITS, metavar="N", help="bits for keys and values; 16 is exact"
+    )
     group.add_argument("--key-bits", "--kbits", type=int, choices=BITS, metavar="N", help="bits for keys")
     group.add_argument("--value-bits", "--vbits", type=int, choices=BITS, metavar="N", help="bits for values")
-    group.add_argument("--nuq", action=argparse.BooleanOptionalAction, default=None,
-                       help="non-uniform codebooks by k-means, or uniform grids")
-    group.add_argument("--include-sparse", action=argparse.BooleanOptionalAction, default=None,
-                       help="keep outliers beside the codes")
+    group.add_argument(
+        "--nuq",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="non-uniform codebooks by k-means, or uniform grids",
+    )
+    group.add_argument(
+        "--include-sparse", action=argparse.BooleanOptionalAction, default=None, help="keep outliers beside the codes"
+    )
     group.add_argument("--sparsity-threshold", type=float, metavar="SHARE", help="share kept dense (default: 0.99)")
     group.add_argument("--perchannel", nargs="*", metavar="PROJ", help="k_proj and/or v_proj: one range per channel")
     group.add_argument("--pertoken", nargs="*", metavar="PROJ", help="k_proj and/or v_proj: each token's own range")
@@ -102,7 +129,9 @@ def _site_changes(args: argparse.Namespace, tensor: str, base: dict[str, Any], o
     return _with_method(args, tensor, base, changes)
 
 
-def _with_method(args: argparse.Namespace, tensor: str, base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+def _with_method(
+    args: argparse.Namespace, tensor: str, base: dict[str, Any], changes: dict[str, Any]
+) -> dict[str, Any]:
     """The edits; where the method changes, all of the entry, without what the other method does not know."""
     wanted = base["method"] if args.nuq is None else ("codebook" if args.nuq else "uniform")
     merged = {**base, **changes}
@@ -112,7 +141,11 @@ def _with_method(args: argparse.Namespace, tensor: str, base: dict[str, Any], ch
         return changes
     shared = {name: merged[name] for name in ("bits", "per", "outliers", "threshold_dtype") if name in merged}
     by_queries = tensor == "key" and merged.get("per") == "channel"
-    return {"method": wanted, **shared, **({"weights": "query" if by_queries else "scale2"} if wanted == "codebook" else {})}
+    return {
+        "method": wanted,
+        **shared,
+        **({"weights": "query" if by_queries else "scale2"} if wanted == "codebook" else {}),
+    }
 
 
 def _scope(args: argparse.Namespace, tensor: str) -> str | None:

@@ -225,7 +225,9 @@ def _protocol(
             f"keys {', '.join(stages)}",
             policy.describe(),
             f"{len(windows)} windows of {windows.shape[1]} tokens, all but the first of each scored",
-            "perplexity = exp(mean over targets)" if normalization == "targets" else "perplexity as GPTQ: exp(mean of the windows' means)",
+            "perplexity = exp(mean over targets)"
+            if normalization == "targets"
+            else "perplexity as GPTQ: exp(mean of the windows' means)",
             *([] if causal else ["NOT CAUSAL: scales look at later tokens"]),
         ]
     )
@@ -233,4 +235,6 @@ def _protocol(
 
 def _check_windows(windows: Tensor) -> None:
     if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
-        raise ValueError(f"windows: expected at least one window of at least 2 tokens; got shape {tuple(windows.shape)}")
+        raise ValueError(
+            f"windows: expected at least one window of at least 2 tokens; got shape {tuple(windows.shape)}"
+        )

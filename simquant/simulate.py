@@ -79,7 +79,10 @@ def check_coverage(quantizers: Mapping[Site, Quantizer], layers: Sequence[Attent
     """
     wanted = {(layer.layer, tensor) for layer in layers for tensor in ("key", "value")}
     given = {(site.layer, site.tensor) for site in quantizers}
-    for problem, places in (("covers only some layers; missing", wanted - given), ("has no place in the model for", given - wanted)):
+    for problem, places in (
+        ("covers only some layers; missing", wanted - given),
+        ("has no place in the model for", given - wanted),
+    ):
         if places:
             names = ", ".join(f"layers.{layer}.{tensor}" for layer, tensor in sorted(places)[:6])
             raise MismatchError(

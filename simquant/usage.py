@@ -51,7 +51,9 @@ class Usage:
         """Adds what another simulation has counted."""
         for site, use in other.sites.items():
             for counter in fields(SiteUsage):
-                setattr(self.sites[site], counter.name, getattr(self.sites[site], counter.name) + getattr(use, counter.name))
+                setattr(
+                    self.sites[site], counter.name, getattr(self.sites[site], counter.name) + getattr(use, counter.name)
+                )
 
     @property
     def quantized_fraction(self) -> float:

@@ -107,10 +107,11 @@ class CodebookEstimator(Estimator):
         else:
             weights[weights.sum(dim=1) == 0, bins // 2] = 1.0
         levels = _levels(centers, weights, self.bits)
-        inner = Codebook(channels=len(scale), bits=self.bits, levels=levels, **_exact_constants(scale, offset, levels, ranges))
+        inner = Codebook(
+            channels=len(scale), bits=self.bits, levels=levels, **_exact_constants(scale, offset, levels, ranges)
+        )
         source = ranges.source if not n_coarse else f"{ranges.source}; reservoir for {n_coarse} channels"
         return Fit(self.outliers.wrap(inner, ranges) if self.outliers else inner, source)
-
 
     def _channel_weights(self, statistics: SiteStatistics, scale: Float32[Tensor, " channels"]) -> Tensor:
         weights = torch.ones(len(scale), dtype=torch.float64)
@@ -124,7 +125,9 @@ class CodebookEstimator(Estimator):
         return weights * scale.double().square() if self.weights.endswith("scale2") else weights
 
 
-def _normalisation(ranges: Ranges, dtype: ThresholdDtype) -> tuple[Float32[Tensor, " channels"], Float32[Tensor, " channels"]]:
+def _normalisation(
+    ranges: Ranges, dtype: ThresholdDtype
+) -> tuple[Float32[Tensor, " channels"], Float32[Tensor, " channels"]]:
     """Half-range and middle of each channel, in the arithmetic of the thresholds."""
     low, high = (end.half() if dtype == "float16" else end for end in (ranges.low, ranges.high))
     scale, offset = ((high - low) / 2).float(), ((high + low) / 2).float()
@@ -132,7 +135,9 @@ def _normalisation(ranges: Ranges, dtype: ThresholdDtype) -> tuple[Float32[Tenso
 
 
 def _exact_constants(
-    scale: Float32[Tensor, " channels"], offset: Float32[Tensor, " channels"], levels: Float16[Tensor, "tables levels"],
+    scale: Float32[Tensor, " channels"],
+    offset: Float32[Tensor, " channels"],
+    levels: Float16[Tensor, "tables levels"],
     ranges: Ranges,
 ) -> dict[str, Tensor]:
     """Scale and offset with which the level nearest zero gives a constant channel back without rounding.

@@ -1,6 +1,5 @@
 """A histogram of each channel that widens by itself and still does not depend on the order of what it sees."""
 
-
 import torch
 from jaxtyping import Float, Float32, Int32
 from torch import Tensor

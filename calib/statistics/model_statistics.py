@@ -265,7 +265,9 @@ class ModelStatistics:
             own.restore({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
         for (a, b), moments in statistics.cross.items():
             moments.products = tensors[f"cross/{a}/{b}"]
-        for name, sample, seen in zip(("sample", "head"), (statistics.sample, statistics.head), header["n_seen"], strict=True):
+        for name, sample, seen in zip(
+            ("sample", "head"), (statistics.sample, statistics.head), header["n_seen"], strict=True
+        ):
             sample.priorities, sample.positions = tensors[f"{name}/priorities"], tensors[f"{name}/positions"]
             sample.n_seen = seen
         statistics.windows = list(header["windows"])
@@ -276,7 +278,9 @@ class ModelStatistics:
 
 def _cross_moments(sites: Mapping[Site, SiteStatistics]) -> dict[tuple[Site, Site], CrossMoments]:
     """Between each site and the earlier ones that may predict it: the layer before, and the key beside a value."""
-    cached = {site: s.shape.channels for site, s in sites.items() if site.tensor != "query" and site.stage != "post_rope"}
+    cached = {
+        site: s.shape.channels for site, s in sites.items() if site.tensor != "query" and site.stage != "post_rope"
+    }
     return {
         (earlier, site): CrossMoments(cached[earlier], cached[site])
         for site in cached
@@ -299,4 +303,3 @@ def _by_window(seeds: Sequence[int], batch: TokenBatch, function: Any) -> Int64[
         here = batch.windows == number
         found[here] = function(seed, batch.positions[here])
     return found
-

@@ -1,6 +1,5 @@
 """Sums of products of channels, in float64."""
 
-
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor

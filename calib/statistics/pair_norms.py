@@ -1,6 +1,5 @@
 """How long the two-channel vectors are that a rotary embedding turns."""
 
-
 import torch
 from jaxtyping import Float, Float32, Float64
 from torch import Tensor

@@ -182,9 +182,7 @@ class SiteStatistics:
         return statistic
 
 
-def query_energy(
-    key: SiteShape, query: SiteStatistics
-) -> Float64[Tensor, " channels"]:
+def query_energy(key: SiteShape, query: SiteStatistics) -> Float64[Tensor, " channels"]:
     """Weight of an error in each key channel: E[q^2] of the queries that read it, alike for both of a rotary pair.
 
     Averaged over relative positions, the squared error of a logit is the sum over pairs of E|q_pair|^2 / 2 times the

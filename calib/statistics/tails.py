@@ -1,6 +1,5 @@
 """The largest and smallest values of each channel, exactly."""
 
-
 import torch
 from jaxtyping import Float, Float32
 from torch import Tensor

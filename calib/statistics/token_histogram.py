@@ -1,6 +1,5 @@
 """How values lie within their own token's range, which is what a per-token codebook is fitted to."""
 
-
 import torch
 from jaxtyping import Bool, Float, Float32, Float64, Int64
 from torch import Tensor
