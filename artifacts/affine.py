@@ -40,6 +40,7 @@ class Affine(Quantizer):
     offset: Float32[Tensor, " channels"] | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_bits(self.kind, self.bits, least=1 if self.offset is not None else 2)
         check_vector(self.kind, "scale", self.scale, self.channels, positive=True)
         if self.offset is not None:
@@ -51,11 +52,14 @@ class Affine(Quantizer):
 
     def _decode(self, codes: Codes, context: Context) -> Float[Tensor, "tokens channels"]:
         steps = unpack(codes.tensors["codes"], self.bits, codes.shape[1])
-        return self._offset + self.scale * steps
+        if self.offset is None:  # one product, so that a step itself comes back without rounding
+            return self.scale * (steps.float() - top_code(self.bits, symmetric=True) / 2)
+        return self.offset + self.scale * steps
 
     def deviation(self, x: Float[Tensor, "tokens channels"]) -> Float[Tensor, "tokens channels"]:
         """Distance from the middle of the channel's range, in steps."""
-        return (((x - self._offset) / self.scale) - (2**self.bits - 1) / 2).abs()
+        steps: Tensor = (x - self._offset) / self.scale
+        return (steps - top_code(self.bits, symmetric=self.offset is None) / 2).abs()
 
     @property
     def _offset(self) -> Float32[Tensor, " channels"]:
@@ -89,6 +93,7 @@ class DynamicAffine(Quantizer):
     whole_zero_point: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_bits(self.kind, self.bits, least=2 if self.symmetric else 1)
         if self.per not in ("token", "channel"):
             raise ValueError(f"{self.kind}: per must be 'token' or 'channel'; got {self.per!r}")
@@ -157,10 +162,16 @@ def uniform_codes(
     x: Float32[Tensor, "tokens channels"], scale: Tensor, offset: Tensor, bits: int, *, symmetric: bool
 ) -> Tensor:
     """Packed indices of the nearest step; values beyond the range saturate."""
-    top = 2**bits - 2 if symmetric else 2**bits - 1
-    return pack(((x - offset) / scale).round_().clamp_(0, top).to(torch.uint8), bits)
+    steps = ((x - offset) / scale).round_().clamp_(0, top_code(bits, symmetric=symmetric))
+    return pack(steps.to(torch.uint8), bits)
+
+
+def top_code(bits: int, *, symmetric: bool) -> int:
+    """The largest code in use: a symmetric range leaves one out, to have zero in its middle."""
+    codes: int = 2**bits
+    return codes - 2 if symmetric else codes - 1
 
 
 def symmetric_offset(scale: Tensor, bits: int) -> Tensor:
     """What code 0 stands for when the codes are centred on zero."""
-    return -(2 ** (bits - 1) - 1) * scale
+    return -(top_code(bits, symmetric=True) // 2) * scale

@@ -13,7 +13,7 @@ from artifacts.kinds import build
 from artifacts.manifest import Manifest
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
-from artifacts.storage import Array, Stored, read, write
+from artifacts.storage import Array, Stored, naming, read, write
 
 FORMAT = "kvcalib.artifact"
 _SKETCH = "corpus/ngrams"
@@ -38,7 +38,7 @@ class Artifact(Mapping[Site, Quantizer]):
     ngrams: Tensor | None = None
 
     def __post_init__(self) -> None:
-        labelled = {site: self.quantizers[site].replace(site=site) for site in sorted(self.quantizers)}
+        labelled = {site: self.quantizers[site].at(site) for site in sorted(self.quantizers)}
         object.__setattr__(self, "quantizers", labelled)
         if {site: quantizer.spec for site, quantizer in labelled.items()} != dict(self.manifest.specs):
             raise CorruptArtifactError("artifact: the manifest describes other quantizers than it comes with")
@@ -102,11 +102,9 @@ def load(path: str | Path) -> Artifact:
     ArtifactError
         `CorruptArtifactError`, `UnsupportedVersionError` or `UnknownKindError`, by what is wrong.
     """
-    try:
-        return from_stored(read(Path(path), FORMAT))
-    except CorruptArtifactError as error:
-        text = str(error)
-        raise CorruptArtifactError(text if text.startswith(str(path)) else f"{path}: {text}") from error
+    stored = read(Path(path), FORMAT)
+    with naming(Path(path)):
+        return from_stored(stored)
 
 
 def from_stored(stored: Stored) -> Artifact:
@@ -118,11 +116,12 @@ def from_stored(stored: Stored) -> Artifact:
         If it describes none.
     """
     manifest = Manifest.from_json(stored.header)
+    tensors = {name: torch.from_numpy(np.array(array)) for name, array in stored.arrays.items()}
+    ngrams = tensors.pop(_SKETCH, None)
     by_site: dict[str, dict[str, Tensor]] = {}
-    for name, array in stored.arrays.items():
-        place, _, tensor = name.partition("/")
-        by_site.setdefault(place, {})[tensor] = torch.from_numpy(np.array(array))
-    ngrams = by_site.pop("corpus", {}).get("ngrams")
+    for name, tensor in tensors.items():
+        place, _, own_name = name.partition("/")
+        by_site.setdefault(place, {})[own_name] = tensor
     stray = set(by_site) - {str(site) for site in manifest.specs}
     if stray or not manifest.specs:
         raise CorruptArtifactError(f"artifact: arrays for sites without a specification: {sorted(stray) or 'no site'}")

@@ -40,6 +40,7 @@ class Codebook(Quantizer):
     levels: Float16[Tensor, "tables levels"]
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_bits(self.kind, self.bits)
         check_vector(self.kind, "scale", self.scale, self.channels, positive=True)
         check_vector(self.kind, "offset", self.offset, self.channels)
@@ -77,6 +78,7 @@ class DynamicCodebook(Quantizer):
     levels: Float16[Tensor, "1 levels"]
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_bits(self.kind, self.bits)
         check_levels(self.kind, self.levels, self.bits, 1)
 

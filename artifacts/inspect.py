@@ -1,6 +1,5 @@
 """What an artifact file holds, told without torch."""
 
-import json
 from typing import Any
 
 import numpy as np
@@ -8,7 +7,9 @@ import numpy as np
 from artifacts.manifest import Manifest
 from artifacts.sites import Site
 from artifacts.spec import QuantSpec
-from artifacts.storage import Array, Stored
+from artifacts.storage import Array, Stored, canonical_json
+
+_ABSENT = "nothing"
 
 
 def report(stored: Stored) -> dict[str, Any]:
@@ -28,10 +29,12 @@ def report(stored: Stored) -> dict[str, Any]:
 def table(found: dict[str, Any]) -> str:
     """The report for people."""
     corpus, model = found["corpus"], found["model"]
+    model_name = found["model_id"] or "a local folder"
+    windows = f"{corpus['n_windows']} windows of {corpus['seqlen']} tokens"
     head = [
         f"recipe     {found['recipe'].get('name', '-')}: {found['recipe'].get('source', '')}",
-        f"model      {found['model_id'] or 'a local folder'} ({model.get('model_type')}, {model.get('n_layers')} layers)",
-        f"text       {corpus['name']}: {corpus['n_windows']} windows of {corpus['seqlen']} tokens, seed {corpus['seed']}",
+        f"model      {model_name} ({model.get('model_type')}, {model.get('n_layers')} layers)",
+        f"text       {corpus['name']}: {windows}, seed {corpus['seed']}",
         f"sinks      first {found['sink_tokens']} tokens exact and left out of the fit",
         f"written by kvcalib {found['tool_version']}, digest {found['digest'][:16]}",
         "",
@@ -84,9 +87,11 @@ def _range(tensors: dict[str, Array], spec: QuantSpec) -> list[float] | None:
         return None
     scale = scale.astype(np.float64)
     levels = tensors.get("levels")
-    steps = 2**spec.bits - 1
-    offset = tensors.get("offset", -scale * (2 ** (spec.bits - 1) - 1)).astype(np.float64)
-    low, high = (0.0, float(steps)) if levels is None else (levels[:, 0].astype(float), levels[:, -1].astype(float))
+    if "offset" not in tensors:  # symmetric: one code less, zero in the middle
+        largest = float((scale * (2 ** (spec.bits - 1) - 1)).max())
+        return [-largest, largest]
+    offset, top = tensors["offset"].astype(np.float64), float(2**spec.bits - 1)
+    low, high = (0.0, top) if levels is None else (levels[:, 0].astype(float), levels[:, -1].astype(float))
     return [float((offset + scale * low).min()), float((offset + scale * high).max())]
 
 
@@ -103,6 +108,9 @@ def _different_values(name: str, one: Any, other: Any) -> list[str]:
         return [
             row
             for key in keys
-            for row in _different_values(f"{name}.{key}" if name else key, one.get(key), other.get(key))
+            for row in _different_values(
+                f"{name}.{key}" if name else key, one.get(key, _ABSENT), other.get(key, _ABSENT)
+            )
         ]
-    return [] if one == other else [f"{name}: {json.dumps(one)[:80]} and {json.dumps(other)[:80]}"]
+    texts = [value if value is _ABSENT else canonical_json(value) for value in (one, other)]
+    return [] if texts[0] == texts[1] else [f"{name}: {texts[0][:80]} and {texts[1][:80]}"]

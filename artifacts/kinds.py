@@ -1,13 +1,13 @@
 """The closed table of quantizers: a file can name these and nothing else."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
 from artifacts.affine import Affine, DynamicAffine
 from artifacts.codebook import Codebook, DynamicCodebook
-from artifacts.errors import CorruptArtifactError, UnknownKindError
+from artifacts.errors import ArtifactError, CorruptArtifactError, UnknownKindError
 from artifacts.identity import Identity
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
@@ -48,11 +48,12 @@ def build(spec: QuantSpec, tensors: Mapping[str, Tensor], site: Site) -> Quantiz
     own = {name: tensor for name, tensor in tensors.items() if "." not in name}
     inner = {name.removeprefix("inner."): tensor for name, tensor in tensors.items() if "." in name}
     try:
+        kind: Callable[..., Quantizer] = KINDS[spec.kind]
         wrapped = {} if spec.inner is None else {"inner": build(spec.inner, inner, site)}
         if spec.inner is None and inner:
             raise ValueError(f"{spec.kind}: tensors {sorted(inner)} belong to no wrapped quantizer")
-        return KINDS[spec.kind](**dict(spec.options), **own, **wrapped, site=site)
-    except UnknownKindError:
+        return kind(**spec.options, **own, **wrapped, site=site)
+    except ArtifactError:
         raise
     except (TypeError, ValueError, AttributeError) as error:
         raise CorruptArtifactError(f"{site}: {error}") from error

@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from types import UnionType
+from typing import Any, get_origin
 
 from artifacts.errors import CorruptArtifactError
 from artifacts.sites import Site
@@ -31,6 +32,9 @@ class Corpus:
     n_tokens: int
     seqlen: int
     seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_types(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +70,11 @@ class Manifest:
     fit_sources: Mapping[str, str] = field(default_factory=dict)
     tool_version: str
 
+    def __post_init__(self) -> None:
+        _check_types(self)
+        if type(self.sink_tokens) is not int or self.sink_tokens < 0:
+            raise ValueError(f"sink_tokens must be an integer from 0; got {self.sink_tokens!r}")
+
     def to_json(self) -> dict[str, Any]:
         """The manifest as JSON values."""
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("specs", "corpus")}
@@ -86,9 +95,14 @@ class Manifest:
         """
         try:
             specs = {Site.parse(site): QuantSpec.from_json(spec) for site, spec in data["specs"].items()}
-            manifest = cls(**{**data, "specs": specs, "corpus": Corpus(**data["corpus"])})
-            if type(manifest.sink_tokens) is not int or manifest.sink_tokens < 0:
-                raise ValueError(f"sink_tokens must be an integer from 0; got {manifest.sink_tokens!r}")
-            return manifest
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            return cls(**{**data, "specs": specs, "corpus": Corpus(**data["corpus"])})
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise CorruptArtifactError(f"manifest: {error}") from error
+
+
+def _check_types(record: Manifest | Corpus) -> None:
+    for f in fields(record):
+        wanted: Any = f.type if isinstance(f.type, UnionType) else get_origin(f.type) or f.type
+        value = getattr(record, f.name)
+        if not isinstance(value, wanted):
+            raise ValueError(f"{f.name} must be of type {f.type}; got {value!r:.60}")

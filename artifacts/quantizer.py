@@ -21,6 +21,8 @@ from artifacts.spec import QuantSpec
 
 Context = tuple[Tensor, ...]
 
+_LARGEST_HALF = torch.finfo(torch.float16).max
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Quantizer(ABC):
@@ -40,6 +42,15 @@ class Quantizer(ABC):
     kind: ClassVar[str]
     sources: ClassVar[tuple[Site, ...]] = ()
     """Earlier sites whose dequantized vectors of the same tokens are the context; empty for all but predictors."""
+
+    def __post_init__(self) -> None:
+        """Settings are of the very type they are declared with: a file may have been written by anyone."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type in (bool, int, float) and type(value) is not field.type:
+                raise ValueError(f"{self.kind}: {field.name} must be of type {field.type.__name__}; got {value!r:.60}")
+        if self.channels < 1:
+            raise ValueError(f"{self.kind}: channels must be at least 1; got {self.channels}")
 
     @property
     def tokens_per_scale(self) -> int | None:
@@ -72,8 +83,13 @@ class Quantizer(ABC):
 
     @final
     def decode(self, codes: Codes, context: Context = ()) -> Float[Tensor, "tokens channels"]:
-        """The tokens as attention reads them back, in the dtype that was encoded."""
-        return self._decode(codes, context).to(codes.dtype)
+        """The tokens as attention reads them back, in the dtype that was encoded; never infinite."""
+        x = self._decode(codes, context)
+        if x.dtype == codes.dtype:
+            return x
+        if codes.dtype == torch.float16:  # the last step of a range can lie beyond what float16 holds
+            x = x.clamp(-_LARGEST_HALF, _LARGEST_HALF)
+        return x.to(codes.dtype)
 
     @final
     def simulate(self, x: Float[Tensor, "tokens channels"], context: Context = ()) -> Float[Tensor, "tokens channels"]:
@@ -125,6 +141,11 @@ class Quantizer(ABC):
             name: value.to(device) for name, value in self._fields().items() if isinstance(value, Tensor | Quantizer)
         }
         return self.replace(**moved)
+
+    def at(self, site: Site) -> "Quantizer":
+        """The same quantizer, and what it wraps, as the one of `site`."""
+        wrapped = {name: value.at(site) for name, value in self._fields().items() if isinstance(value, Quantizer)}
+        return self.replace(site=site, **wrapped)
 
     def replace(self, **changes: Any) -> "Quantizer":
         """The same quantizer with some fields changed."""

@@ -8,7 +8,7 @@ from typing import Literal
 Stage = Literal["pre_rope", "post_rope"]
 
 _ORDER = {"key": 0, "value": 1, "query": 2}
-_PATTERN = re.compile(r"layers\.(0|[1-9]\d{0,5})\.(key|value|query)(?:\.(pre_rope|post_rope))?")
+_PATTERN = re.compile(r"layers\.(0|[1-9][0-9]{0,5})\.(key|value|query)(?:\.(pre_rope|post_rope))?")
 
 
 @functools.total_ordering
@@ -47,7 +47,7 @@ class Site:
     def __post_init__(self) -> None:
         if _PATTERN.fullmatch(str(self)) is None or (self.stage is None) != (self.tensor == "value"):
             raise ValueError(
-                f"Site: expected a layer from 0, key or query with stage pre_rope or post_rope, or value without stage; "
+                "Site: expected a layer from 0, key or query with stage pre_rope or post_rope, or value without stage; "
                 f"got layer={self.layer!r}, tensor={self.tensor!r}, stage={self.stage!r}"
             )
 

@@ -24,6 +24,13 @@ class AbstractSparse(Quantizer):
 
     inner: Quantizer
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.inner, Quantizer) or self.inner.channels != self.channels:
+            raise ValueError(
+                f"{self.kind}: inner must be a quantizer of {self.channels} channels; got {self.inner!r:.60}"
+            )
+
     @abstractmethod
     def mask(self, x: Float32[Tensor, "tokens channels"]) -> Bool[Tensor, "tokens channels"]:
         """True where a value is kept exact."""
@@ -82,6 +89,7 @@ class ThresholdSparse(AbstractSparse):
     upper: Float32[Tensor, " channels"]
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_vector(self.kind, "lower", self.lower, self.channels)
         check_vector(self.kind, "upper", self.upper, self.channels)
         if (self.lower > self.upper).any():
@@ -109,6 +117,7 @@ class PercentileSparse(AbstractSparse):
     outlier_fraction: float
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.outlier_fraction < 0.5:
             raise ValueError(f"{self.kind}: outlier_fraction must be in (0, 0.5); got {self.outlier_fraction!r}")
 
@@ -135,6 +144,7 @@ class RankSparse(AbstractSparse):
     outliers_per_token: int
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.outliers_per_token < self.channels:
             raise ValueError(
                 f"{self.kind}: outliers_per_token must be from 1 to {self.channels - 1}; got {self.outliers_per_token}"

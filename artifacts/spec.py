@@ -68,10 +68,19 @@ class QuantSpec:
 
     @property
     def bits(self) -> int:
-        """Code width of the innermost quantizer; 16 means kept exact."""
+        """Code width of the innermost quantizer; 16 means kept exact.
+
+        Raises
+        ------
+        ValueError
+            If the option is no such width.
+        """
         if self.inner is not None:
             return self.inner.bits
-        return int(self.options.get("bits", 16))
+        bits = self.options.get("bits", 16)
+        if type(bits) is not int or not 1 <= bits <= 16:
+            raise ValueError(f"{self.kind}: bits must be an integer from 1 to 16; got {bits!r:.60}")
+        return bits
 
     def describe(self) -> str:
         """One phrase for tables, such as `percentile_sparse(outlier_fraction=0.01) of codebook(bits=3)`."""

@@ -9,9 +9,11 @@ import io
 import json
 import os
 import pickle
+import pickletools
 import struct
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,13 @@ FORMAT_VERSION = 1
 SUFFIXES = (".safetensors", ".pkl")
 _METADATA_KEY = "kvcalib"
 _DTYPES = ("bool", "uint8", "int16", "int32", "int64", "float16", "float32", "float64")
+_INSTRUCTIONS = (
+    *("PROTO", "FRAME", "STOP", "MARK"),
+    *("EMPTY_DICT", "SETITEM", "SETITEMS", "EMPTY_LIST", "APPEND", "APPENDS"),
+    *("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"),
+    *("SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8"),
+    *("BININT", "BININT1", "BININT2", "LONG1"),
+)
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -116,6 +125,7 @@ def read(path: Path, expected_format: str) -> Stored:
         top = json.loads(text)
         version, digest = top["version"], top["digest"]
         stored = Stored(format=top["format"], header=top["header"], arrays=arrays)
+        canonical_json(top)  # refuses what JSON text can say and canonical JSON cannot: NaN and infinities
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptArtifactError(
             f"{path}: the header is not the JSON object that kvcalib writes ({error})"
@@ -127,9 +137,21 @@ def read(path: Path, expected_format: str) -> Stored:
         )
     if stored.format != expected_format:
         raise CorruptArtifactError(f"{path}: expected a file of format {expected_format}, got {stored.format!r:.60}")
+    foreign = sorted({str(array.dtype) for array in arrays.values()} - set(_DTYPES))
+    if foreign:
+        raise CorruptArtifactError(f"{path}: arrays must be of dtype {', '.join(_DTYPES)}; got {', '.join(foreign)}")
     if not isinstance(stored.header, dict) or stored.digest != digest:
         raise CorruptArtifactError(f"{path}: the content does not match its digest; the file was altered or damaged")
     return stored
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Refusals raised inside say which file they are about."""
+    try:
+        yield
+    except ArtifactError as error:
+        raise type(error)(f"{path}: {error}") from error
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -149,10 +171,10 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _parse(path: Path, data: bytes) -> tuple[str, dict[str, Array]]:
+    if data[8:9] == b"{":  # asked first: the length before it may begin with any byte, that of a pickle included
+        return _from_safetensors(path, data)
     if data[:1] == b"\x80":
         return _from_pickle(path, data)
-    if data[8:9] == b"{":
-        return _from_safetensors(path, data)
     if data[:2] == b"PK":
         raise CorruptArtifactError(f"{path}: this is a zip archive such as torch.save writes, not a kvcalib file")
     raise CorruptArtifactError(f"{path}: neither a safetensors file nor a pickle (first bytes {data[:8]!r})")
@@ -176,7 +198,8 @@ def _from_safetensors(path: Path, data: bytes) -> tuple[str, dict[str, Array]]:
     text = (header.get("__metadata__") or {}).get(_METADATA_KEY)
     if text is None:
         raise CorruptArtifactError(
-            f"{path}: a safetensors file without kvcalib metadata; model weights, perhaps. Expected what `calibrate` wrote"
+            f"{path}: a safetensors file without kvcalib metadata; model weights, perhaps. "
+            "Expected what `calibrate` wrote"
         )
     return text, arrays
 
@@ -200,12 +223,35 @@ class _BuiltinsOnly(pickle.Unpickler):
         raise ArtifactError(f"it refers to {module}.{name}")
 
 
+def _check_instructions(data: bytes) -> None:
+    """The pickle uses only the instructions that `_to_pickle` writes.
+
+    They make containers, texts, bytes and integers. Those that call or refer to code are missing, and so is the memo:
+    with it a few bytes can claim gigabytes, or nest a list in itself.
+
+    Raises
+    ------
+    ArtifactError
+        At the first other instruction.
+    ValueError
+        If the bytes are no instructions at all, or go on after the end.
+    """
+    position = -1
+    for instruction, _, at in pickletools.genops(data):
+        position = at or 0
+        if instruction.name not in _INSTRUCTIONS:
+            raise ArtifactError(f"it uses the instruction {instruction.name}")
+    if position != len(data) - 1:
+        raise ValueError("bytes after the end")
+
+
 def _from_pickle(path: Path, data: bytes) -> tuple[str, dict[str, Array]]:
     try:
+        _check_instructions(data)
         content = _BuiltinsOnly(io.BytesIO(data)).load()
     except ArtifactError as error:
         raise CorruptArtifactError(
-            f"{path}: {error}, and a kvcalib pickle refers to nothing: nothing in it is ever run. "
+            f"{path}: {error}, which no kvcalib pickle does: it holds plain containers, and nothing in it is ever run. "
             "Pickles of other tools are not read."
         ) from error
     except Exception as error:  # a damaged pickle can raise anything
@@ -215,7 +261,7 @@ def _from_pickle(path: Path, data: bytes) -> tuple[str, dict[str, Array]]:
         if not isinstance(text, str) or not isinstance(rows, list):
             raise TypeError("header or arrays of another type")
         return text, {row[0]: _to_array(*row) for row in rows}
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, RecursionError) as error:
         raise CorruptArtifactError(f"{path}: a pickle, but not one that kvcalib wrote ({error!s:.100})") from error
 
 

@@ -122,7 +122,8 @@ def check_memory(statistics: ModelStatistics) -> None:
     if needed > free:
         smaller = " Use --statistics basic." if statistics.tier == "full" else " Free memory or use another machine."
         raise MemoryError(
-            f"calibrate: statistics of tier {statistics.tier} take {gigabytes(needed)}, {gigabytes(free)} are free.{smaller}"
+            f"calibrate: statistics of tier {statistics.tier} take {gigabytes(needed)}, {gigabytes(free)} are free."
+            + smaller
         )
 
 

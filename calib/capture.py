@@ -1,6 +1,7 @@
 """One forward pass per batch of windows, and what the sites gave during it."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -13,14 +14,14 @@ from calib.statistics.model_statistics import ModelStatistics, TokenBatch
 from calib.statistics.site_statistics import SiteShape
 from calib.windows import window_digests
 
-Vectors = dict[Site, Float[Tensor, "tokens channels"]]
+Vectors = dict[Site, Float[Tensor, "_ _"]]
 
 
 def site_shapes(layers: Sequence[AttentionLayer], stage: Stage) -> list[SiteShape]:
     """Keys and queries at one stage, and values, of every layer."""
     shapes = []
     for layer in layers:
-        pairs = {"rotary_dim": layer.rotary_dim, "interleaved": layer.rotation == "interleaved"}
+        pairs: dict[str, Any] = {"rotary_dim": layer.rotary_dim, "interleaved": layer.rotation == "interleaved"}
         key, query = Site(layer.layer, "key", stage), Site(layer.layer, "query", stage)
         shapes += [
             SiteShape(site=key, heads=layer.kv_heads, head_dim=layer.head_dim, **pairs),
@@ -74,7 +75,7 @@ def collect(
     model: nn.Module,
     layers: Sequence[AttentionLayer],
     statistics: ModelStatistics,
-    batches: Iterable[tuple[Int64[Tensor, "windows tokens"], Bool[Tensor, "windows tokens"] | None]],
+    batches: Iterable[tuple[Int64[Tensor, "_ _"], Bool[Tensor, "_ _"] | None]],
 ) -> None:
     """Feeds the statistics with batches of windows, each with its attention mask or None.
 

@@ -133,9 +133,10 @@ def _advice(row: Any) -> str:
 def _known_names(location: tuple[int | str, ...]) -> list[str]:
     from calib.estimators import CodebookEstimator, IdentityEstimator, Outliers, UniformEstimator
 
-    if "outliers" in location:
+    around = location[:-1]
+    if "outliers" in around:
         return list(Outliers.model_fields)
     for kind in (CodebookEstimator, IdentityEstimator, UniformEstimator):
-        if kind.model_fields["method"].default in location:
+        if kind.model_fields["method"].default in around:
             return list(kind.model_fields)
     return list(Recipe.model_fields)

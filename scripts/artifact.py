@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from artifacts.storage import Stored, check_suffix, read, write
+from artifacts.storage import check_suffix, naming, read
 from scripts.console import UsageError, run
 
 FORMAT = "kvcalib.artifact"
@@ -48,7 +48,9 @@ def _main(argv: list[str]) -> int:
 def _inspect(args: argparse.Namespace) -> int:
     from artifacts.inspect import report, table
 
-    found = report(read(args.file, FORMAT))
+    stored = read(args.file, FORMAT)
+    with naming(args.file):
+        found = report(stored)
     print(json.dumps(found, indent=2, allow_nan=False) if args.json else table(found))
     return 0
 
@@ -79,20 +81,14 @@ def _diff(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
+    from artifacts.artifact import load, save
+
     check_suffix(args.output)
     if args.output.exists() and not args.force:
         raise UsageError(f"{args.output} exists; --force replaces it")
-    write(args.output, _valid(args.file))
+    save(load(args.file), args.output)
     print(f"{args.output}: written")
     return 0
-
-
-def _valid(path: Path) -> Stored:
-    from artifacts.artifact import from_stored
-
-    stored = read(path, FORMAT)
-    from_stored(stored)
-    return stored
 
 
 if __name__ == "__main__":

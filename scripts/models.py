@@ -103,7 +103,7 @@ def load_model(args: argparse.Namespace) -> LoadedModel:
         config = AutoConfig.from_pretrained(name)
         _stretch(config, args.maxseqlen)
         placement = {"device_map": "auto"} if device == "auto" else {}
-        model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=args.dtype, **placement)
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=args.dtype, **placement)
     except (OSError, ValueError) as error:
         raise OSError(f"{name}: no model could be loaded: {_first_line(error)}{_hint(name)}") from error
     if device != "auto":

@@ -1,7 +1,7 @@
 """Options of the command line, and the recipe edits that they stand for."""
 
 import argparse
-import json
+import re
 from typing import Any
 
 from scripts.console import UsageError
@@ -135,17 +135,24 @@ def _with_method(
     """The edits; where the method changes, all of the entry, without what the other method does not know."""
     wanted = base["method"] if args.nuq is None else ("codebook" if args.nuq else "uniform")
     merged = {**base, **changes}
-    if wanted == "codebook" and merged.get("per") == "token" and merged.get("tables") == "channel":
-        changes["tables"] = "site"
     if wanted == base["method"] or base["method"] == "identity":
-        return changes
-    shared = {name: merged[name] for name in ("bits", "per", "outliers", "threshold_dtype") if name in merged}
-    by_queries = tensor == "key" and merged.get("per") == "channel"
-    return {
-        "method": wanted,
-        **shared,
-        **({"weights": "query" if by_queries else "scale2"} if wanted == "codebook" else {}),
-    }
+        return {**changes, **_per_token_codebook(merged)}
+    entry: dict[str, Any] = {"method": wanted}
+    entry |= {name: merged[name] for name in ("bits", "per", "outliers", "threshold_dtype") if name in merged}
+    entry |= {name: changes[name] for name in ("symmetric", "whole_zero_point") if name in changes}
+    if wanted == "codebook":
+        by_queries = tensor == "key" and merged["per"] == "channel"
+        entry["weights"] = "query" if by_queries else "scale2"
+    return entry
+
+
+def _per_token_codebook(entry: dict[str, Any]) -> dict[str, Any]:
+    """What a codebook entry has to give up when its ranges are those of the tokens."""
+    if entry["method"] != "codebook" or entry["per"] != "token":
+        return {}
+    tables = {"tables": "site"} if entry["tables"] == "channel" else {}
+    weights = {"weights": "scale2"} if entry["weights"].startswith("query") else {}
+    return tables | weights
 
 
 def _scope(args: argparse.Namespace, tensor: str) -> str | None:
@@ -164,8 +171,7 @@ def _scope(args: argparse.Namespace, tensor: str) -> str | None:
 def _tensors(words: list[str] | None) -> set[str] | None:
     if words is None:
         return None
-    text = " ".join(words)
-    names = json.loads(text) if text.startswith("[") else text.replace(",", " ").split()
+    names = re.findall(r"[^][\s,\"']+", " ".join(words))  # words, a comma list, or the ancestors' JSON list
     unknown = [name for name in names if name not in _PROJECTIONS]
     if unknown:
         raise UsageError(f"expected k_proj and/or v_proj, got {unknown[0]!r} (MODEL stands before these options)")

@@ -126,7 +126,7 @@ def evaluate(
         loss_nats=loss,
         loss_nats_stderr=stderr,
         kl_mean=float(scores.kl.mean()),
-        kl_p999=float(np.quantile(scores.kl.numpy(), 0.999)),
+        kl_p999=float(np.quantile(scores.kl.numpy(), 0.999, method="higher")),  # defined for infinite values too
         top1_agreement=float(scores.agrees.double().mean()),
         bits=_bits(usage, policy),
         quantized_fraction=usage.quantized_fraction,
@@ -184,12 +184,20 @@ def _score(fp: Tensor, quantized: Tensor, batch: Int64[Tensor, "windows tokens"]
             (
                 -log_p.gather(-1, targets[:, part])[..., 0],
                 -log_q.gather(-1, targets[:, part])[..., 0],
-                (log_p.exp() * (log_p - log_q)).sum(dim=-1).clamp_min(0),
+                _divergence(log_p, log_q),
                 (log_p.argmax(dim=-1) == log_q.argmax(dim=-1)),
             )
         )
     fp_nll, nll, kl, agrees = (torch.cat(columns, dim=1).cpu() for columns in zip(*found, strict=True))
     return Scores(fp_nll.double(), nll.double(), kl.double(), agrees)
+
+
+def _divergence(
+    log_p: Float[Tensor, "windows targets vocab"], log_q: Float[Tensor, "windows targets vocab"]
+) -> Float[Tensor, "windows targets"]:
+    """KL(p || q); a token that p rules out adds nothing, whatever q says."""
+    terms = log_p.exp() * (log_p - log_q)
+    return terms.masked_fill(log_p.isneginf(), 0.0).sum(dim=-1).clamp_min(0)
 
 
 def _target_nll(logits: Tensor, batch: Int64[Tensor, "windows tokens"]) -> Float64[Tensor, "windows targets"]:

@@ -41,7 +41,8 @@ def simulate(
     policy : CachePolicy or None
         Which tokens stay exact; None takes what the artifact says.
     layers : sequence of AttentionLayer or None
-        From `attention_layers(model)`, if they are known already.
+        From `attention_layers(model)`, if they are known already. Inside another simulation they must be: looking for
+        them runs the model, and the outer quantizers would change and count what it shows.
 
     Yields
     ------
@@ -123,7 +124,7 @@ def _simulated(quantizer: Quantizer, rows: Tensor, site: Site, usage: Usage) -> 
 def _parts(
     quantizer: Quantizer, batch: int, n_tokens: int, keep: Bool[Tensor, "batch tokens"] | None, device: torch.device
 ) -> list[Tensor] | None:
-    """Rows that are encoded together: all of them (None), the chosen ones, or each sequence's where tokens share scales."""
+    """Rows encoded together: all of them (None), the chosen ones, or each sequence's own where tokens share scales."""
     if quantizer.tokens_per_scale == 1 and keep is None:
         return None
     chosen = torch.ones(batch, n_tokens, dtype=torch.bool) if keep is None else keep

@@ -24,6 +24,11 @@ _CHANNEL_BINS = 512
 _FINEST_LEVEL_BINS = 4
 """Histogram bins per level, at least; coarser channels are fitted from the token reservoir."""
 
+_TINY = torch.finfo(torch.float64).tiny
+
+_ROUNDING = 1e-4
+"""Of a bin's middle, in half-ranges, where a channel lies far from zero."""
+
 
 @final
 class CodebookEstimator(Estimator):
@@ -41,6 +46,9 @@ class CodebookEstimator(Estimator):
         Every normalised value alike; or by the square of its channel's or token's half-range, which makes the error
         that of x itself; or by the energy of the queries that read the key channel, without gradients what Fisher
         weights measure; or by both.
+    pooling : float
+        With a table for each channel: weight of the site's average histogram relative to the channel's own, which
+        gives rare values a say that few calibration tokens may not have shown.
     outliers : Outliers or None
         Values kept apart.
     threshold_dtype : {'float32', 'float16'}
@@ -54,6 +62,7 @@ class CodebookEstimator(Estimator):
     per: Literal["channel", "token"] = "channel"
     tables: Literal["site", "channel"] = "site"
     weights: Literal["none", "scale2", "query", "query_scale2"] = "scale2"
+    pooling: float = Field(default=0.1, ge=0, le=1)
     outliers: Outliers | None = None
     threshold_dtype: ThresholdDtype = "float32"
 
@@ -88,6 +97,8 @@ class CodebookEstimator(Estimator):
             counts, weighted = token_histogram(rows, outliers(rows, self._fraction), histogram.bins)
             source = f"reservoir of {len(rows)} tokens"
         weights = weighted if self.weights == "scale2" else counts.double()
+        if not weights.any():  # every token is a constant: any levels do
+            weights = torch.ones_like(weights)
         levels = _levels(bin_centers(histogram.bins, weights.device)[None], weights[None], self.bits)
         inner = DynamicCodebook(channels=channels, bits=self.bits, levels=levels)
         return Fit(self.outliers.wrap(inner, None) if self.outliers else inner, source)
@@ -98,18 +109,12 @@ class CodebookEstimator(Estimator):
         bins = _SITE_BINS if self.tables == "site" else _CHANNEL_BINS
         centers, weights, n_coarse = _normal_histogram(statistics, ranges, scale, offset, bins, 2**self.bits)
         if self.tables == "site":
-            weights = weights * self._channel_weights(statistics, scale)[:, None]
-            total = weights.sum(dim=0)
-            total[len(total) // 2] += float(total.sum() == 0)
-            centers = (centers * weights).sum(dim=0) / total.clamp_min(torch.finfo(torch.float64).tiny)
-            centers = torch.where(total > 0, centers, bin_centers(bins, centers.device))[None]
-            weights = total[None]
+            centers, weights = _together(centers, weights * self._channel_weights(statistics, scale)[:, None])
         else:
-            weights[weights.sum(dim=1) == 0, bins // 2] = 1.0
+            centers, weights = _pooled(centers, weights, self.pooling)
         levels = _levels(centers, weights, self.bits)
-        inner = Codebook(
-            channels=len(scale), bits=self.bits, levels=levels, **_exact_constants(scale, offset, levels, ranges)
-        )
+        scale, offset = _exact_constants(scale, offset, levels, ranges)
+        inner = Codebook(channels=len(scale), bits=self.bits, scale=scale, offset=offset, levels=levels)
         source = ranges.source if not n_coarse else f"{ranges.source}; reservoir for {n_coarse} channels"
         return Fit(self.outliers.wrap(inner, ranges) if self.outliers else inner, source)
 
@@ -118,8 +123,8 @@ class CodebookEstimator(Estimator):
         if self.weights.startswith("query"):
             if statistics.query_energy is None:
                 raise ValueError(
-                    f"{statistics.shape.site}: weights: {self.weights} needs the queries that read this site; there are "
-                    "none for values. Use weights: scale2 or none."
+                    f"{statistics.shape.site}: weights: {self.weights} needs the queries that read this site; there "
+                    "are none for values. Use weights: scale2 or none."
                 )
             weights = statistics.query_energy
         return weights * scale.double().square() if self.weights.endswith("scale2") else weights
@@ -139,32 +144,62 @@ def _exact_constants(
     offset: Float32[Tensor, " channels"],
     levels: Float16[Tensor, "tables levels"],
     ranges: Ranges,
-) -> dict[str, Tensor]:
+) -> tuple[Float32[Tensor, " channels"], Float32[Tensor, " channels"]]:
     """Scale and offset with which the level nearest zero gives a constant channel back without rounding.
 
-    The scale is a power of two far below the constant's last bit, so that scale * level is exact and vanishes beside it;
-    for the constant zero the offset cancels it.
+    The scale is a power of two far below the constant's last bit, so that scale * level is exact and vanishes beside
+    it; for the constant zero the offset cancels it.
     """
     nearest = levels.float().gather(1, levels.float().abs().argmin(dim=1, keepdim=True))[:, 0].expand_as(scale)
     _, exponent = torch.frexp(ranges.low)
     tiny = torch.ldexp(torch.ones_like(scale), (exponent - 40).clamp_min(-100))
     offset = torch.where(ranges.constant, torch.where(ranges.low == 0, -tiny * nearest, ranges.low), offset)
-    return {"scale": torch.where(ranges.constant, tiny, scale), "offset": offset}
+    return torch.where(ranges.constant, tiny, scale), offset
 
 
 def _normal_histogram(
     statistics: SiteStatistics, ranges: Ranges, scale: Tensor, offset: Tensor, bins: int, n_levels: int
 ) -> tuple[Float64[Tensor, "channels bins"], Float64[Tensor, "channels bins"], int]:
-    """Histogram of (x - offset) / scale within the ranges, empty for constant channels; and how many channels came from the reservoir."""
+    """Histogram of (x - offset) / scale within the ranges, and how many channels came from the reservoir.
+
+    It is empty for constant channels. The middle of a bin that holds an end of the range may lie beyond it: what is in
+    the bin counts at the end.
+    """
     histogram = statistics.histogram
     centers, counts = histogram.centers().cpu(), histogram.counts.cpu()
     coarse = (histogram.width().cpu() * n_levels * _FINEST_LEVEL_BINS > 2 * scale) & ~ranges.constant
-    normal, weights = _rebin((centers - offset[:, None]) / scale[:, None], counts.double(), bins)
+    a = (centers - offset[:, None]) / scale[:, None]
+    half_bin = (histogram.width().cpu() / (2 * scale))[:, None] + _ROUNDING
+    normal, weights = _rebin(torch.where(a.abs() <= 1 + half_bin, a.clamp(-1, 1), a), counts.double(), bins)
     if coarse.any():
         rows = ((statistics.rows.cpu() - offset) / scale).T[coarse]
         normal[coarse], weights[coarse] = _rebin(rows, torch.ones_like(rows, dtype=torch.float64), bins)
     weights[ranges.constant] = 0.0
     return normal, weights, int(coarse.sum())
+
+
+def _together(
+    centers: Float64[Tensor, "channels bins"], weights: Float64[Tensor, "channels bins"]
+) -> tuple[Float64[Tensor, "1 bins"], Float64[Tensor, "1 bins"]]:
+    """One histogram of all channels; one value at the middle where all channels are constant."""
+    total = weights.sum(dim=0)
+    total[len(total) // 2] += float(total.sum() == 0)
+    means = (centers * weights).sum(dim=0) / total.clamp_min(_TINY)
+    return torch.where(total > 0, means, bin_centers(len(total), total.device))[None], total[None]
+
+
+def _pooled(
+    centers: Float64[Tensor, "channels bins"], weights: Float64[Tensor, "channels bins"], pooling: float
+) -> tuple[Float64[Tensor, "channels bins"], Float64[Tensor, "channels bins"]]:
+    """Each channel's histogram with a share of the average shape added; constant channels get the average."""
+    mass = weights.sum(dim=1, keepdim=True)
+    shape = (weights / mass.clamp_min(1.0)).sum(dim=0) / (mass > 0).sum().clamp_min(1)
+    shape[len(shape) // 2] += float(shape.sum() == 0)
+    added = shape * torch.where(mass > 0, pooling * mass, 1.0)
+    total = weights + added
+    middles = bin_centers(weights.shape[1], weights.device)
+    means = (centers * weights + middles * added) / total.clamp_min(_TINY)
+    return torch.where(total > 0, means, middles), total
 
 
 def _rebin(
@@ -176,7 +211,7 @@ def _rebin(
     total = torch.zeros(a.shape[0], bins, dtype=torch.float64).scatter_add_(1, index, inside)
     sums = torch.zeros_like(total).scatter_add_(1, index, inside * a.double())
     middles = bin_centers(bins, total.device).expand_as(total)
-    return torch.where(total > 0, sums / total.clamp_min(1e-300), middles), total
+    return torch.where(total > 0, sums / total.clamp_min(_TINY), middles), total
 
 
 def _levels(centers: Float64[Tensor, "tables bins"], weights: Float64[Tensor, "tables bins"], bits: int) -> Tensor:

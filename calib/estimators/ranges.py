@@ -51,8 +51,14 @@ def channel_ranges(statistics: SiteStatistics, outlier_fraction: float, dtype: T
     low, high = (statistics.tails if exact else statistics.histogram).quantiles(tail)
     source = "exact statistics" if exact else "channel histogram, to half a bin"
     if dtype == "float16":
-        low, high = low.half().float(), high.half().float()
+        low, high = _rounded(low, high)
     return Ranges(low.cpu().float(), high.cpu().float(), source)
+
+
+def _rounded(low: Float32[Tensor, " channels"], high: Float32[Tensor, " channels"]) -> tuple[Tensor, Tensor]:
+    """The ends in float16, except where no range would be left: a constant stays what it is."""
+    left, right = low.half().float(), high.half().float()
+    return torch.where(left < right, left, low), torch.where(left < right, right, high)
 
 
 def scale_for_constant(low: Float32[Tensor, " channels"]) -> Float32[Tensor, " channels"]:

@@ -88,13 +88,18 @@ class ChannelHistogram(Statistic):
 
 def _smallest_exponent(low: Tensor, high: Tensor, bins: int) -> Int32[Tensor, " channels"]:
     """Least e for which low and high lie within `bins` bins of width 2^e."""
-    _, magnitude = torch.frexp(torch.maximum(low.abs(), high.abs()))
-    _, span = torch.frexp(high.double() - low.double())
+    magnitude = _exponent(torch.maximum(low.abs(), high.abs()))
+    span = _exponent(high.double() - low.double())
     exponent = torch.maximum(magnitude - _SIGNIFICANT_BITS, span - bins.bit_length() - 1).clamp_min(-120)
     for _ in range(4):
         fits = torch.floor(torch.ldexp(high, -exponent)) - torch.floor(torch.ldexp(low, -exponent)) < bins
         exponent = torch.where(fits, exponent, exponent + 1)
     return exponent.to(torch.int32)
+
+
+def _exponent(x: Tensor) -> Int32[Tensor, " channels"]:
+    """Least e with x < 2^e; far below all others for zero, so that a wider range never has a smaller one."""
+    return torch.where(x > 0, torch.frexp(x).exponent, -200)
 
 
 def _coarsen(counts: Tensor, first: Tensor, exponent: Tensor, new_first: Tensor, new_exponent: Tensor) -> Tensor:

@@ -143,6 +143,9 @@ class ModelStatistics:
                 raise MismatchError(f"merge: the shards differ in {name}: {own!r:.300} and {theirs!r:.300}")
         if self.tier != other.tier:
             raise MismatchError(f"merge: the shards differ in tier: {self.tier} and {other.tier}")
+        different = sorted(set(self.sites) ^ set(other.sites))
+        if different:
+            raise MismatchError(f"merge: {different[0]} is in one shard only; were keys taken at different stages?")
         twice = set(self.windows) & set(other.windows)
         if twice:
             raise MismatchError(
@@ -169,7 +172,7 @@ class ModelStatistics:
         Raises
         ------
         ValueError
-            If the site was not captured, or more positions are left out than were kept apart.
+            If the site was not captured, more positions are left out than were kept apart, or no token is left.
         """
         if site not in self.sites:
             raise ValueError(
@@ -181,6 +184,11 @@ class ModelStatistics:
                 f"statistics: at most the first {HEAD_POSITIONS} positions can be left out of a fit; got {sink_tokens}"
             )
         chosen = self.sites[site].from_position(sink_tokens, self.sample, self.head)
+        if not chosen.moments.n_tokens:
+            raise ValueError(
+                f"{site}: a fit needs tokens from position {sink_tokens} on; the {len(self.windows)} windows hold "
+                "none. Take longer windows, or fewer sink tokens."
+            )
         query = Site(site.layer, "query", site.stage) if site.stage else None
         if query in self.sites:
             queries = self.sites[query].from_position(sink_tokens, self.sample, self.head)

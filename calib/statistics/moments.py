@@ -33,7 +33,7 @@ class Moments(Statistic):
         """Takes in finite tokens."""
         adopt_device(self, x.device)
         wide = x.double()
-        grouped = wide.view(x.shape[0], self.groups, -1).transpose(0, 1)
+        grouped = wide.unflatten(1, (self.groups, self.products.shape[1])).transpose(0, 1)
         self.n_tokens += x.shape[0]
         self.sums += wide.sum(dim=0)
         self.products += grouped.mT @ grouped

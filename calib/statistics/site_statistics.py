@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 import torch
-from jaxtyping import Float, Float32, Float64
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from artifacts.errors import NonFiniteError
@@ -196,7 +196,7 @@ def query_energy(key: SiteShape, query: SiteStatistics) -> Float64[Tensor, " cha
     return energy
 
 
-def check_finite(site: Site, x: Float32[Tensor, "tokens channels"], windows: Tensor) -> None:
+def check_finite(site: Site, x: Float[Tensor, "tokens channels"], windows: Tensor) -> None:
     """Every value is finite.
 
     Raises

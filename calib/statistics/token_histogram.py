@@ -74,4 +74,4 @@ def token_histogram(
     index = ((normal + 1) * (bins / 2)).nan_to_num_(0.0).clamp_(0, bins - 1).to(torch.int64)
     kept = index[spread]
     weights = half_range.double().square().expand_as(x)[spread]
-    return torch.bincount(kept, minlength=bins), torch.bincount(kept, weights, minlength=bins)
+    return torch.bincount(kept, minlength=bins), torch.bincount(kept, weights, minlength=bins).double()

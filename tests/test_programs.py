@@ -1,0 +1,517 @@
+"""The programs `calibrate` and `evaluate`, called as a user types them, with what they write, print and refuse."""
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import calib.capture
+from artifacts import artifact as artifacts_file
+from artifacts import load, save
+from artifacts.sites import Site
+from scripts import calibrate, evaluate
+
+REQUIRED = {
+    "fp",
+    "quantized",
+    "loss_nats",
+    "loss_nats_stderr",
+    "kl_mean",
+    "kl_p999",
+    "top1_agreement",
+    "bits",
+    "quantized_fraction",
+    "protocol",
+    "seconds",
+}
+WORDS = [
+    *[
+        "the",
+        "a",
+        "on",
+        "under",
+        "over",
+        "and",
+        "then",
+        "cat",
+        "dog",
+        "sun",
+        "rain",
+        "mat",
+        "hill",
+        "tree",
+        "sat",
+        "ran",
+        "fell",
+        "red",
+        "blue",
+        "old",
+        "new",
+    ]
+]
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a program left behind."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict:
+        return json.loads(self.out)
+
+
+Program = Callable[..., Ran]
+
+
+@pytest.fixture
+def type_in(capsys: pytest.CaptureFixture[str]) -> Program:
+    """Runs a command line such as `calibrate model --abits 4`; more words may follow, for paths with blanks."""
+    programs = {"calibrate": calibrate.main, "evaluate": evaluate.main}
+
+    def call(line: str, *more: object) -> Ran:
+        name, *words = line.split()
+        capsys.readouterr()
+        try:
+            status = programs[name]([*words, *map(str, more)])
+        except SystemExit as stop:  # argparse
+            status = int(stop.code or 0)
+        return Ran(status, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def works(type_in: Program) -> Program:
+    """The same, for command lines that must succeed."""
+
+    def call(line: str, *more: object) -> Ran:
+        ran = type_in(line, *more)
+        assert ran.status == 0, ran.err
+        return ran
+
+    return call
+
+
+def prose(seed: int, n_words: int = 900) -> str:
+    rng = random.Random(seed)
+    return " ".join(rng.choice(WORDS) for _ in range(n_words))
+
+
+def save_model(folder: Path, **changes: object) -> None:
+    """A random Llama that reads bytes, 2 layers, context 64."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    limits = {"vocab_size": 256, "num_hidden_layers": 2, "max_position_embeddings": 64, "initializer_range": 0.2}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**{**sizes, **limits, **changes})).save_pretrained(folder)
+
+
+def save_tokenizer(folder: Path) -> None:
+    """One token for each byte."""
+    vocabulary = {piece: number for number, piece in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the commands below name: models, texts, a 4-bit artifact and statistics; read-only."""
+    folder = tmp_path_factory.mktemp("workshop")
+    for name, changes in {"model": {}, "other": {"head_dim": 16}, "untokenized": {}}.items():
+        save_model(folder / name, **changes)
+        if name != "untokenized":
+            save_tokenizer(folder / name)
+    for seed, name in enumerate(("a.txt", "b.txt", "c.txt")):
+        (folder / name).write_text(prose(seed))
+    (folder / "records.jsonl").write_text("\n".join(json.dumps({"body": prose(seed, 300)}) for seed in (7, 8)))
+    np.save(folder / "ids.npy", np.frombuffer(prose(9).encode(), dtype=np.uint8).astype(np.int64))
+    save_bad_input(folder)
+    line = (
+        "model --dataset a.txt --nsamples 4 --abits 4 --quantizer-path q4.safetensors --save-statistics s.safetensors"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert calibrate.main(line.split()) == 0
+        save_partial_artifact(folder)
+    return folder
+
+
+def save_bad_input(folder: Path) -> None:
+    (folder / "short.txt").write_text("too short")
+    (folder / "latin1.txt").write_bytes("café ".encode("latin1") * 100)
+    (folder / "blank.txt").write_text("")
+    (folder / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    (folder / "junk.safetensors").write_bytes(b"not an artifact at all")
+    (folder / "folder").mkdir()
+    np.save(folder / "large_ids.npy", np.full(500, 256))
+
+
+def save_partial_artifact(folder: Path) -> None:
+    whole = load(folder / "q4.safetensors")
+    some = {site: quantizer for site, quantizer in whole.items() if site.layer == 0}
+    manifest = replace(whole.manifest, specs={site: quantizer.spec for site, quantizer in some.items()})
+    save(artifacts_file.Artifact(some, manifest), folder / "partial.safetensors")
+
+
+@pytest.fixture(autouse=True)
+def here(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty working directory but for links into the workshop."""
+    for item in workshop.iterdir():
+        (tmp_path / item.name).symlink_to(item)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def same_bytes(*names: str) -> bool:
+    first, *others = (Path(name).read_bytes() for name in names)
+    return all(other == first for other in others)
+
+
+# --- the main job
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pkl"])
+def test_calibrate_then_evaluate(suffix: str, works: Program) -> None:
+    ran = works(f"calibrate model --dataset a.txt --nsamples 3 --abits 3 --quantizer-path new/q.{suffix}")
+    assert f"new/q.{suffix}: 4 sites" in ran.out
+    assert f"Next: evaluate model --quantizer-path new/q.{suffix}" in ran.out
+    assert "statistics (basic):" in ran.err
+    found = works(f"evaluate model --quantizer-path new/q.{suffix} --dataset b.txt --limit 4 --json").json
+    assert set(found) >= REQUIRED
+    assert found["fp"]["perplexity"] > 1
+    assert found["quantized_fraction"] == 1
+    assert 3 <= found["bits"]["key"] <= found["bits"]["value"] < 6
+    assert "4 windows of 64 tokens" in found["protocol"]
+
+
+def test_both_file_formats_give_the_same_figures(works: Program) -> None:
+    works("calibrate model --dataset a.txt --nsamples 4 --abits 4 --quantizer-path q.pkl")
+    assert load("q.pkl").digest == load("q4.safetensors").digest
+    first, second = (
+        works(f"evaluate model --quantizer-path {name} --dataset b.txt --limit 2 --json").json
+        for name in ("q.pkl", "q4.safetensors")
+    )
+    assert {**first, "seconds": 0} == {**second, "seconds": 0}
+
+
+def test_the_table_shows_what_json_holds(works: Program) -> None:
+    line = "evaluate model --quantizer-path q4.safetensors --dataset b.txt --limit 3"
+    found, table = works(line + " --json").json, works(line).out
+    assert table.startswith("model on b.txt, q4.safetensors\n")
+    assert f"{found['fp']['perplexity']:.4f}" in table
+    assert f"{found['loss_nats']:+.5f} nats per token" in table
+    assert found["protocol"] in table
+
+
+def test_the_default_path_lies_under_runs_and_the_printed_line_works(works: Program) -> None:
+    ran = works("calibrate model --recipe kvquant --kbits 3 --vbits 2 --dataset a.txt --nsamples 2")
+    path = "runs/model-kvquant/quantizers-k3v2.safetensors"
+    assert {str(site): q.spec.bits for site, q in load(path).items() if site.layer == 0} == {
+        "layers.0.key.pre_rope": 3,
+        "layers.0.value": 2,
+    }
+    _, line = ran.out.splitlines()[-1].split("Next: ")
+    assert line == f"evaluate model --quantizer-path {path}"
+    assert "perplexity, quantized" in works(line + " --dataset b.txt --limit 2").out
+
+
+def test_the_same_command_gives_the_same_bytes(works: Program) -> None:
+    for name in ("one", "two"):
+        line = "calibrate model --dataset a.txt --nsamples 4 --abits 4"
+        works(f"{line} --quantizer-path {name}.safetensors --save-statistics {name}-s.safetensors")
+    assert same_bytes("one.safetensors", "two.safetensors", "q4.safetensors")
+    assert same_bytes("one-s.safetensors", "two-s.safetensors", "s.safetensors")
+    works("calibrate model --dataset a.txt --nsamples 4 --abits 4 --jobs 2 --quantizer-path jobs.safetensors")
+    assert same_bytes("one.safetensors", "jobs.safetensors")
+    works("calibrate model --dataset a.txt --nsamples 4 --abits 4 --seed 1 --quantizer-path seed.safetensors")
+    assert not same_bytes("one.safetensors", "seed.safetensors")
+
+
+def test_underscores_and_equal_signs_are_accepted(works: Program) -> None:
+    works("calibrate model --dataset=a.txt --nsamples=4 --key_bits 4 --value_bits=4 --quantizer_path=my_q.safetensors")
+    assert same_bytes("my_q.safetensors", "q4.safetensors")
+
+
+def test_existing_files_are_replaced_by_force(works: Program) -> None:
+    line = "calibrate model --dataset a.txt --nsamples 2 --quantizer-path q.safetensors --save-statistics t.safetensors"
+    works(line)
+    works(line + " --abits 2 --force")
+    assert load("q.safetensors")[Site(0, "value")].spec.bits == 2
+
+
+def test_sixteen_bits_go_the_same_way_and_quantize_nothing(works: Program) -> None:
+    works("calibrate model --dataset a.txt --nsamples 2 --abits 16 --quantizer-path q16.safetensors")
+    for line in ("--quantizer-path q16.safetensors", "--quantizer-path q16.safetensors --abits 16", "--abits 16"):
+        found = works(f"evaluate model {line} --dataset b.txt --limit 2 --json").json
+        assert (found["quantized_fraction"], found["loss_nats"], found["top1_agreement"]) == (0, 0, 1)
+        table = works(f"evaluate model {line} --dataset b.txt --limit 2").out
+        assert ["quantized_fraction", "0"] in [row.split() for row in table.splitlines()]
+
+
+def test_several_texts_and_their_kinds(works: Program) -> None:
+    line = "evaluate model --quantizer-path q4.safetensors --limit 2 --json"
+    both = works(line + " --datasets b.txt,c.txt").json["datasets"]
+    assert list(both) == ["b.txt", "c.txt"]
+    for name, found in both.items():
+        assert {**found, "seconds": 0} == {**works(f"{line} --dataset {name}").json, "seconds": 0}
+    assert set(works(line + " --dataset records.jsonl --field body").json) >= REQUIRED
+    assert set(works(line + " --dataset ids.npy").json) >= REQUIRED
+
+
+def test_tokenised_text_needs_no_tokenizer(works: Program) -> None:
+    ran = works("calibrate untokenized --dataset ids.npy --nsamples 2 --quantizer-path q.safetensors")
+    assert "no tokenizer" in ran.err
+    works("evaluate untokenized --dataset ids.npy --limit 2 --quantizer-path q.safetensors")
+
+
+def test_text_that_was_calibrated_on_is_pointed_out(works: Program) -> None:
+    line = "evaluate model --quantizer-path q4.safetensors --json --dataset"
+    assert "of the evaluation text was calibrated on" in works(f"{line} a.txt").err
+    assert "calibrated on" not in works(f"{line} b.txt").err
+
+
+def test_a_stretched_context(works: Program) -> None:
+    line = "model --maxseqlen 100 --seqlen 100 --dataset {} --quantizer-path q.safetensors"
+    works("calibrate --nsamples 2 " + line.format("a.txt"))
+    found = works("evaluate --limit 2 --json " + line.format("b.txt")).json
+    assert "2 windows of 100 tokens" in found["protocol"]
+
+
+# --- dynamic scales, with the options of the ancestors
+
+SEED_4 = (
+    "evaluate model --abits 4 --include-sparse --sparsity-threshold 0.99 --first-few-fp16 1 --perchannel k_proj "
+    "--pertoken v_proj --nsamples 2 --seed 1 --clamp --no_flash_attn --verbose --limit 2 --maxseqlen 48 --dataset b.txt"
+)
+
+
+def test_dynamic_mode_takes_every_option_of_seed_4(works: Program) -> None:
+    ran = works(SEED_4 + " --json")
+    assert "warning: a dynamic scale per channel is not causal" in ran.err
+    assert "NOT CAUSAL" in ran.json["protocol"]
+    assert "first 1 tokens exact" in ran.json["protocol"]
+    assert ran.json["quantized_fraction"] == 63 / 64
+    assert ran.json["bits"]["value"] > 4
+
+
+def test_dynamic_mode_per_token_is_causal(works: Program) -> None:
+    ran = works("evaluate model --abits 4 --pertoken k_proj v_proj --dataset b.txt --limit 2 --json")
+    assert "causal" not in ran.err
+    assert "NOT CAUSAL" not in ran.json["protocol"]
+    assert ran.json["bits"]["key"] == ran.json["bits"]["value"] == 4 + 32 / 16
+
+
+def test_evaluate_calibrate_is_calibrate(works: Program) -> None:
+    works("evaluate model --calibrate --dataset a.txt --nsamples 4 --abits 4 --quantizer-path q.safetensors")
+    assert same_bytes("q.safetensors", "q4.safetensors")
+
+
+# --- statistics: refit, merge, resume
+
+
+@pytest.mark.parametrize("flags", ["--abits 2", "--recipe kvquant --abits 3 --include-sparse", "--first-few-fp16 2"])
+def test_a_refit_from_statistics_is_a_calibration(flags: str, works: Program) -> None:
+    works(f"calibrate --from-statistics s.safetensors {flags} --quantizer-path refit.safetensors")
+    works(f"calibrate model --dataset a.txt --nsamples 4 {flags} --quantizer-path direct.safetensors")
+    assert same_bytes("refit.safetensors", "direct.safetensors")
+
+
+def test_merged_shards_are_the_whole(works: Program) -> None:
+    for number in (1, 2):
+        line = (
+            f"calibrate model --dataset a.txt --nsamples 4 --shard {number}/2 --save-statistics s{number}.safetensors"
+        )
+        works(line + f" --quantizer-path q{number}.safetensors")
+    works("calibrate --merge s1.safetensors s2.safetensors --abits 4 --quantizer-path merged.safetensors")
+    assert same_bytes("merged.safetensors", "q4.safetensors")
+
+
+class Interrupting:
+    """`capture`, until Ctrl-C in the middle of window number `n_windows`, counted from 0."""
+
+    def __init__(self, n_windows: int) -> None:
+        self.left, self.capture = n_windows, calib.capture.capture
+
+    def __call__(self, *args: object) -> object:
+        vectors = self.capture(*args)
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+        return vectors
+
+
+@pytest.mark.parametrize("n_windows", [0, 2])
+def test_an_interrupted_run_goes_on(
+    n_windows: int, type_in: Program, works: Program, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = "calibrate model --dataset a.txt --nsamples 4 --abits 4 --quantizer-path q.safetensors"
+    with monkeypatch.context() as patch:
+        patch.setattr(calib.capture, "capture", Interrupting(n_windows))
+        ran = type_in(line + " --save-statistics half.safetensors")
+    assert ran.status == 130
+    assert f"{n_windows} of 4 windows are in half.safetensors" in ran.err
+    assert "--resume half.safetensors --force" in ran.err
+    assert not list(here.glob("q.safetensors*")) + list(here.glob(".*"))
+    ran = works(line + " --save-statistics half.safetensors --resume half.safetensors --force")
+    assert f"{n_windows} windows are in half.safetensors, {4 - n_windows} remain" in ran.err
+    assert same_bytes("q.safetensors", "q4.safetensors")
+    assert same_bytes("half.safetensors", "s.safetensors")
+
+
+def test_an_interrupt_without_statistics_leaves_nothing(
+    type_in: Program, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = sorted(here.rglob("*"))
+    monkeypatch.setattr(calib.capture, "capture", Interrupting(1))
+    ran = type_in("calibrate model --dataset a.txt --nsamples 4 --quantizer-path q.safetensors")
+    assert ran.status == 130
+    assert "--save-statistics FILE" in ran.err
+    assert sorted(here.rglob("*")) == before
+
+
+# --- what only prints
+
+
+def test_recipes_are_printed_with_the_flags_in_them(works: Program, here: Path) -> None:
+    text = works("calibrate --recipe kvquant --abits 3 --vbits 2 --include-sparse --print-recipe").out
+    Path("mine.yaml").write_text(text)
+    assert works("calibrate --recipe mine.yaml --print-recipe").out == text
+    assert "fraction: 0.01" in text
+    listed = works("calibrate --list-recipes").out
+    assert {row.split()[0] for row in listed.splitlines()} >= {"default", "kvquant", "kvquant-rank"}
+
+
+def test_sites_are_listed(works: Program) -> None:
+    rows = works("calibrate model --list-sites").out.splitlines()
+    assert [row.split()[:2] for row in rows] == [["0", "applied"], ["1", "applied"]]
+    assert all("2 x 8" in row and "k_proj v_proj q_proj" in row for row in rows)
+
+
+# --- wrong input: the command, its exit status, and what the message must say
+
+CALIBRATE = "calibrate model --dataset a.txt"
+EVALUATE = "evaluate model --dataset b.txt --limit 2"
+WRONG: list[tuple[str, int, list[str]]] = [
+    # contradictions
+    (f"{EVALUATE} --quantizer-path q4.safetensors --abits 3", 2, ["contradict", "bits: the file has 4", "line 3"]),
+    (f"{EVALUATE} --quantizer-path q4.safetensors --abits 16", 2, ["contradict", "identity"]),
+    (f"{EVALUATE} --quantizer-path q4.safetensors --stage post_rope", 2, ["stage: the file has pre_rope"]),
+    (f"{EVALUATE} --quantizer-path q4.safetensors --include-sparse", 2, ["outliers: the file has None"]),
+    (f"{EVALUATE} --quantizer-path q4.safetensors --recipe kvquant", 2, ["recipe: the file has default", "kvquant"]),
+    (f"{EVALUATE} --abits 4 --perchannel k_proj --pertoken k_proj", 2, ["both name key"]),
+    (f"{CALIBRATE} --from-statistics s.safetensors --merge s.safetensors", 2, ["--from-statistics", "exclude"]),
+    # sizes
+    (f"{CALIBRATE} --seqlen 65", 2, ["--seqlen 65", "context of 64 tokens", "--seqlen 64"]),
+    (f"{EVALUATE} --abits 4 --seqlen 65", 2, ["context of 64 tokens", "--maxseqlen 65"]),
+    (f"{CALIBRATE} --seqlen 1", 2, ["at least 2"]),
+    (f"{CALIBRATE} --nsamples 0", 2, ["--nsamples", "integer from 1", "'0'"]),
+    (f"{CALIBRATE} --nsamples many", 2, ["--nsamples", "'many'"]),
+    (f"{EVALUATE} --abits 4 --batch-size -1", 2, ["--batch-size"]),
+    (f"{CALIBRATE} --abits 9", 2, ["--abits", "invalid choice"]),
+    (f"{CALIBRATE} --shard 5/4", 2, ["--shard", "I from 1 to N", "5/4"]),
+    (f"{CALIBRATE} --nsamples 2 --shard 3/4", 2, ["--shard 3/4 of 2 windows is empty", "at most 2"]),
+    (f"{EVALUATE} --abits 4 --include-sparse --sparsity-threshold 0.2", 2, ["share kept dense", "0.2"]),
+    (f"{CALIBRATE} --first-few-fp16 9", 1, ["sink_tokens", "less than or equal to 8", "9"]),
+    (f"{EVALUATE} --abits 4 --first-few-fp16 8 --seqlen 8", 1, ["no token was quantized", "first 8 tokens exact"]),
+    # text
+    ("calibrate model --dataset large_ids.npy", 1, ["token ids from 0 to 255", "go from 256 to 256", "another model?"]),
+    (
+        "evaluate model --abits 4 --dataset large_ids.npy",
+        1,
+        ["large_ids.npy", "token ids from 0 to 255", "448 outside"],
+    ),
+    ("calibrate model --dataset latin1.txt", 1, ["latin1.txt", "UTF-8", "0xe9", "iconv"]),
+    ("calibrate model --dataset short.txt", 1, ["short.txt", "65 tokens", "got 9", "--seqlen"]),
+    ("evaluate model --abits 4 --dataset short.txt", 1, ["64 tokens", "got 9"]),
+    ("calibrate model --dataset blank.txt", 1, ["blank.txt", "0 bytes"]),
+    ("calibrate model --dataset folder", 1, ["folder", "got a directory"]),
+    ("calibrate model --dataset nowhere.txt", 1, ["nowhere.txt", "expected wikitext2, ptb, c4 or a file"]),
+    ("calibrate model --dataset wikitext", 1, ["did you mean wikitext2?"]),
+    ("calibrate model --dataset wikitext2", 1, ["Salesforce/wikitext", "local file", "--dataset path/to/"]),
+    ("evaluate model --abits 4", 1, ["wikitext2", "local file"]),
+    ("calibrate model --dataset records.jsonl", 1, ["records.jsonl, line 1", "field 'text'"]),
+    ("calibrate untokenized --dataset a.txt", 2, ["no tokenizer", "ids.npy"]),
+    # output
+    (f"{CALIBRATE} --quantizer-path q4.safetensors", 2, ["q4.safetensors exists", "--force"]),
+    (f"{CALIBRATE} --quantizer-path q.pkl --save-statistics s.safetensors", 2, ["s.safetensors exists", "--force"]),
+    (f"{CALIBRATE} --quantizer-path q.bin", 1, ["q.bin", ".safetensors or .pkl"]),
+    (f"{CALIBRATE} --save-statistics s.json", 1, ["s.json", ".safetensors or .pkl"]),
+    (f"{CALIBRATE} --quantizer-path folder", 1, ["folder", ".safetensors or .pkl"]),
+    # artifacts
+    (f"{EVALUATE} --quantizer-path folder", 1, ["folder", "got a directory"]),
+    (f"{EVALUATE} --quantizer-path pointer.safetensors", 1, ["git-lfs pointer", "git lfs pull"]),
+    (f"{EVALUATE} --quantizer-path junk.safetensors", 1, ["neither a safetensors file nor a pickle"]),
+    (f"{EVALUATE} --quantizer-path s.safetensors", 1, ["format kvcalib.artifact", "kvcalib.statistics"]),
+    (f"{EVALUATE} --quantizer-path model/model.safetensors", 1, ["without kvcalib metadata", "model weights"]),
+    (f"{EVALUATE} --quantizer-path nowhere.safetensors", 2, ["no such file", "none under runs/", "calibrate MODEL"]),
+    (f"{EVALUATE} --quantizer-path partial.safetensors", 1, ["only some layers", "layers.1.key", "layers.1.value"]),
+    (
+        "evaluate other --dataset b.txt --quantizer-path q4.safetensors",
+        1,
+        ["another model", "[4, 2, 8]", "[4, 2, 16]"],
+    ),
+    (f"{EVALUATE} --maxseqlen 100 --quantizer-path q4.safetensors", 1, ["another model", "rope", "linear"]),
+    ("evaluate model --dataset b.txt", 2, ["--quantizer-path", "--abits", "none under runs/"]),
+    # models
+    ("calibrate --dataset a.txt", 2, ["name the model", "calibrate MODEL"]),
+    ("calibrate --list-sites", 2, ["calibrate MODEL --list-sites"]),
+    ("evaluate --quantizer-path q4.safetensors", 2, ["evaluate MODEL --quantizer-path"]),
+    ("evaluate folder --abits 4", 1, ["folder: no model could be loaded", "config.json"]),
+    ("calibrate nobody/nothing --dataset a.txt", 1, ["nobody/nothing: no model", "local folder"]),
+    # recipes and statistics
+    (f"{CALIBRATE} --recipe kvquent", 1, ["'kvquent'", "Did you mean kvquant?"]),
+    (f"{EVALUATE} --recipe default --abits 4", 1, ["codebooks are fitted", "calibrate"]),
+    ("calibrate --from-statistics s.safetensors --stage post_rope", 1, ["post_rope", "pre_rope", "Calibrate again"]),
+    ("calibrate --from-statistics q4.safetensors", 1, ["kvcalib.statistics"]),
+    ("calibrate --from-statistics nowhere.safetensors", 1, ["nowhere.safetensors: cannot be read"]),
+    ("calibrate --merge s.safetensors s.safetensors", 1, ["4 of 4 windows", "the same shard twice?"]),
+    ("calibrate model --bogus", 2, ["--bogus"]),
+]
+
+
+@pytest.mark.parametrize(("line", "status", "words"), WRONG, ids=[line for line, _, _ in WRONG])
+def test_wrong_input_gets_a_clear_answer(
+    line: str, status: int, words: list[str], type_in: Program, here: Path
+) -> None:
+    before = sorted(here.rglob("*"))
+    ran = type_in(line)
+    assert ran.status == status, ran.err
+    assert [word for word in words if word not in ran.err] == [], ran.err
+    assert "Traceback" not in ran.err + ran.out
+    assert ran.out == ""
+    assert sorted(here.rglob("*")) == before
+
+
+def test_a_missing_artifact_lists_those_there_are(type_in: Program, works: Program) -> None:
+    works(f"{CALIBRATE} --nsamples 2 --abits 2")
+    for line in (f"{EVALUATE} --quantizer-path nowhere.safetensors", EVALUATE):
+        ran = type_in(line)
+        assert ran.status == 2
+        assert "  runs/model-default/quantizers-k2v2.safetensors" in ran.err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("line", [CALIBRATE, f"{EVALUATE} --abits 4"])
+def test_a_device_that_is_not_there(line: str, type_in: Program) -> None:
+    ran = type_in(line + " --device cuda")
+    assert ran.status == 2
+    assert "this torch sees no CUDA device; use --device cpu" in ran.err
+
+
+def test_debug_shows_the_traceback(type_in: Program) -> None:
+    ran = type_in("calibrate model --dataset short.txt --debug")
+    assert ran.status == 1
+    assert "Traceback (most recent call last)" in ran.err
+    assert ran.err.splitlines()[-1].startswith("calibrate: short.txt: ")
