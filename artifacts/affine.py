@@ -147,7 +147,7 @@ def round_outward(x: Tensor, *, up: bool, who: str, positive: bool = False) -> F
     """
     half = x.half()
     off = half.float() < x if up else half.float() > x
-    half = torch.where(off, torch.nextafter(half, torch.full_like(half, torch.inf if up else -torch.inf)), half)
+    half = torch.where(off, _neighbour(half, up=up), half)
     if positive:
         half = half.clamp_min(torch.finfo(torch.float16).smallest_normal / 1024)
     if not torch.isfinite(half).all():
@@ -156,6 +156,16 @@ def round_outward(x: Tensor, *, up: bool, who: str, positive: bool = False) -> F
             "Values this large call for a static per-channel quantizer."
         )
     return half
+
+
+def _neighbour(half: Float16[Tensor, "..."], *, up: bool) -> Float16[Tensor, "..."]:
+    """Next float16 above or below, by its bit pattern: `torch.nextafter` has no float16 kernel on CUDA."""
+    bits = (half + 0.0).view(torch.int16).int()  # + 0.0 makes -0.0 a positive zero
+    away_from_zero = (half >= 0) if up else (half <= 0)
+    stepped = torch.where(away_from_zero, bits + 1, bits - 1)
+    if not up:
+        stepped = torch.where(half == 0, 1 - 2**15, stepped)  # the smallest negative number
+    return stepped.to(torch.int16).view(torch.float16)
 
 
 def uniform_codes(

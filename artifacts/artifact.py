@@ -104,7 +104,10 @@ def load(path: str | Path) -> Artifact:
     """
     stored = read(Path(path), FORMAT)
     with naming(Path(path)):
-        return from_stored(stored)
+        try:
+            return from_stored(stored)
+        except RecursionError as error:
+            raise CorruptArtifactError("its quantizers are wrapped in one another too deep") from error
 
 
 def from_stored(stored: Stored) -> Artifact:

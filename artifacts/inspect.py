@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from artifacts.errors import CorruptArtifactError
 from artifacts.manifest import Manifest
 from artifacts.sites import Site
 from artifacts.spec import QuantSpec
@@ -18,7 +19,7 @@ def report(stored: Stored) -> dict[str, Any]:
     Raises
     ------
     CorruptArtifactError
-        If the manifest is not whole.
+        If the manifest is not whole, or the arrays are not those of its specifications.
     """
     manifest = Manifest.from_json(stored.header)
     sites = {str(site): _site(site, spec, manifest, stored) for site, spec in sorted(manifest.specs.items())}
@@ -65,6 +66,13 @@ def differences(one: Stored, other: Stored) -> list[str]:
 
 
 def _site(site: Site, spec: QuantSpec, manifest: Manifest, stored: Stored) -> dict[str, Any]:
+    try:
+        return _entry(site, spec, manifest, stored)
+    except (ValueError, TypeError, IndexError, KeyError) as error:
+        raise CorruptArtifactError(f"{site}: arrays and specification do not fit together ({error})") from error
+
+
+def _entry(site: Site, spec: QuantSpec, manifest: Manifest, stored: Stored) -> dict[str, Any]:
     arrays = {n.partition("/")[2]: a for n, a in stored.arrays.items() if n.startswith(f"{site}/")}
     tensors = {name.rpartition(".")[2]: array for name, array in arrays.items()}
     levels = tensors.get("levels")

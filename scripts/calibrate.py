@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from scripts import options
 from scripts.console import UsageError, bar, run, say, set_up_logging
+from scripts.outputs import check_outputs, output_path
 
 if TYPE_CHECKING:
     from artifacts.artifact import Artifact
@@ -34,7 +35,9 @@ def parser() -> argparse.ArgumentParser:
         "--quantizer-path", type=Path, metavar="FILE", help=".safetensors or .pkl (default: under runs/)"
     )
     parser.add_argument("--force", action="store_true", help="replace existing output files")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="sites fitted at a time (default: 1)")
+    parser.add_argument(
+        "--jobs", type=options.positive, default=1, metavar="N", help="sites fitted at a time (default: 1)"
+    )
     parser.add_argument(
         "--statistics", choices=("basic", "full"), default="basic", help="what to gather (default: basic)"
     )
@@ -72,9 +75,8 @@ def _main(argv: list[str]) -> int:
         return 0
     if args.list_sites:
         return _list_sites(args)
-    output = _output_path(args, recipe)
-    for path in filter(None, (output, args.save_statistics)):
-        _check_writable(path, args)
+    output = output_path(args, recipe)
+    check_outputs(output, args)
     statistics = _statistics(args, recipe)
     if args.save_statistics:
         statistics.save(args.save_statistics)
@@ -158,26 +160,6 @@ def _how_to_resume(args: argparse.Namespace, statistics: "ModelStatistics") -> s
         f"{len(statistics.windows)} of {args.nsamples} windows are in {args.save_statistics}. Go on with the same "
         f"command and --resume {args.save_statistics} --force"
     )
-
-
-def _output_path(args: argparse.Namespace, recipe: "Recipe") -> Path:
-    if args.quantizer_path:
-        return Path(args.quantizer_path)
-    from scripts.models import short_name
-
-    model = short_name(args.model) if args.model else "statistics"
-    key, value = (getattr(estimator, "bits", 16) for estimator in (recipe.key, recipe.value))
-    return Path("runs") / f"{model}-{recipe.name}" / f"quantizers-k{key}v{value}.safetensors"
-
-
-def _check_writable(path: Path, args: argparse.Namespace) -> None:
-    from artifacts.storage import check_suffix
-
-    check_suffix(path)
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder; name a file")
-    if path.exists() and not args.force:
-        raise UsageError(f"{path} exists; --force replaces it, another --quantizer-path keeps it")
 
 
 def _summary(artifact: "Artifact", output: Path) -> str:

@@ -67,7 +67,8 @@ def _main(argv: list[str]) -> int:
     from scripts.models import load_model
 
     loaded = load_model(args)
-    results = {name: _evaluate(args, loaded, artifact, recipe, name) for name in args.dataset.split(",")}
+    names = [name for name in args.dataset.split(",") if name] or [args.dataset]
+    results = {name: _evaluate(args, loaded, artifact, recipe, name) for name in names}
     first, *others = results.values()
     if args.json:
         print(json.dumps({"datasets": results} if others else first, indent=2, allow_nan=False))

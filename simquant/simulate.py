@@ -80,16 +80,14 @@ def check_coverage(quantizers: Mapping[Site, Quantizer], layers: Sequence[Attent
     """
     wanted = {(layer.layer, tensor) for layer in layers for tensor in ("key", "value")}
     given = {(site.layer, site.tensor) for site in quantizers}
-    for problem, places in (
-        ("covers only some layers; missing", wanted - given),
-        ("has no place in the model for", given - wanted),
+    exact = "A layer that shall stay exact carries the quantizer 'identity'; otherwise calibrate all layers."
+    for problem, places, advice in (
+        ("covers only some layers; missing", wanted - given, exact),
+        ("has no place in the model for", given - wanted, "Was it made for another model?"),
     ):
         if places:
             names = ", ".join(f"layers.{layer}.{tensor}" for layer, tensor in sorted(places)[:6])
-            raise MismatchError(
-                f"artifact: it {problem} {names}{', ...' if len(places) > 6 else ''}. A layer that shall stay exact "
-                "carries the quantizer 'identity'; otherwise calibrate all layers."
-            )
+            raise MismatchError(f"artifact: it {problem} {names}{', ...' if len(places) > 6 else ''}. {advice}")
 
 
 def _handler(

@@ -429,14 +429,13 @@ FOREIGN: dict[str, tuple[Callable[[Path], object], type[ArtifactError], str]] = 
 
 @pytest.mark.parametrize("name", FOREIGN)
 def test_foreign_files_are_refused(tmp_path: Path, name: str) -> None:
-    put, error, message = FOREIGN[name]
+    put, error, _ = FOREIGN[name]
     path = tmp_path / "q.safetensors"
     put(path)
     with pytest.raises(error) as caught:
         load(path)
     assert type(caught.value) is error
     assert str(path) in str(caught.value)
-    assert message in str(caught.value)
     assert not (tmp_path / "harm").exists()
 
 
@@ -504,13 +503,17 @@ WRONG: dict[str, tuple[Callable[[Header, Arrays], None], type[ArtifactError], st
     "kind-number": (set_spec(K1, kind=7), CorruptArtifactError, "kind must be a name"),
     "bits-missing": (set_spec(K1, bits=None), CorruptArtifactError, "bits"),
     "bits-9": (set_spec(K1, bits=9), CorruptArtifactError, "bits must be an integer from 1 to 8"),
-    "bits-real": (set_spec(K1, bits=3.0), CorruptArtifactError, ""),
-    "bits-text": (set_spec(V1, wrapped=True, bits="4"), CorruptArtifactError, ""),
+    "bits-real": (set_spec(K1, bits=3.0), CorruptArtifactError, "bits must be of type int; got 3.0"),
+    "bits-text": (set_spec(V1, wrapped=True, bits="4"), CorruptArtifactError, "bits must be of type int; got '4'"),
     "bits-huge": (set_spec(K1, bits=10**15), CorruptArtifactError, "bits"),
-    "channels-real": (set_spec(V2, channels=8.0), CorruptArtifactError, ""),
+    "channels-real": (set_spec(V2, channels=8.0), CorruptArtifactError, "channels must be of type int"),
     "channels-none": (set_spec(V2, channels=0), CorruptArtifactError, "channels must be at least 1"),
     "channels-inside": (set_spec(V1, wrapped=True, channels=9), CorruptArtifactError, "a quantizer of 8 channels"),
-    "flag-text": (set_spec(V1, wrapped=True, symmetric="no"), CorruptArtifactError, ""),
+    "flag-text": (
+        set_spec(V1, wrapped=True, symmetric="no"),
+        CorruptArtifactError,
+        "symmetric must be of type bool; got 'no'",
+    ),
     "option-list": (set_spec(K1, bits=[3]), CorruptArtifactError, "option 'bits' must be"),
     "option-unknown": (set_spec(K1, colour="red"), CorruptArtifactError, "colour"),
     "option-site": (set_spec(K1, site="layers.0.value"), CorruptArtifactError, "site"),
@@ -519,8 +522,16 @@ WRONG: dict[str, tuple[Callable[[Header, Arrays], None], type[ArtifactError], st
     "outliers-many": (set_spec(V1, outliers_per_token=8), CorruptArtifactError, "from 1 to 7; got 8"),
     "scale-negative": (set_array(f"{K1}/scale", [-1.0] * 8), CorruptArtifactError, "finite and positive; 8 of 8"),
     "scale-nan": (set_array(f"{K1}/scale", [np.nan] + [1.0] * 7), CorruptArtifactError, "finite and positive; 1 of 8"),
-    "scale-short": (set_array(f"{K1}/scale", [1.0] * 7), CorruptArtifactError, ""),
-    "scale-double": (set_array(f"{K1}/scale", [1.0] * 8, "float64"), CorruptArtifactError, ""),
+    "scale-short": (
+        set_array(f"{K1}/scale", [1.0] * 7),
+        CorruptArtifactError,
+        "scale must be float32 of shape (8,); got torch.float32 of shape (7,)",
+    ),
+    "scale-double": (
+        set_array(f"{K1}/scale", [1.0] * 8, "float64"),
+        CorruptArtifactError,
+        "scale must be float32 of shape (8,); got torch.float64",
+    ),
     "scale-missing": (drop_array(f"{K1}/scale"), CorruptArtifactError, "scale"),
     "offset-infinite": (set_array(f"{K1}/offset", [np.inf] * 8), CorruptArtifactError, "offset must be finite"),
     "levels-unsorted": (
@@ -528,22 +539,33 @@ WRONG: dict[str, tuple[Callable[[Header, Arrays], None], type[ArtifactError], st
         CorruptArtifactError,
         "ascending",
     ),
-    "levels-few": (set_array(f"{V0}/inner.levels", [[0.0, 1.0]], "float16"), CorruptArtifactError, ""),
-    "levels-flat": (set_array(f"{V0}/inner.levels", [0.0, 1.0, 2.0, 3.0], "float16"), CorruptArtifactError, ""),
-    "levels-single": (set_array(f"{V0}/inner.levels", LEVELS), CorruptArtifactError, ""),
+    "levels-few": (
+        set_array(f"{V0}/inner.levels", [[0.0, 1.0]], "float16"),
+        CorruptArtifactError,
+        "levels must be float16 of shape (1, 4)",
+    ),
+    "levels-flat": (
+        set_array(f"{V0}/inner.levels", [0.0, 1.0, 2.0, 3.0], "float16"),
+        CorruptArtifactError,
+        "levels must be float16 of shape (1, 4)",
+    ),
+    "levels-single": (
+        set_array(f"{V0}/inner.levels", LEVELS),
+        CorruptArtifactError,
+        "levels must be float16 of shape (1, 4)",
+    ),
     "thresholds-crossed": (set_array(f"{K0}/lower", [9.0] * 8), CorruptArtifactError, "lower must not exceed upper"),
     "array-extra": (set_array(f"{K1}/shift", [0.0] * 8), CorruptArtifactError, "shift"),
-    "array-for-option": (set_array(f"{V1}/inner.symmetric", [0.0, 1.0]), CorruptArtifactError, ""),
+    "array-for-option": (set_array(f"{V1}/inner.symmetric", [0.0, 1.0]), CorruptArtifactError, "symmetric"),
     "array-for-inner": (set_array(f"{V2}/inner.scale", [1.0] * 8), CorruptArtifactError, "no wrapped quantizer"),
     "array-unnamed": (set_array(f"{K1}/", [1.0] * 8), CorruptArtifactError, str(K1)),
     "array-of-no-site": (set_array("layers.9.value/scale", [1.0] * 8), CorruptArtifactError, "layers.9.value"),
     "array-stray": (set_array("scale", [1.0] * 8), CorruptArtifactError, "without a specification: ['scale']"),
     "array-of-corpus": (set_array("corpus/secret", [1.0] * 8), CorruptArtifactError, "['corpus']"),
     "array-dtype": (set_array(f"{K1}/scale", [1] * 8, "uint32"), CorruptArtifactError, "dtype"),
-    "site-name": (rename_site, CorruptArtifactError, "layers.0.value.pre_rope"),
+    "site-name": (rename_site, CorruptArtifactError, "stage='pre_rope'"),
     "no-sites": (set_header(specs={}), CorruptArtifactError, "sites"),
     "specs-list": (set_header(specs=[]), CorruptArtifactError, "manifest"),
-    "nested": (nest, CorruptArtifactError, ""),
     "extra-field": (set_header(note="hello"), CorruptArtifactError, "note"),
     "model-number": (set_header(model=5), CorruptArtifactError, "model must be of type"),
     "recipe-null": (set_header(recipe=None), CorruptArtifactError, "recipe must be of type"),
@@ -564,17 +586,22 @@ def write_wrong(path: Path, change: Callable[[Header, Arrays], None]) -> None:
 @either_format
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_content_is_refused(tmp_path: Path, name: str, suffix: str) -> None:
-    change, error, message = WRONG[name]
+    change, error, _ = WRONG[name]
     path = tmp_path / f"q{suffix}"
     write_wrong(path, change)
     with pytest.raises(error) as caught:
         load(path)
     assert type(caught.value) is error
     assert str(path) in str(caught.value)
-    assert message in str(caught.value)
+
+
+def test_quantizers_wrapped_too_deep(tmp_path: Path) -> None:
+    write_wrong(tmp_path / "q.pkl", nest)
+    read_or_refuse(tmp_path / "q.pkl")  # how deep is too deep is Python's business; only an ArtifactError may come
 
 
 REFUSE_ALL = """
+import json
 import sys
 from artifacts.artifact import load
 from scripts.artifact import main
@@ -582,9 +609,8 @@ from scripts.artifact import main
 for path in sys.argv[1:]:
     try:
         load(path)
-        print("read")
     except Exception as error:
-        print(type(error).__name__)
+        print("refused", json.dumps([path, type(error).__name__, str(error)]))
     assert main(["validate", path]) == 1
     assert main(["inspect", path]) in (0, 1)
 """
@@ -597,19 +623,24 @@ def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=env, timeout=60)
 
 
-def test_refusals_do_not_depend_on_the_shape_checks_of_the_tests(tmp_path: Path) -> None:
-    """Those checks catch wrong types before our own do; users run without."""
-    for name, (put, _, _) in FOREIGN.items():
+def test_refusals_as_users_see_them(tmp_path: Path) -> None:
+    """Without the shape checks of the tests, which catch wrong types before our own messages do."""
+    expected: dict[str, tuple[type[ArtifactError], str]] = {}
+    for name, (put, error, message) in FOREIGN.items():
         put(tmp_path / f"foreign-{name}")
-    for name, (change, _, _) in WRONG.items():
+        expected[str(tmp_path / f"foreign-{name}")] = error, message
+    for name, (change, error, message) in WRONG.items():
         write_wrong(tmp_path / f"wrong-{name}.pkl", change)
-    paths = [str(tmp_path / f"foreign-{name}") for name in FOREIGN]
-    paths += [str(tmp_path / f"wrong-{name}.pkl") for name in WRONG]
-    done = python(REFUSE_ALL, *paths)
+        expected[str(tmp_path / f"wrong-{name}.pkl")] = error, message
+    done = python(REFUSE_ALL, *expected)
     assert done.returncode == 0, done.stderr
-    found = [line for line in done.stdout.splitlines() if line == "read" or line.endswith("Error")]
-    expected = [error.__name__ for _, error, _ in [*FOREIGN.values(), *WRONG.values()]]
-    assert dict(zip(paths, found, strict=True)) == dict(zip(paths, expected, strict=True))
+    rows = [json.loads(line.removeprefix("refused")) for line in done.stdout.splitlines() if line.startswith("refused")]
+    assert [path for path, _, _ in rows] == list(expected)
+    for path, kind, text in rows:
+        error, message = expected[path]
+        assert kind == error.__name__, text
+        assert text.startswith(path)
+        assert message in text
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "harm").exists()
 

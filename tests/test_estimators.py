@@ -74,9 +74,13 @@ def test_uniform_is_the_naive_grid(bits: int, kind: str, fraction: float) -> Non
     quantizer = fit.quantizer
     if fraction:
         assert isinstance(quantizer, ThresholdSparse)
-        torch.testing.assert_close((quantizer.lower, quantizer.upper), (low, high), rtol=1e-6, atol=1e-6, check_dtype=False)  # fmt: skip
+        torch.testing.assert_close(
+            (quantizer.lower, quantizer.upper), (low, high), rtol=1e-6, atol=1e-6, check_dtype=False
+        )
         quantizer = quantizer.inner
-    expected = naive_uniform(x.double(), low.double(), high.double(), bits, symmetric=kind == "symmetric", whole=kind == "whole_zero_point")  # fmt: skip
+    expected = naive_uniform(
+        x.double(), low.double(), high.double(), bits, symmetric=kind == "symmetric", whole=kind == "whole_zero_point"
+    )
     assert isinstance(quantizer, Affine)
     off = (quantizer.simulate(x) - expected).abs() > 1e-5
     step = quantizer.scale.expand_as(x)[off]
@@ -115,8 +119,8 @@ def test_a_range_that_float16_cannot_hold_apart_keeps_its_ends() -> None:
 
 
 def test_the_order_of_batches_leaves_no_trace() -> None:
-    x = normal()
-    wide, narrow = 10 * x[:1000], x[1000:]
+    x = torch.randn(1000, 8)
+    wide, narrow = 10 * x[:500], x[500:]
     for estimator in (UniformEstimator(bits=4), CodebookEstimator(bits=3), CodebookEstimator(bits=3, per="token")):
         first = estimator.fit(statistics_of(wide, narrow)).quantizer.tensors()
         last = estimator.fit(statistics_of(narrow, wide)).quantizer.tensors()
@@ -135,37 +139,39 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "whole zero point": ("uniform", {"whole_zero_point": True}),
     "one table": ("codebook", {"tables": "site"}),
     "own tables": ("codebook", {"tables": "channel"}),
-    "own tables, unweighted": ("codebook", {"tables": "channel", "weights": "none"}),
+    "own tables, unpooled": ("codebook", {"tables": "channel", "weights": "none", "pooling": 0}),
 }
 CONSTANTS = torch.tensor([0.0, 0.1, -3.7])
 
 
 @every_width
 @pytest.mark.parametrize(("method", "options"), VARIANTS.values(), ids=VARIANTS)
-@pytest.mark.parametrize("outliers", [None, Outliers(fraction=0.02)], ids=["dense", "sparse"])
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize(
+    ("outliers", "dtype"),
+    [(None, "float32"), (Outliers(fraction=0.02), "float32"), (Outliers(fraction=0.02), "float16")],
+)
 def test_constant_channels_reconstruct_exactly(
     method: str, options: dict[str, Any], bits: int, outliers: Outliers | None, dtype: str
 ) -> None:
-    x = normal(300)
-    x[:, [3, 7, 11]] = CONSTANTS
+    x = normal(200, 4)
+    x[:, :3] = CONSTANTS
     estimator = ESTIMATORS[method](bits=bits, outliers=outliers, threshold_dtype=dtype, **options)
     y = estimator.fit(statistics_of(x)).quantizer.simulate(x)
-    assert torch.equal(y[:, [3, 7, 11]], x[:, [3, 7, 11]])
+    assert torch.equal(y[:, :3], x[:, :3])
     assert torch.isfinite(y).all()
 
 
 @every_width
 @pytest.mark.parametrize(("method", "options"), VARIANTS.values(), ids=VARIANTS)
 def test_nothing_but_constants(method: str, options: dict[str, Any], bits: int) -> None:
-    x = CONSTANTS.repeat(50, 4)
+    x = CONSTANTS.repeat(50, 2)
     assert torch.equal(ESTIMATORS[method](bits=bits, **options).fit(statistics_of(x)).quantizer.simulate(x), x)
 
 
 @pytest.mark.parametrize("estimator", [UniformEstimator(per="token"), CodebookEstimator(per="token")])
 def test_tokens_of_one_value_alone(estimator: Estimator) -> None:
     x = torch.arange(50.0)[:, None].expand(50, CHANNELS).contiguous()
-    assert torch.equal(estimator.fit(statistics_of(x)).quantizer.simulate(x), x)
+    torch.testing.assert_close(estimator.fit(statistics_of(x)).quantizer.simulate(x), x, rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("tables", ["site", "channel"])
@@ -204,7 +210,7 @@ def test_one_table_minimises_the_weighted_objective(bits: int, weights: str) -> 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_own_tables_minimise_each_channels_error(bits: int) -> None:
     x = normal(1000, 8)
-    quantizer = CodebookEstimator(bits=bits, tables="channel").fit(statistics_of(x)).quantizer
+    quantizer = CodebookEstimator(bits=bits, tables="channel", pooling=0).fit(statistics_of(x)).quantizer
     ours = (quantizer.simulate(x) - x).double().square().sum(0)
     for channel in range(8):
         values = x[:, channel].double().numpy()
@@ -244,15 +250,23 @@ def test_query_weights_need_queries() -> None:
         CodebookEstimator(weights="query").fit(statistics_of(normal()))
 
 
-@pytest.mark.parametrize("estimator", [
-    UniformEstimator(), UniformEstimator(per="token"), UniformEstimator(outliers=Outliers()),
-    CodebookEstimator(), CodebookEstimator(tables="channel"), CodebookEstimator(per="token"),
-    CodebookEstimator(outliers=Outliers()), CodebookEstimator(per="token", outliers=Outliers(rule="rank")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        UniformEstimator(),
+        UniformEstimator(per="token"),
+        UniformEstimator(outliers=Outliers()),
+        CodebookEstimator(),
+        CodebookEstimator(tables="channel"),
+        CodebookEstimator(per="token"),
+        CodebookEstimator(outliers=Outliers()),
+        CodebookEstimator(per="token", outliers=Outliers(rule="rank")),
+    ],
+)
 def test_more_bits_lower_the_error(estimator: Estimator) -> None:
-    x = normal()
+    x = normal(500, 8)
     statistics = statistics_of(x)
-    errors = [error(estimator.model_copy(update={"bits": bits}).fit(statistics).quantizer, x) for bits in range(1, 9)]
+    errors = [error(estimator.model_copy(update={"bits": bits}).fit(statistics).quantizer, x) for bits in (1, *BITS)]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 1e-3 * errors[0]
 
@@ -314,7 +328,9 @@ def test_token_outliers_are_left_out_of_the_table(fraction: float) -> None:
     assert fit.source == ("exact statistics" if fraction == 0.01 else "reservoir of 500 tokens")
     assert isinstance(fit.quantizer, PercentileSparse)
     assert fit.quantizer.outlier_fraction == fraction
-    assert error(fit.quantizer, x) < 0.5 * error(CodebookEstimator(bits=3, per="token").fit(statistics_of(x)).quantizer, x)  # fmt: skip
+    assert error(fit.quantizer, x) < 0.5 * error(
+        CodebookEstimator(bits=3, per="token").fit(statistics_of(x)).quantizer, x
+    )
 
 
 @pytest.mark.parametrize(("fraction", "expected"), [(0.01, 1), (0.1, 2), (0.15, 2), (0.49, 8)])
@@ -351,11 +367,18 @@ def test_dynamic_quantizers_need_no_statistics() -> None:
         CodebookEstimator().dynamic(CHANNELS)
 
 
-@pytest.mark.parametrize("make", [
-    lambda: UniformEstimator(bits=9), lambda: UniformEstimator(bits=0), lambda: Outliers(fraction=0.5),
-    lambda: UniformEstimator(bits=1, symmetric=True), lambda: UniformEstimator(symmetric=True, whole_zero_point=True),
-    lambda: CodebookEstimator(per="token", tables="channel"), lambda: CodebookEstimator(per="token", weights="query"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: UniformEstimator(bits=9),
+        lambda: UniformEstimator(bits=0),
+        lambda: Outliers(fraction=0.5),
+        lambda: UniformEstimator(bits=1, symmetric=True),
+        lambda: UniformEstimator(symmetric=True, whole_zero_point=True),
+        lambda: CodebookEstimator(per="token", tables="channel"),
+        lambda: CodebookEstimator(per="token", weights="query"),
+    ],
+)
 def test_what_does_not_go_together_is_refused_when_built(make: Any) -> None:
     with pytest.raises(ValidationError):
         make()

@@ -1,0 +1,52 @@
+"""Where `calibrate` writes, and whether it can, found out before the model runs."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from scripts.console import UsageError
+
+if TYPE_CHECKING:
+    from calib.recipe import Recipe
+
+
+def output_path(args: argparse.Namespace, recipe: "Recipe") -> Path:
+    """The artifact's path: as asked, else under `runs/`, named after model, recipe and bits."""
+    if args.quantizer_path:
+        return Path(args.quantizer_path)
+    from scripts.models import short_name
+
+    model = short_name(args.model) if args.model else "statistics"
+    key, value = (getattr(estimator, "bits", 16) for estimator in (recipe.key, recipe.value))
+    return Path("runs") / f"{model}-{recipe.name}" / f"quantizers-k{key}v{value}.safetensors"
+
+
+def check_outputs(output: Path, args: argparse.Namespace) -> None:
+    """The artifact and the statistics can be written, and to different files.
+
+    Raises
+    ------
+    UsageError
+        If not, or if a file exists and --force is not given.
+    ArtifactError
+        If a suffix is neither of the two that can be written.
+    """
+    statistics = args.save_statistics
+    if statistics and statistics.resolve() == output.resolve():
+        raise UsageError(f"--save-statistics and --quantizer-path both name {output}; give each a file of its own")
+    for path in filter(None, (output, statistics)):
+        _check_writable(path, force=args.force)
+
+
+def _check_writable(path: Path, *, force: bool) -> None:
+    from artifacts.storage import check_suffix
+
+    check_suffix(path)
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; name a file")
+    if path.exists() and not force:
+        raise UsageError(f"{path} exists; --force replaces it, another name keeps it")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UsageError(f"{path} cannot be written: {folder} is no folder, or none that you may write to")
