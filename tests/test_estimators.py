@@ -148,7 +148,7 @@ CONSTANTS = torch.tensor([0.0, 0.1, -3.7])
 @pytest.mark.parametrize(("method", "options"), VARIANTS.values(), ids=VARIANTS)
 @pytest.mark.parametrize(
     ("outliers", "dtype"),
-    [(None, "float32"), (Outliers(fraction=0.02), "float32"), (Outliers(fraction=0.02), "float16")],
+    [(None, "float32"), (Outliers(fraction=0.02), "float16")],
 )
 def test_constant_channels_reconstruct_exactly(
     method: str, options: dict[str, Any], bits: int, outliers: Outliers | None, dtype: str
@@ -195,6 +195,7 @@ def lloyd(values: np.ndarray, weights: np.ndarray, n_levels: int) -> float:
 @pytest.mark.parametrize("weights", ["none", "scale2", "query", "query_scale2"])
 def test_one_table_minimises_the_weighted_objective(bits: int, weights: str) -> None:
     x, queries = normal(400), torch.randn(400, CHANNELS) * torch.linspace(3, 0.1, CHANNELS)
+    x[:, :8] = torch.randn(400, 8).exp() / 2  # another shape on a smaller scale: the weights decide which counts
     statistics = statistics_of(x, queries=queries)
     quantizer = CodebookEstimator(bits=bits, weights=weights).fit(statistics).quantizer
     assert isinstance(quantizer, Codebook)
@@ -220,7 +221,7 @@ def test_own_tables_minimise_each_channels_error(bits: int) -> None:
 @pytest.mark.parametrize("bits", [2, 3])
 @pytest.mark.parametrize("weights", ["none", "scale2"])
 def test_a_table_over_token_ranges_minimises_the_weighted_objective(bits: int, weights: str) -> None:
-    x = normal(300)
+    x = torch.cat([torch.randn(150, CHANNELS).exp(), 4 * torch.randn(150, CHANNELS)])  # two shapes, two scales
     quantizer = CodebookEstimator(bits=bits, per="token", weights=weights).fit(statistics_of(x)).quantizer
     assert isinstance(quantizer, DynamicCodebook)
     low, high = torch.aminmax(x, dim=1, keepdim=True)
@@ -266,9 +267,9 @@ def test_query_weights_need_queries() -> None:
 def test_more_bits_lower_the_error(estimator: Estimator) -> None:
     x = normal(500, 8)
     statistics = statistics_of(x)
-    errors = [error(estimator.model_copy(update={"bits": bits}).fit(statistics).quantizer, x) for bits in (1, *BITS)]
+    errors = [error(estimator.model_copy(update={"bits": bits}).fit(statistics).quantizer, x) for bits in range(1, 6)]
     assert errors == sorted(errors, reverse=True)
-    assert errors[-1] < 1e-3 * errors[0]
+    assert errors[-1] < 1e-2 * errors[0]
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

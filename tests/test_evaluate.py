@@ -18,6 +18,7 @@ from artifacts.artifact import Artifact
 from artifacts.identity import Identity
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site, Stage
+from artifacts.sparse import ThresholdSparse
 from calib import calibrate
 from simquant import CachePolicy, EvalResult, NothingQuantizedError, evaluate, perplexity, simulate
 from simquant.evaluate import clustered_mean
@@ -211,6 +212,18 @@ def test_static_bytes_and_amortised_bits_are_reported(
         for tensor in ("key", "value"):
             spread = 8 * bits["static_bytes"][tensor] / (int(n) * 2 * CHANNELS)
             assert both[tensor] == pytest.approx(bits[tensor] + spread)
+
+
+def test_bits_are_counted_over_all_windows(tiny_llama: LlamaForCausalLM, windows: Tensor) -> None:
+    inner = DynamicAffine(channels=CHANNELS, bits=4)
+    ends = torch.full((CHANNELS,), 1.5)  # how many values lie outside differs from window to window
+    quantizers = everywhere(lambda: ThresholdSparse(channels=CHANNELS, inner=inner, lower=-ends, upper=ends))
+    with simulate(tiny_llama, quantizers) as usage, torch.no_grad():
+        tiny_llama(windows)
+    found = evaluate(tiny_llama, windows, quantizers, batch_size=2)
+    for tensor in ("key", "value"):
+        assert found.bits[tensor] == pytest.approx(usage.bits(tensor))
+        assert found.bits[tensor] > 4 + 32 / CHANNELS
 
 
 def test_scales_over_a_whole_window_are_labelled(tiny_llama: LlamaForCausalLM, windows: Tensor) -> None:

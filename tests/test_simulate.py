@@ -272,6 +272,18 @@ def test_sinks_stay_exact_in_generation(lengths: tuple[int, ...], tiny_llama: Ll
             assert torch.equal(to_rows(after)[late.view(-1)], per_token().simulate(to_rows(before)[late.view(-1)]))
 
 
+def test_positions_go_on_where_the_cache_ends(tiny_llama: LlamaForCausalLM) -> None:
+    cache = DynamicCache()
+
+    @torch.no_grad()
+    def run() -> None:
+        for chunk in IDS.split(5, dim=1):  # the sinks end inside the second chunk
+            tiny_llama(chunk, past_key_values=cache)
+
+    for before, after in before_and_after(tiny_llama, everywhere(per_token), run, sink_tokens=7).values():
+        assert torch.equal((before != after).any(dim=1).any(dim=-1), (torch.arange(12) >= 7).expand(2, -1))
+
+
 @pytest.mark.parametrize("sink_tokens", [0, 2])
 @pytest.mark.parametrize("make", [per_token, per_channel])
 @pytest.mark.parametrize("side", ["left", "right"])

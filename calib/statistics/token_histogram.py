@@ -5,7 +5,7 @@ from jaxtyping import Bool, Float, Float32, Float64, Int64
 from torch import Tensor
 
 from artifacts.identity import Identity
-from artifacts.sparse import PercentileSparse, move_to_edge
+from artifacts.sparse import PercentileSparse
 from calib.statistics.statistic import Statistic, adopt_device
 
 OUTLIER_FRACTIONS = (0.0, 0.005, 0.01, 0.02, 0.05)
@@ -66,12 +66,11 @@ def token_histogram(
     x: Float32[Tensor, "tokens channels"], apart: Bool[Tensor, "tokens channels"], bins: int
 ) -> tuple[Int64[Tensor, " bins"], Float64[Tensor, " bins"]]:
     """Counts, and counts weighted by the square of the token's half-range, of the values that are not kept apart."""
-    dense = move_to_edge(x, apart)
-    low, high = torch.aminmax(dense, dim=1, keepdim=True)
+    low = x.masked_fill(apart, torch.inf).amin(dim=1, keepdim=True)
+    high = x.masked_fill(apart, -torch.inf).amax(dim=1, keepdim=True)
     half_range = (high - low) / 2
-    spread = ~apart & (half_range > 0)
-    normal = (dense - (high + low) / 2) / half_range
-    index = ((normal + 1) * (bins / 2)).nan_to_num_(0.0).clamp_(0, bins - 1).to(torch.int64)
-    kept = index[spread]
-    weights = half_range.double().square().expand_as(x)[spread]
-    return torch.bincount(kept, minlength=bins), torch.bincount(kept, weights, minlength=bins).double()
+    left_out = apart | (half_range <= 0)
+    index = ((x - low) * (bins / 2 / half_range)).clamp_(0, bins - 1).masked_fill_(left_out, bins).long().view(-1)
+    weights = half_range.clamp_min(0).double().square().expand_as(x).reshape(-1)
+    counts = torch.bincount(index, minlength=bins + 1)
+    return counts[:bins], torch.bincount(index, weights, minlength=bins + 1)[:bins]
