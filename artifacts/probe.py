@@ -5,7 +5,7 @@ could make a wrong reading of a module look right.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from artifacts.evidence import ROLES, Evidence, norm, projection, text_config
-from artifacts.taps import intercept_cache
+from artifacts.taps import evaluating, intercept_cache
 
 _MIN_TOKENS = 11
 # Beyond the bounds, about 8, to which OLMo and DBRX clip their projections: a clipped tensor must not pass for whole.
@@ -25,7 +25,7 @@ def probe(model: nn.Module, modules: Sequence[nn.Module]) -> dict[nn.Module, Evi
     evidence = {module: Evidence(module) for module in modules}
     noise = torch.Generator().manual_seed(0)
     with ExitStack() as stack:
-        stack.enter_context(_evaluating(model))
+        stack.enter_context(evaluating(model))
         stack.enter_context(torch.no_grad())
         for seen in evidence.values():
             for handle in _watch(seen, noise):
@@ -36,17 +36,6 @@ def probe(model: nn.Module, modules: Sequence[nn.Module]) -> dict[nn.Module, Evi
             for seen in evidence.values():
                 seen.failure = f"the model's forward pass on a few tokens stopped with {error!r}"
     return evidence
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, flag in training.items():
-            module.training = flag
 
 
 def _token_ids(model: nn.Module) -> Tensor:

@@ -145,6 +145,18 @@ def tapped(layers: Sequence[AttentionLayer], handlers: Mapping[Site, Handler]) -
         yield
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts a model into evaluation mode, and every module back into its own mode afterwards."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+
+
 def intercept_cache(
     attention: nn.Module, replace: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 ) -> RemovableHandle:

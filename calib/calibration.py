@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import psutil
+import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
@@ -13,6 +14,7 @@ from artifacts.attention import AttentionLayer, attention_layers
 from artifacts.evidence import text_config
 from artifacts.fingerprint import model_fingerprint
 from artifacts.sites import Stage
+from artifacts.taps import evaluating
 from calib.capture import collect, single_windows, site_shapes
 from calib.fitting import fit, tool_version
 from calib.recipe import Recipe, load_recipe
@@ -105,19 +107,20 @@ def new_statistics(
     statistics = ModelStatistics(
         site_shapes(layers, stage), tier, Origin(model=fingerprint, tool_version=tool_version(), **known)
     )
-    check_memory(statistics)
+    check_memory(statistics, next(model.parameters()).device)
     return statistics
 
 
-def check_memory(statistics: ModelStatistics) -> None:
-    """Logs what the statistics will take.
+def check_memory(statistics: ModelStatistics, device: torch.device) -> None:
+    """Logs what the statistics will take where the model's activations are.
 
     Raises
     ------
     MemoryError
         If that is more than is free.
     """
-    needed, free = statistics.estimated_bytes(), psutil.virtual_memory().available
+    needed = statistics.estimated_bytes()
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     _LOG.info("statistics (%s) take %s; %s are free", statistics.tier, gigabytes(needed), gigabytes(free))
     if needed > free:
         smaller = " Use --statistics basic." if statistics.tier == "full" else " Free memory or use another machine."
@@ -148,14 +151,13 @@ def add_windows(
     NonFiniteError
         If activations hold NaN or infinity.
     """
-    check_vocabulary(windows, text_config(model).vocab_size, "calibration text")
+    check_vocabulary(windows, text_config(model).vocab_size, statistics.origin.corpus)
     batches: Iterable[Any] = progress(list(single_windows(windows)))
-    training, before = model.training, len(statistics.windows)
-    model.eval()
+    before = len(statistics.windows)
     try:
-        collect(model, layers, statistics, batches)
+        with evaluating(model):
+            collect(model, layers, statistics, batches)
     finally:
-        model.train(training)
         finished = windows[: len(statistics.windows) - before]
         if len(finished) and finished.shape[1] >= NGRAM_TOKENS:
             statistics.ngrams = merge_sketches(statistics.ngrams, ngram_sketch(finished, ngram_tokens=NGRAM_TOKENS))

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from artifacts.attention import AttentionLayer, tapped
 from artifacts.layout import to_rows
 from artifacts.sites import Site, Stage
-from calib.statistics.model_statistics import ModelStatistics, TokenBatch
+from calib.statistics.model_statistics import ModelStatistics
 from calib.statistics.site_statistics import SiteShape
+from calib.statistics.token_batch import TokenBatch
 from calib.windows import window_digests
 
 Vectors = dict[Site, Float[Tensor, "_ _"]]

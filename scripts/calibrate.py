@@ -116,8 +116,8 @@ def _gather(args: argparse.Namespace, recipe: "Recipe") -> "ModelStatistics":
     from calib.calibration import add_windows, gigabytes, new_statistics
     from calib.corpus import load_corpus
     from calib.statistics.model_statistics import ModelStatistics
-    from calib.windows import sample_windows, window_digests
-    from scripts.interrupt import between_items
+    from calib.windows import sample_windows
+    from scripts.interrupt import between_items, remaining_windows
     from scripts.models import load_model
 
     loaded = load_model(args)
@@ -142,9 +142,7 @@ def _gather(args: argparse.Namespace, recipe: "Recipe") -> "ModelStatistics":
     say(f"statistics ({args.statistics}): {gigabytes(statistics.estimated_bytes())} at most")
     if args.resume:
         statistics.merge(ModelStatistics.load(args.resume))
-        done = set(statistics.windows)
-        windows = windows[[digest not in done for digest in window_digests(windows)]]
-        say(f"{len(done)} windows are in {args.resume}, {len(windows)} remain")
+        windows = remaining_windows(windows, statistics, args.resume)
     try:
         add_windows(loaded.model, layers, statistics, windows, lambda items: between_items(bar(items, "calibrating")))
     except KeyboardInterrupt as error:

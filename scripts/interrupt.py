@@ -1,11 +1,17 @@
-"""Ctrl-C between two items instead of inside one."""
+"""Ctrl-C between two items instead of inside one, and going on afterwards."""
 
 import signal
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from scripts.console import say
+from scripts.console import UsageError, say
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from calib.statistics.model_statistics import ModelStatistics
 
 
 def between_items(items: Iterable[Any]) -> Iterator[Any]:
@@ -26,3 +32,24 @@ def between_items(items: Iterable[Any]) -> Iterator[Any]:
                 raise KeyboardInterrupt
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def remaining_windows(windows: "Tensor", statistics: "ModelStatistics", source: Path) -> "Tensor":
+    """The windows of this run that the statistics of an interrupted one do not hold yet.
+
+    Raises
+    ------
+    UsageError
+        If they hold windows that are not of this run.
+    """
+    from calib.windows import window_digests
+
+    digests, done = window_digests(windows), set(statistics.windows)
+    foreign = done - set(digests)
+    if foreign:
+        raise UsageError(
+            f"{source}: {len(foreign)} of its {len(done)} windows are not of this run. --resume goes with the same "
+            "model, --dataset, --seqlen, --seed, --nsamples and --shard"
+        )
+    say(f"{len(done)} windows are in {source}, {len(windows) - len(done)} remain")
+    return windows[[digest not in done for digest in digests]]

@@ -132,10 +132,16 @@ def _site_changes(args: argparse.Namespace, tensor: str, base: dict[str, Any], o
 def _with_method(
     args: argparse.Namespace, tensor: str, base: dict[str, Any], changes: dict[str, Any]
 ) -> dict[str, Any]:
-    """The edits; where the method changes, all of the entry, without what the other method does not know."""
-    wanted = base["method"] if args.nuq is None else ("codebook" if args.nuq else "uniform")
-    merged = {**base, **changes}
-    if wanted == base["method"] or base["method"] == "identity":
+    """The edits; where the method changes, all of the entry, without what the other method does not know.
+
+    A site that the recipe keeps exact stays so, unless bits are asked for.
+    """
+    if base["method"] == "identity" and "bits" not in changes:
+        return {}
+    kept = "codebook" if base["method"] == "identity" else base["method"]
+    wanted = kept if args.nuq is None else ("codebook" if args.nuq else "uniform")
+    merged = {"per": "channel" if tensor == "key" else "token", **base, **changes}
+    if wanted == base["method"]:
         return {**changes, **_per_token_codebook(merged)}
     entry: dict[str, Any] = {"method": wanted}
     entry |= {name: merged[name] for name in ("bits", "per", "outliers", "threshold_dtype") if name in merged}

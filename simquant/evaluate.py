@@ -14,6 +14,7 @@ from artifacts.artifact import Artifact
 from artifacts.attention import AttentionLayer, attention_layers
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
+from artifacts.taps import evaluating
 from simquant.policy import CachePolicy
 from simquant.result import EvalResult
 from simquant.simulate import simulate
@@ -64,7 +65,8 @@ def perplexity(
         Mean over all targets, or over the windows' means; the same for windows of equal length.
     """
     _check_windows(windows)
-    nll = [_target_nll(_logits(model, batch), batch) for batch in windows.split(batch_size)]
+    with evaluating(model):
+        nll = [_target_nll(_logits(model, batch), batch) for batch in windows.split(batch_size)]
     return _perplexity(torch.cat(nll), normalization)
 
 
@@ -108,12 +110,9 @@ def evaluate(
     if policy is None:
         policy = CachePolicy(sink_tokens=quantizers.manifest.sink_tokens if isinstance(quantizers, Artifact) else 0)
     layers = attention_layers(model)
-    training = model.training
-    model.eval()
-    try:
-        scores, usage = _score_all(model, layers, windows.split(batch_size), quantizers, policy, progress)
-    finally:
-        model.train(training)
+    with evaluating(model):
+        batches = progress(windows.split(batch_size))
+        scores, usage = _score_all(model, batches, quantizers, policy=policy, layers=layers)
     if usage.quantized_fraction == 0 and any(q.spec.bits < 16 for q in quantizers.values()):
         raise NothingQuantizedError(
             f"evaluate: fewer than 16 bits were asked for and no token was quantized ({policy.describe()}, windows of "
@@ -149,15 +148,15 @@ def clustered_mean(differences: Float64[Tensor, "windows targets"]) -> tuple[flo
 
 def _score_all(
     model: nn.Module,
-    layers: Sequence[AttentionLayer],
-    batches: Sequence[Tensor],
+    batches: Iterable[Tensor],
     quantizers: Artifact | Mapping[Site, Quantizer],
+    *,
     policy: CachePolicy,
-    progress: Progress,
+    layers: Sequence[AttentionLayer],
 ) -> tuple[Scores, Usage]:
     found: list[Scores] = []
     usage = Usage(quantizers)
-    for batch in progress(batches):
+    for batch in batches:
         fp = _logits(model, batch)
         with simulate(model, quantizers, policy=policy, layers=layers) as used:
             quantized = _logits(model, batch)

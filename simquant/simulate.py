@@ -78,6 +78,11 @@ def check_coverage(quantizers: Mapping[Site, Quantizer], layers: Sequence[Attent
     MismatchError
         If some are missing, or stand for layers that the model does not have.
     """
+    for site in quantizers:
+        if site.tensor == "query" or (site.stage == "post_rope" and Site(site.layer, "key", "pre_rope") in quantizers):
+            raise MismatchError(
+                f"artifact: {site} cannot be quantized: queries are not cached, and keys at one stage only"
+            )
     wanted = {(layer.layer, tensor) for layer in layers for tensor in ("key", "value")}
     given = {(site.layer, site.tensor) for site in quantizers}
     exact = "A layer that shall stay exact carries the quantizer 'identity'; otherwise calibrate all layers."

@@ -148,7 +148,7 @@ CONSTANTS = torch.tensor([0.0, 0.1, -3.7])
 @pytest.mark.parametrize(("method", "options"), VARIANTS.values(), ids=VARIANTS)
 @pytest.mark.parametrize(
     ("outliers", "dtype"),
-    [(None, "float32"), (Outliers(fraction=0.02), "float16")],
+    [(None, "float32"), (Outliers(fraction=0.02), "float16"), (Outliers(fraction=0.25, rule="rank"), "float32")],
 )
 def test_constant_channels_reconstruct_exactly(
     method: str, options: dict[str, Any], bits: int, outliers: Outliers | None, dtype: str

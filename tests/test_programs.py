@@ -254,6 +254,13 @@ def test_sixteen_bits_go_the_same_way_and_quantize_nothing(works: Program) -> No
         assert ["quantized_fraction", "0"] in [row.split() for row in table.splitlines()]
 
 
+def test_bits_against_a_sixteen_bit_file_are_a_contradiction(works: Program, type_in: Program) -> None:
+    works(f"{CALIBRATE} --abits 16 --quantizer-path exact.pkl")
+    refused = type_in(f"{EVALUATE} --quantizer-path exact.pkl --abits 3")
+    assert refused.status == 2
+    assert "contradict" in refused.err
+
+
 def test_several_texts_and_their_kinds(works: Program) -> None:
     line = "evaluate model --quantizer-path q4.safetensors --limit 2 --json"
     both = works(line + " --datasets b.txt,c.txt,").json["datasets"]
@@ -425,6 +432,7 @@ WRONG: list[tuple[str, int, list[str]]] = [
     (f"{EVALUATE} --quantizer-path q4.safetensors --recipe kvquant", 2, ["recipe: the file has default", "kvquant"]),
     (f"{EVALUATE} --abits 4 --perchannel k_proj --pertoken k_proj", 2, ["both name key"]),
     (f"{CALIBRATE} --from-statistics s.safetensors --merge s.safetensors", 2, ["--from-statistics", "exclude"]),
+    (f"{CALIBRATE} --resume s.safetensors --seed 5", 2, ["windows are not of this run", "--seed"]),
     # sizes
     (f"{CALIBRATE} --seqlen 65", 2, ["--seqlen 65", "context of 64 tokens", "--seqlen 64"]),
     (f"{EVALUATE} --abits 4 --seqlen 65", 2, ["context of 64 tokens", "--maxseqlen 65"]),

@@ -56,7 +56,7 @@ class Reference:
 
 @pytest.fixture(scope="module")
 def reference(shared: Path, stories: Any) -> Iterator[Reference]:
-    yield Reference(shared, *stories)
+    return Reference(shared, *stories)
 
 
 def test_full_precision_through_the_same_path(reference: Reference) -> None:

@@ -106,8 +106,7 @@ class CodebookEstimator(Estimator):
     def _fit_channels(self, statistics: SiteStatistics) -> Fit:
         ranges = channel_ranges(statistics, self._fraction, self.threshold_dtype)
         scale, offset = _normalisation(ranges, self.threshold_dtype)
-        bins = _SITE_BINS if self.tables == "site" else _CHANNEL_BINS
-        centers, weights, n_coarse = _normal_histogram(statistics, ranges, scale, offset, bins, 2**self.bits)
+        centers, weights, n_coarse = self._normal_histogram(statistics, ranges, scale, offset)
         if self.tables == "site":
             centers, weights = _together(centers, weights * self._channel_weights(statistics, scale)[:, None])
         else:
@@ -117,6 +116,26 @@ class CodebookEstimator(Estimator):
         inner = Codebook(channels=len(scale), bits=self.bits, scale=scale, offset=offset, levels=levels)
         source = ranges.source if not n_coarse else f"{ranges.source}; reservoir for {n_coarse} channels"
         return Fit(self.outliers.wrap(inner, ranges) if self.outliers else inner, source)
+
+    def _normal_histogram(
+        self, statistics: SiteStatistics, ranges: Ranges, scale: Tensor, offset: Tensor
+    ) -> tuple[Float64[Tensor, "channels bins"], Float64[Tensor, "channels bins"], int]:
+        """Histogram of (x - offset) / scale within the ranges, and how many channels came from the reservoir.
+
+        It is empty for constant channels. The middle of a bin that holds an end of the range may lie beyond it: what is
+        in the bin counts at the end.
+        """
+        histogram, bins = statistics.histogram, _SITE_BINS if self.tables == "site" else _CHANNEL_BINS
+        centers, counts = histogram.centers().cpu(), histogram.counts.cpu()
+        coarse = (histogram.width().cpu() * 2**self.bits * _FINEST_LEVEL_BINS > 2 * scale) & ~ranges.constant
+        a = (centers - offset[:, None]) / scale[:, None]
+        half_bin = (histogram.width().cpu() / (2 * scale))[:, None] + _ROUNDING
+        normal, weights = _rebin(torch.where(a.abs() <= 1 + half_bin, a.clamp(-1, 1), a), counts.double(), bins)
+        if coarse.any():
+            rows = ((statistics.rows.cpu() - offset) / scale).T[coarse]
+            normal[coarse], weights[coarse] = _rebin(rows, torch.ones_like(rows, dtype=torch.float64), bins)
+        weights[ranges.constant] = 0.0
+        return normal, weights, int(coarse.sum())
 
     def _channel_weights(self, statistics: SiteStatistics, scale: Float32[Tensor, " channels"]) -> Tensor:
         weights = torch.ones(len(scale), dtype=torch.float64)
@@ -155,27 +174,6 @@ def _exact_constants(
     tiny = torch.ldexp(torch.ones_like(scale), (exponent - 40).clamp_min(-100))
     offset = torch.where(ranges.constant, torch.where(ranges.low == 0, -tiny * nearest, ranges.low), offset)
     return torch.where(ranges.constant, tiny, scale), offset
-
-
-def _normal_histogram(
-    statistics: SiteStatistics, ranges: Ranges, scale: Tensor, offset: Tensor, bins: int, n_levels: int
-) -> tuple[Float64[Tensor, "channels bins"], Float64[Tensor, "channels bins"], int]:
-    """Histogram of (x - offset) / scale within the ranges, and how many channels came from the reservoir.
-
-    It is empty for constant channels. The middle of a bin that holds an end of the range may lie beyond it: what is in
-    the bin counts at the end.
-    """
-    histogram = statistics.histogram
-    centers, counts = histogram.centers().cpu(), histogram.counts.cpu()
-    coarse = (histogram.width().cpu() * n_levels * _FINEST_LEVEL_BINS > 2 * scale) & ~ranges.constant
-    a = (centers - offset[:, None]) / scale[:, None]
-    half_bin = (histogram.width().cpu() / (2 * scale))[:, None] + _ROUNDING
-    normal, weights = _rebin(torch.where(a.abs() <= 1 + half_bin, a.clamp(-1, 1), a), counts.double(), bins)
-    if coarse.any():
-        rows = ((statistics.rows.cpu() - offset) / scale).T[coarse]
-        normal[coarse], weights[coarse] = _rebin(rows, torch.ones_like(rows, dtype=torch.float64), bins)
-    weights[ranges.constant] = 0.0
-    return normal, weights, int(coarse.sum())
 
 
 def _together(

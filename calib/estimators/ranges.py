@@ -61,6 +61,10 @@ def _rounded(low: Float32[Tensor, " channels"], high: Float32[Tensor, " channels
     return torch.where(left < right, left, low), torch.where(left < right, right, high)
 
 
-def scale_for_constant(low: Float32[Tensor, " channels"]) -> Float32[Tensor, " channels"]:
-    """A step with which a uniform grid hits the constant exactly: its magnitude, or 1 for zero."""
-    return torch.where(low == 0, torch.ones_like(low), low.abs())
+def constant_step(low: Float32[Tensor, " channels"]) -> Float32[Tensor, " channels"]:
+    """A step of which the constant is a whole multiple: its last bit, or 1 for zero.
+
+    Offsets of a few such steps and their sums are exact in float32, so any code can stand for the constant.
+    """
+    last_bit = torch.ldexp(torch.ones_like(low), (torch.frexp(low).exponent - 24).clamp_min(-126))
+    return torch.where(low == 0, torch.ones_like(low), last_bit)

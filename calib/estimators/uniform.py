@@ -8,8 +8,10 @@ from pydantic import Field, model_validator
 from artifacts.affine import Affine, DynamicAffine
 from artifacts.quantizer import Quantizer
 from calib.estimators.estimator import EXACT, Estimator, Fit, Outliers
-from calib.estimators.ranges import Ranges, ThresholdDtype, channel_ranges, scale_for_constant
+from calib.estimators.ranges import Ranges, ThresholdDtype, channel_ranges, constant_step
 from calib.statistics.site_statistics import SiteStatistics
+
+_TINY = torch.finfo(torch.float32).tiny
 
 
 @final
@@ -76,15 +78,11 @@ class UniformEstimator(Estimator):
         channels = len(low)
         if self.symmetric:
             scale = torch.maximum(low.abs(), high.abs()) / (2 ** (self.bits - 1) - 1)
-            return Affine(channels=channels, bits=self.bits, scale=_usable(scale, ranges))
-        scale = _usable((high - low) / steps, ranges)
-        offset = low
-        if self.whole_zero_point:
-            whole = -scale * torch.round(-low / scale).clamp(0, steps)
-            offset = torch.where(ranges.constant, low, whole)
-        return Affine(channels=channels, bits=self.bits, scale=scale, offset=offset)
-
-
-def _usable(scale: torch.Tensor, ranges: Ranges) -> torch.Tensor:
-    scale = torch.where(ranges.constant, scale_for_constant(ranges.low), scale)
-    return scale.clamp_min(torch.finfo(torch.float32).tiny)
+            scale = torch.where(ranges.constant, torch.where(low == 0, 1.0, low.abs()), scale)
+            return Affine(channels=channels, bits=self.bits, scale=scale.clamp_min(_TINY))
+        scale = torch.where(ranges.constant, constant_step(low), (high - low) / steps).clamp_min(_TINY)
+        offset = -scale * torch.round(-low / scale).clamp(0, steps) if self.whole_zero_point else low
+        middle = low - scale * 2 ** (self.bits - 1)
+        return Affine(
+            channels=channels, bits=self.bits, scale=scale, offset=torch.where(ranges.constant, middle, offset)
+        )

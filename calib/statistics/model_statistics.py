@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 
 from artifacts.errors import CorruptArtifactError, MismatchError
@@ -15,7 +15,7 @@ from artifacts.manifest import Corpus
 from artifacts.sites import Site
 from artifacts.storage import Stored, read, write
 from calib.statistics.moments import CrossMoments
-from calib.statistics.row_sample import RowSample, priorities
+from calib.statistics.row_sample import RowSample
 from calib.statistics.site_statistics import (
     HEAD_POSITIONS,
     SAMPLE_TOKENS,
@@ -25,6 +25,7 @@ from calib.statistics.site_statistics import (
     check_finite,
     query_energy,
 )
+from calib.statistics.token_batch import TokenBatch
 from calib.windows import merge_sketches
 
 FORMAT = "kvcalib.statistics"
@@ -53,25 +54,6 @@ class Origin:
     corpus: str
     seed: int | None
     tool_version: str
-
-
-@dataclass(frozen=True)
-class TokenBatch:
-    """The tokens of one forward pass, padding left out.
-
-    Parameters
-    ----------
-    positions : Int64[Tensor, "tokens"]
-        Position of each token within its window, from 0.
-    windows : Int64[Tensor, "tokens"]
-        Number of each token's window in the run.
-    digests : Sequence[str]
-        Content digest of each window of the batch, in order.
-    """
-
-    positions: Int64[Tensor, " tokens"]
-    windows: Int64[Tensor, " tokens"]
-    digests: Sequence[str]
 
 
 class ModelStatistics:
@@ -108,14 +90,14 @@ class ModelStatistics:
             If a site is missing.
         """
         if set(vectors) != set(self.sites):
-            raise ValueError(f"statistics: no vectors for {sorted(map(str, set(self.sites) - set(vectors)))}")
+            raise ValueError(
+                f"statistics: vectors missing or left over for {sorted(map(str, set(self.sites) ^ set(vectors)))}"
+            )
         for site, x in vectors.items():
             check_finite(site, x, batch.windows)
         head = batch.positions < HEAD_POSITIONS
-        seeds = [int(digest, 16) for digest in batch.digests]
-        order = _priorities(seeds, batch)
-        rows = self.sample.choose(order, batch.positions)
-        head_rows = self.head.choose(_window_priorities(seeds, batch)[head], batch.positions[head])
+        rows = self.sample.choose(batch.token_priorities(), batch.positions)
+        head_rows = self.head.choose(batch.window_priorities()[head], batch.positions[head])
         for site, statistics in self.sites.items():
             x = vectors[site]
             statistics.update(x[~head.to(x.device)])
@@ -295,19 +277,3 @@ def _cross_moments(sites: Mapping[Site, SiteStatistics]) -> dict[tuple[Site, Sit
         for earlier in cached
         if earlier.layer == site.layer - 1 or (earlier.layer == site.layer and earlier < site)
     }
-
-
-def _priorities(seeds: Sequence[int], batch: TokenBatch) -> Int64[Tensor, " tokens"]:
-    return _by_window(seeds, batch, lambda seed, positions: priorities(seed, positions))
-
-
-def _window_priorities(seeds: Sequence[int], batch: TokenBatch) -> Int64[Tensor, " tokens"]:
-    return _by_window(seeds, batch, lambda seed, positions: priorities(seed, torch.zeros_like(positions)))
-
-
-def _by_window(seeds: Sequence[int], batch: TokenBatch, function: Any) -> Int64[Tensor, " tokens"]:
-    found = torch.empty_like(batch.positions)
-    for number, seed in zip(batch.windows.unique(), seeds, strict=True):
-        here = batch.windows == number
-        found[here] = function(seed, batch.positions[here])
-    return found

@@ -1,0 +1,44 @@
+"""Which tokens a forward pass held."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from calib.statistics.row_sample import priorities
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """The tokens of one forward pass, padding left out.
+
+    Parameters
+    ----------
+    positions : Int64[Tensor, "tokens"]
+        Position of each token within its window, from 0.
+    windows : Int64[Tensor, "tokens"]
+        Number of each token's window in the run.
+    digests : Sequence[str]
+        Content digest of each window of the batch, in order.
+    """
+
+    positions: Int64[Tensor, " tokens"]
+    windows: Int64[Tensor, " tokens"]
+    digests: Sequence[str]
+
+    def token_priorities(self) -> Int64[Tensor, " tokens"]:
+        """Pseudo-random numbers that follow from each token's window and position."""
+        return self._priorities(self.positions)
+
+    def window_priorities(self) -> Int64[Tensor, " tokens"]:
+        """The same number for all tokens of a window."""
+        return self._priorities(torch.zeros_like(self.positions))
+
+    def _priorities(self, positions: Int64[Tensor, " tokens"]) -> Int64[Tensor, " tokens"]:
+        found = torch.empty_like(positions)
+        for number, digest in zip(self.windows.unique(), self.digests, strict=True):
+            here = self.windows == number
+            found[here] = priorities(int(digest, 16), positions[here])
+        return found
