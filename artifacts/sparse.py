@@ -1,7 +1,7 @@
 """Dense-and-sparse wrappers: a few values of each token are kept in 16 bits, the others go to the wrapped quantizer.
 
-An outlier costs its value, its channel (one or two bytes) and its share of the token's count. The wrapped quantizer
-sees the token with its outliers moved to the edge of the rest, so that they widen no range.
+An outlier costs its value, its channel (one or two bytes) and, where their number varies, its share of a token's
+count. The wrapped quantizer sees the token with its outliers moved to the edge of the rest, so that they widen no range.
 """
 
 from abc import abstractmethod
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 import torch
-from jaxtyping import Bool, Float, Float32
+from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
 from artifacts.checks import check_vector
@@ -46,7 +46,7 @@ class AbstractSparse(Quantizer):
         mask = self.mask(wide)
         rows, channels = mask.nonzero(as_tuple=True)
         tensors = {
-            "counts": torch.bincount(rows, minlength=x.shape[0]).to(_index_dtype(self.channels)),
+            **self._store_counts(rows, x.shape[0]),
             "indices": channels.to(_index_dtype(self.channels - 1)),
             "values": self._stored_values(x[rows, channels]),
         }
@@ -57,10 +57,16 @@ class AbstractSparse(Quantizer):
     def _decode(self, codes: Codes, context: Context) -> Float[Tensor, "tokens channels"]:
         assert codes.inner is not None
         x = self.inner._decode(codes.inner, context).clone()
-        counts, indices = codes.tensors["counts"].long(), codes.tensors["indices"].long()
-        rows = torch.arange(codes.shape[0], device=x.device).repeat_interleave(counts)
+        indices = codes.tensors["indices"].long()
+        rows = torch.arange(codes.shape[0], device=x.device).repeat_interleave(self._counts(codes))
         x[rows, indices] = codes.tensors["values"].to(x.dtype)
         return x
+
+    def _store_counts(self, rows: Int64[Tensor, " outliers"], n_tokens: int) -> dict[str, Tensor]:
+        return {"counts": torch.bincount(rows, minlength=n_tokens).to(_index_dtype(self.channels))}
+
+    def _counts(self, codes: Codes) -> Int64[Tensor, " tokens"]:
+        return codes.tensors["counts"].long()
 
     def _stored_values(self, values: Float[Tensor, " outliers"]) -> Float[Tensor, " outliers"]:
         stored = values if values.element_size() == 2 else values.half()
@@ -157,6 +163,12 @@ class RankSparse(AbstractSparse):
         beyond, level = deviation > least, deviation == least
         missing = self.outliers_per_token - beyond.sum(dim=1, keepdim=True)
         return beyond | (level & (level.cumsum(dim=1) <= missing))
+
+    def _store_counts(self, rows: Int64[Tensor, " outliers"], n_tokens: int) -> dict[str, Tensor]:
+        return {}
+
+    def _counts(self, codes: Codes) -> Int64[Tensor, " tokens"]:
+        return torch.full((codes.shape[0],), self.outliers_per_token, device=codes.tensors["indices"].device)
 
 
 def upper_quantile(x: Float32[Tensor, "tokens channels"], tail: float) -> Float32[Tensor, "tokens 1"]:

@@ -428,7 +428,7 @@ def outliers(quantizer: ThresholdSparse | PercentileSparse | RankSparse, x: Tens
     """The mask as the stored counts and indices tell it."""
     codes = quantizer.encode(x)
     mask = torch.zeros(x.shape, dtype=torch.bool)
-    rows = torch.arange(len(x)).repeat_interleave(codes.tensors["counts"].long())
+    rows = torch.arange(len(x)).repeat_interleave(quantizer._counts(codes))
     mask[rows, codes.tensors["indices"].long()] = True
     return mask
 
@@ -541,8 +541,8 @@ def test_packed_rows_of_another_width_are_refused() -> None:
         (dynamic(32, 3), 3.0 + 32 / 32),
         (dynamic(32, 3, symmetric=True), 3.0 + 16 / 32),
         (dynamic_codebook(32, 3), 3.0 + 32 / 32),
-        (RankSparse(channels=32, inner=affine(32, 3), outliers_per_token=1), 3.0 + (16 + 8 + 8) / 32),
-        (RankSparse(channels=32, inner=dynamic(32, 2), outliers_per_token=2), 2.0 + (32 + 2 * 24 + 8) / 32),
+        (RankSparse(channels=32, inner=affine(32, 3), outliers_per_token=1), 3.0 + (16 + 8) / 32),
+        (RankSparse(channels=32, inner=dynamic(32, 2), outliers_per_token=2), 2.0 + (32 + 2 * 24) / 32),
         (affine(7, 3), 24 / 7),
     ],
 )
