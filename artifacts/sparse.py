@@ -1,7 +1,7 @@
 """Dense-and-sparse wrappers: a few values of each token are kept in 16 bits, the others go to the wrapped quantizer.
 
 An outlier costs its value, its channel (one or two bytes) and, where their number varies, its share of a token's
-count. The wrapped quantizer sees the token with its outliers moved to the edge of the rest, so that they widen no range.
+count. The wrapped quantizer sees the token with its outliers moved to the edge of the rest: they widen no range.
 """
 
 from abc import abstractmethod
