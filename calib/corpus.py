@@ -215,14 +215,15 @@ def _offline_if_unreachable() -> Iterator[None]:
     import datasets
 
     before = datasets.config.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = before or not _hub_answers(datasets.config.HF_ENDPOINT)
+    datasets.config.HF_HUB_OFFLINE = before or not hub_answers(datasets.config.HF_ENDPOINT)
     try:
         yield
     finally:
         datasets.config.HF_HUB_OFFLINE = before
 
 
-def _hub_answers(endpoint: str) -> bool:
+def hub_answers(endpoint: str) -> bool:
+    """Whether the hub can be reached, found out once and quickly instead of after many retries."""
     from huggingface_hub import get_session  # the client that datasets uses: same proxies, same certificates
 
     try:

@@ -60,9 +60,11 @@ def _validate(args: argparse.Namespace) -> int:
 
     artifact = load(args.file)
     if args.model:
+        from scripts.console import set_up_logging
         from scripts.models import load_model
         from simquant.simulate import check_coverage
 
+        set_up_logging(verbose=False)
         loaded = load_model(argparse.Namespace(model=args.model, device="cpu", dtype="auto", maxseqlen=None))
         layers = loaded.layers()
         artifact.check_model(loaded.fingerprint(layers))

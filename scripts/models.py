@@ -99,16 +99,17 @@ def load_model(args: argparse.Namespace) -> LoadedModel:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UsageError(f"--device {device}: this torch sees no CUDA device; use --device cpu")
+    source = _source(name)
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, **source)
         _stretch(config, args.maxseqlen)
-        placement = {"device_map": "auto"} if device == "auto" else {}
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=args.dtype, **placement)
+        options = {**source, **({"device_map": "auto"} if device == "auto" else {})}
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=args.dtype, **options)
     except (OSError, ValueError) as error:
         raise OSError(f"{name}: no model could be loaded: {_first_line(error)}{_hint(name)}") from error
     if device != "auto":
         model = model.to(device)
-    return LoadedModel(model.eval(), _load_tokenizer(name), None if os.path.isdir(name) else name)
+    return LoadedModel(model.eval(), _load_tokenizer(name, source), None if os.path.isdir(name) else name)
 
 
 def short_name(model: str) -> str:
@@ -116,11 +117,24 @@ def short_name(model: str) -> str:
     return Path(model.rstrip("/")).name or "model"
 
 
-def _load_tokenizer(name: str) -> Any:
+def _source(name: str) -> dict[str, bool]:
+    """Where transformers shall look: a folder, the hub, or the hub's local cache when the hub does not answer."""
+    from huggingface_hub import constants
+
+    from calib.corpus import hub_answers
+
+    if os.path.isdir(name):
+        return {}
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise OSError(f"{name}: no such folder. A model is a folder with config.json, or a hub id such as owner/name")
+    return {} if hub_answers(constants.ENDPOINT) else {"local_files_only": True}
+
+
+def _load_tokenizer(name: str, source: dict[str, bool]) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, **source)
     except (OSError, ValueError, KeyError) as error:
         say(f"note: {name} has no tokenizer that can be loaded ({_first_line(error)}); only tokenised text will do")
         return None

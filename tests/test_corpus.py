@@ -178,7 +178,7 @@ def test_a_failing_loader_is_one_clear_error(name: str, monkeypatch: pytest.Monk
 def test_without_network_failure_is_quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
-    monkeypatch.setattr(corpus_module, "_hub_answers", lambda endpoint: False)
+    monkeypatch.setattr(corpus_module, "hub_answers", lambda endpoint: False)
     started = time.perf_counter()
     with pytest.raises(CorpusError, match=r"wikitext2: .*ConnectionError"):
         load_corpus("wikitext2", "calibration", to_bytes)
@@ -187,7 +187,7 @@ def test_without_network_failure_is_quick(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def test_an_unreachable_hub_does_not_answer(caplog: pytest.LogCaptureFixture) -> None:
-    assert not corpus_module._hub_answers("http://127.0.0.1:9")
+    assert not corpus_module.hub_answers("http://127.0.0.1:9")
     assert "no answer from http://127.0.0.1:9" in caplog.text
 
 
