@@ -27,6 +27,8 @@ def parser() -> argparse.ArgumentParser:
     validate = commands.add_parser("validate", help="check every rule of the format, and that it fits a model")
     validate.add_argument("file", type=Path)
     validate.add_argument("--model", help="folder or hub id that it should fit")
+    validate.add_argument("--device", default="cpu", help="where to run the model (default: cpu)")
+    validate.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     diff = commands.add_parser("diff", help="how two artifacts differ; exit status 1 if they do")
     diff.add_argument("file", type=Path)
     diff.add_argument("other", type=Path)
@@ -65,7 +67,7 @@ def _validate(args: argparse.Namespace) -> int:
         from simquant.simulate import check_coverage
 
         set_up_logging(verbose=False)
-        loaded = load_model(argparse.Namespace(model=args.model, device="cpu", dtype="auto", maxseqlen=None))
+        loaded = load_model(argparse.Namespace(**vars(args), maxseqlen=None))
         layers = loaded.layers()
         artifact.check_model(loaded.fingerprint(layers))
         check_coverage(artifact, layers)

@@ -78,7 +78,7 @@ class EvalResult:
             ("top-1 agreement", f"{self.top1_agreement:.2%}"),
             ("bits per element, stored", f"keys {self.bits['key']:.3f}, values {self.bits['value']:.3f}"),
             *(
-                (f"  with static bytes, {int(n) // 1024}K tokens", f"keys {b['key']:.3f}, values {b['value']:.3f}")
+                (f"with static bytes, {int(n) // 1024}K tokens", f"keys {b['key']:.3f}, values {b['value']:.3f}")
                 for n, b in amortised.items()
             ),
             ("quantized_fraction", f"{self.quantized_fraction:.6g}"),
@@ -86,7 +86,7 @@ class EvalResult:
             ("seconds", f"{self.seconds:.1f}"),
         ]
         width = max(len(name) for name, _ in rows)
-        return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
+        return "\n".join(f"{name.rjust(width)}: {value}" for name, value in rows)
 
 
 def _finite(value: Any, name: str, non_finite: dict[str, str]) -> Any:

@@ -572,7 +572,7 @@ WRONG: dict[str, tuple[Callable[[Header, Arrays], None], type[ArtifactError], st
     "model-id-list": (set_header(model_id=["demo"]), CorruptArtifactError, "model_id must be of type"),
     "sinks-negative": (set_header(sink_tokens=-1), CorruptArtifactError, "sink_tokens must be an integer from 0"),
     "corpus-field": (set_corpus(n_tokens="many"), CorruptArtifactError, "n_tokens must be of type"),
-    "corpus-extra": (set_corpus(path="/home/me"), CorruptArtifactError, "path"),
+    "corpus-extra": (set_corpus(path="elsewhere"), CorruptArtifactError, "path"),
 }
 
 
