@@ -110,6 +110,15 @@ def write(path: Path, stored: Stored) -> None:
         raise
 
 
+def written_by_kvcalib(path: Path) -> bool:
+    """Whether a file has a kvcalib header, be it of another version or format."""
+    try:
+        text, _ = _parse(path, _read_bytes(path))
+        return str(json.loads(text)["format"]).startswith("kvcalib.")
+    except (ArtifactError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
 def read(path: Path, expected_format: str) -> Stored:
     """Reads and verifies a file.
 

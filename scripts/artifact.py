@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from artifacts.storage import check_suffix, naming, read
+from artifacts.storage import check_suffix, naming, read, written_by_kvcalib
 from scripts.console import UsageError, run
 
 FORMAT = "kvcalib.artifact"
@@ -90,6 +90,8 @@ def _convert(args: argparse.Namespace) -> int:
     check_suffix(args.output)
     if args.output.exists() and not args.force:
         raise UsageError(f"{args.output} exists; --force replaces it")
+    if args.output.exists() and not written_by_kvcalib(args.output):
+        raise UsageError(f"{args.output} is not a file that kvcalib wrote; --force does not replace it")
     save(load(args.file), args.output)
     print(f"{args.output}: written")
     return 0

@@ -104,9 +104,18 @@ def load_model(args: argparse.Namespace) -> LoadedModel:
         config = AutoConfig.from_pretrained(name, **source)
         _stretch(config, args.maxseqlen)
         options = {**source, **({"device_map": "auto"} if device == "auto" else {})}
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=args.dtype, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name, config=config, dtype=args.dtype, output_loading_info=True, **options
+        )
     except (OSError, ValueError) as error:
         raise OSError(f"{name}: no model could be loaded: {_first_line(error)}{_hint(name)}") from error
+    model, loading = loaded
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise OSError(
+            f"{name}: {len(missing)} weights are missing from its files, such as {missing[0]}; they would be random. "
+            "Restore or download the model again."
+        )
     if device != "auto":
         model = model.to(device)
     return LoadedModel(model.eval(), _load_tokenizer(name, source), None if os.path.isdir(name) else name)

@@ -254,6 +254,27 @@ def test_sixteen_bits_go_the_same_way_and_quantize_nothing(works: Program) -> No
         assert "quantized_fraction: 0\n" in table
 
 
+def test_force_never_replaces_what_kvcalib_did_not_write(type_in: Program, here: Path) -> None:
+    """Regression: --force once overwrote a model's own weights with an artifact."""
+    (here / "weights.safetensors").write_bytes((here / "model" / "model.safetensors").read_bytes())
+    before = (here / "weights.safetensors").read_bytes()
+    refused = type_in(f"{CALIBRATE} --quantizer-path weights.safetensors --force")
+    assert refused.status == 2
+    assert "not a file that kvcalib wrote" in refused.err
+    assert (here / "weights.safetensors").read_bytes() == before
+
+
+def test_a_model_without_its_weights_is_refused(type_in: Program, here: Path) -> None:
+    """Regression: an artifact in place of the weights gave the perplexity of a random model, in silence."""
+    (here / "hollow").mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (here / "hollow" / name).write_bytes((here / "model" / name).read_bytes())
+    (here / "hollow" / "model.safetensors").write_bytes((here / "q4.safetensors").read_bytes())
+    refused = type_in("evaluate hollow --abits 4 --dataset b.txt")
+    assert refused.status == 1
+    assert "hollow" in refused.err
+
+
 def test_bits_against_a_sixteen_bit_file_are_a_contradiction(works: Program, type_in: Program) -> None:
     works(f"{CALIBRATE} --abits 16 --quantizer-path exact.pkl")
     refused = type_in(f"{EVALUATE} --quantizer-path exact.pkl --abits 3")
