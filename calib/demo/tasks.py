@@ -1,0 +1,146 @@
+"""Tasks whose answer stands in the text: what a damaged cache forgets first."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from calib.demo import lexicon
+from calib.demo.draws import Draws
+from calib.demo.stories import asides
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A text that ends just before its answer.
+
+    Parameters
+    ----------
+    prompt : str
+        Everything before the answer, without the space that precedes it.
+    answer : str
+        What must follow, with that space.
+    """
+
+    prompt: str
+    answer: str
+
+    @property
+    def text(self) -> str:
+        """Prompt and answer."""
+        return f"{self.prompt}{self.answer}"
+
+
+Task = Callable[[Draws, int, int], Trial]
+"""Draws, words of text around what has to be found, and questions asked (all but the last are answered)."""
+
+
+def passkey(draws: Draws, n_words: int, n_questions: int = 1) -> Trial:
+    """One number of five digits, hidden in sentences that have nothing to do with it."""
+    key = draws.between(10_000, 99_999)
+    needle = f"The pass key is {key}. Remember it: {key} is the pass key."
+    text = _hide(draws, [needle], n_words)
+    return _ask([text], [("What is the pass key? The pass key is", f"{key}.")] * n_questions)
+
+
+def multi_key(draws: Draws, n_words: int, n_questions: int = 1) -> Trial:
+    """Numbers of several things; the number of one of them is asked."""
+    things = draws.sample(lexicon.OBJECTS, max(n_questions, draws.between(3, 8)))
+    numbers = {thing: draws.between(1000, 9999) for thing in things}
+    text = _hide(draws, [f"The number of the {thing} is {numbers[thing]}." for thing in things], n_words)
+    asked = [
+        (f"What is the number of the {thing}? It is", f"{numbers[thing]}.")
+        for thing in draws.sample(things, n_questions)
+    ]
+    return _ask([text], asked)
+
+
+def multi_value(draws: Draws, n_words: int, n_questions: int = 1) -> Trial:
+    """Several numbers of each of two or three things; all numbers of one of them are asked."""
+    things = draws.sample(lexicon.OBJECTS, max(n_questions, draws.between(2, 3)))
+    numbers = {thing: [draws.between(1000, 9999) for _ in range(draws.between(2, 3))] for thing in things}
+    needles = [
+        f"The {ordinal} number of the {thing} is {number}."
+        for thing in things
+        for ordinal, number in zip(lexicon.ORDINALS, numbers[thing], strict=False)
+    ]
+    text = _hide(draws, needles, n_words)
+    asked = []
+    for thing in draws.sample(things, n_questions):
+        first, *others = numbers[thing]
+        listed = "".join(f", the {o} {n}" for o, n in zip(lexicon.ORDINALS[1:], others, strict=False))
+        asked.append((f"What are the numbers of the {thing}? The first is", f"{first}{listed}."))
+    return _ask([text], asked)
+
+
+def variables(draws: Draws, n_words: int, n_questions: int = 1) -> Trial:
+    """Variables that are given a number or the value of an earlier variable, at most twice in a row."""
+    letters = draws.sample(lexicon.LETTERS, draws.between(max(n_questions, 3), 8))
+    value, hops, needles = {}, {}, []
+    for letter in letters:
+        earlier = [other for other in value if hops[other] < 2]
+        if earlier and draws.chance(0.6):
+            other = draws.pick(earlier)
+            value[letter], hops[letter] = value[other], hops[other] + 1
+            needles.append(f"Let {letter} be {other}.")
+        else:
+            value[letter], hops[letter] = draws.between(10, 99), 0
+            needles.append(f"Let {letter} be {value[letter]}.")
+    text = _hide(draws, needles, n_words)
+    asked = [(f"What is {letter}? It is", f"{value[letter]}.") for letter in draws.sample(letters, n_questions)]
+    return _ask([text], asked)
+
+
+def common_words(draws: Draws, n_words: int, n_questions: int = 1) -> Trial:
+    """A list in which one word stands far more often than the others."""
+    rare = draws.sample(lexicon.OBJECTS, 16)
+    length = max(20, n_words)
+    common = rare.pop()
+    words = [common if draws.chance(0.3) else draws.pick(rare) for _ in range(length)]
+    return _ask([f"Words: {' '.join(words)}."], [("Which word is the most common? It is", f"{common}.")] * n_questions)
+
+
+def copying(draws: Draws, n_words: int, n_questions: int = 1) -> Trial:
+    """Words in random order, to be repeated after some other text."""
+    words = " ".join(draws.sample(_ANY_WORDS, draws.between(4, 20)))
+    text = _hide(draws, [], n_words)
+    return _ask([f"Remember these words: {words}.", text], [("Repeat the words:", f"{words}.")] * n_questions)
+
+
+def arithmetic(draws: Draws, n_words: int, n_questions: int = 1) -> Trial:
+    """Sums and differences of numbers up to twenty."""
+    text = _hide(draws, [], n_words)
+    return _ask([text], [_sum(draws) for _ in range(max(n_questions, 4))])
+
+
+_ANY_WORDS = (*lexicon.OBJECTS, *lexicon.ANIMALS, *lexicon.FOODS, *lexicon.NAMES, *lexicon.PLACES)
+
+TASKS: Mapping[str, Task] = {
+    "passkey": passkey,
+    "multi_key": multi_key,
+    "multi_value": multi_value,
+    "variables": variables,
+    "common_words": common_words,
+    "copying": copying,
+    "arithmetic": arithmetic,
+}
+
+
+def _sum(draws: Draws) -> tuple[str, str]:
+    a, b = draws.between(0, 20), draws.between(0, 20)
+    if draws.chance(0.5):
+        return f"{a} plus {b} is", f"{a + b}."
+    return f"{a + b} minus {b} is", f"{a}."
+
+
+def _hide(draws: Draws, needles: list[str], n_words: int) -> str:
+    """The needles in their order, at random places among other sentences."""
+    sentences = asides(draws, n_words) if n_words else []
+    places = sorted(draws.below(len(sentences) + 1) for _ in needles)
+    for place, needle in reversed(list(zip(places, needles, strict=True))):
+        sentences.insert(place, needle)
+    return " ".join(sentences)
+
+
+def _ask(texts: list[str], questions: list[tuple[str, str]]) -> Trial:
+    *answered, (last, answer) = questions
+    parts = [*(text for text in texts if text), *(f"{question} {reply}" for question, reply in answered), last]
+    return Trial(" ".join(parts), f" {answer}")
