@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from calib.demo.pages import demo_text
+
 logger = logging.getLogger(__name__)
 
 Split = Literal["calibration", "evaluation"]
@@ -61,7 +63,7 @@ class Corpus:
     Parameters
     ----------
     name : str
-        `wikitext2`, `ptb`, `c4`, or the name of a local file without its folders: it is written into artifacts.
+        `demo`, `wikitext2`, `ptb`, `c4`, or the name of a local file without its folders: it is written into artifacts.
     documents : tuple of Tensor or LazyDocuments
         Token ids. One document is a stream, in which a window may start anywhere; no window spans two documents.
     digest : str
@@ -132,6 +134,8 @@ _HUB_DATASETS = {
     ),
 }
 
+KNOWN_DATASETS = ("demo", *_HUB_DATASETS)
+
 
 def load_corpus(dataset: str, split: Split, tokenizer: Tokenizer | None, *, field: str = "text") -> Corpus:
     r"""The token ids of a known data set or a local file.
@@ -139,10 +143,11 @@ def load_corpus(dataset: str, split: Split, tokenizer: Tokenizer | None, *, fiel
     Parameters
     ----------
     dataset : str
-        `wikitext2`, `ptb`, `c4`, or a path: `.jsonl` (one object per line, texts joined by a blank line), `.npy`
-        (integer token ids: 1-D a stream, 2-D one document per row), any other suffix UTF-8 text, read as it is.
+        `demo`, `wikitext2`, `ptb`, `c4`, or a path: `.jsonl` (one object per line, texts joined by a blank line),
+        `.npy` (integer token ids: 1-D a stream, 2-D one document per row), any other suffix UTF-8 text, as it is.
     split : {'calibration', 'evaluation'}
-        The part of a known data set: train, or test (validation for C4). A local file is used whole.
+        The part of a known data set: train, or test (validation for C4, held-out pages for demo). A local file is
+        used whole.
     tokenizer : Callable or None
         Text to token ids; not needed for `.npy`.
     field : str
@@ -169,10 +174,24 @@ def load_corpus(dataset: str, split: Split, tokenizer: Tokenizer | None, *, fiel
         return Corpus(name=path.name, documents=documents, digest=_digest(documents))
     if tokenizer is None:
         raise CorpusError(f"{dataset}: text needs a tokenizer; got none; pass one, or a .npy file of token ids")
+    if dataset == "demo":
+        return _stream(dataset, demo_text("training" if split == "calibration" else "held-out"), tokenizer)
     if dataset in _HUB_DATASETS:
         return _load_from_hub(dataset, split, tokenizer)
     text = _read_jsonl(path, field) if path.suffix == ".jsonl" else _read_text(path)
     return _stream(path.name, text, tokenizer)
+
+
+def check_dataset(dataset: str) -> None:
+    """The name is that of a known data set or of a file with content; to be asked before a model is loaded.
+
+    Raises
+    ------
+    CorpusError
+        If it is neither.
+    """
+    if dataset not in KNOWN_DATASETS:
+        _check_file(Path(dataset))
 
 
 def _stream(name: str, text: str, tokenizer: Tokenizer) -> Corpus:
@@ -240,9 +259,9 @@ def _check_file(path: Path) -> None:
         with path.open("rb") as file:
             head = file.read(len(_GIT_LFS))
     except FileNotFoundError as error:
-        close = difflib.get_close_matches(str(path), _HUB_DATASETS, n=1)
+        close = difflib.get_close_matches(str(path), KNOWN_DATASETS, n=1)
         advice = f"did you mean {close[0]}?" if close else "check the path"
-        raise CorpusError(f"{path}: expected {', '.join(_HUB_DATASETS)} or a file; got neither; {advice}") from error
+        raise CorpusError(f"{path}: expected {', '.join(KNOWN_DATASETS)} or a file; got neither; {advice}") from error
     except IsADirectoryError as error:
         raise CorpusError(f"{path}: expected a file; got a directory; name one file in it") from error
     except OSError as error:

@@ -96,8 +96,9 @@ def load_recipe(name: str) -> Recipe:
     path = Path(name)
     if not path.is_file():
         near = difflib.get_close_matches(name, shipped_recipes(), n=1)
+        got = "no such file" if path.suffix in (".yaml", ".yml") else "no such recipe"
         raise RecipeError(
-            f"recipe {name!r}: expected a .yaml file or one of {', '.join(shipped_recipes())}."
+            f"recipe {name!r}: {got}; expected a .yaml file or one of {', '.join(shipped_recipes())}."
             + (f" Did you mean {near[0]}?" if near else "")
         )
     try:

@@ -1,18 +1,22 @@
 """`calibrate`: runs a model over some text once, fits quantizers, writes them to one file."""
 
 import argparse
+import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scripts import options
-from scripts.console import UsageError, bar, run, say, set_up_logging
+from scripts.console import Parser, UsageError, bar, run, say, set_up_logging
 from scripts.outputs import check_outputs, output_path
 
 if TYPE_CHECKING:
     from artifacts.artifact import Artifact
     from calib.recipe import Recipe
     from calib.statistics.model_statistics import ModelStatistics
+
+NSAMPLES = 16
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,21 +26,23 @@ def main(argv: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The options of `calibrate`."""
-    parser = argparse.ArgumentParser(
-        "calibrate", description=__doc__, epilog="Next: evaluate MODEL --quantizer-path FILE"
-    )
+    parser = Parser("calibrate", description=__doc__, epilog="Next: evaluate MODEL --quantizer-path FILE")
     options.add_model_options(parser)
     options.add_text_options(parser)
     options.add_recipe_options(parser, "default")
     parser.add_argument(
-        "--nsamples", type=options.positive, default=16, metavar="N", help="calibration windows (default: 16)"
+        "--nsamples", type=options.positive, metavar="N", help=f"calibration windows (default: {NSAMPLES})"
     )
     parser.add_argument(
         "--quantizer-path", type=Path, metavar="FILE", help=".safetensors or .pkl (default: under runs/)"
     )
     parser.add_argument("--force", action="store_true", help="replace existing output files")
     parser.add_argument(
-        "--jobs", type=options.positive, default=1, metavar="N", help="sites fitted at a time (default: 1)"
+        "--jobs",
+        type=options.positive,
+        default=1,
+        metavar="N",
+        help="sites fitted at a time, at most one for each core (default: 1)",
     )
     parser.add_argument(
         "--statistics", choices=("basic", "full"), default="basic", help="what to gather (default: basic)"
@@ -73,24 +79,37 @@ def _main(argv: list[str]) -> int:
     if args.print_recipe:
         print(recipe.to_yaml(), end="")
         return 0
+    if not (args.from_statistics or args.merge):
+        options.choose_defaults(args)
     if args.list_sites:
         return _list_sites(args)
-    output = output_path(args, recipe)
-    check_outputs(output, args)
+    part = bool(args.shard and args.save_statistics and not args.quantizer_path)
+    output = args.save_statistics if part else output_path(args, recipe)
+    check_outputs(output, None if part else args.save_statistics, force=args.force)
     statistics = _statistics(args, recipe)
     if args.save_statistics:
         statistics.save(args.save_statistics)
-    return _fit(args, recipe, statistics, output)
+    return _report_part(args, statistics) if part else _fit(args, recipe, statistics, output)
 
 
 def _fit(args: argparse.Namespace, recipe: "Recipe", statistics: "ModelStatistics", output: Path) -> int:
     from artifacts.artifact import save
     from calib.fitting import fit
 
-    artifact = fit(statistics, recipe, jobs=args.jobs, progress=lambda fits: bar(fits, "fitting"))
+    jobs = min(args.jobs, os.cpu_count() or 1)
+    artifact = fit(statistics, recipe, jobs=jobs, progress=lambda fits: bar(fits, "fitting"))
     save(artifact, output)
     print(_summary(artifact, output))
-    print(f"Next: evaluate {args.model or artifact.manifest.model_id or 'MODEL'} --quantizer-path {output}")
+    model = args.model or artifact.manifest.model_id or "MODEL"
+    print(f"Next: {shlex.join(['evaluate', model, '--quantizer-path', str(output)])}")
+    return 0
+
+
+def _report_part(args: argparse.Namespace, statistics: "ModelStatistics") -> int:
+    """One of several shards has no artifact of its own."""
+    number, total = args.shard
+    print(f"{args.save_statistics}: {len(statistics.windows)} windows, shard {number} of {total}")
+    print("Next, with the statistics of all shards: calibrate --merge FILE FILE ... --quantizer-path q.safetensors")
     return 0
 
 
@@ -101,35 +120,53 @@ def _statistics(args: argparse.Namespace, recipe: "Recipe") -> "ModelStatistics"
     if len(sources) > 1:
         raise UsageError(f"--{sources[0]} and --{sources[1]} exclude each other".replace("_", "-"))
     if args.from_statistics or args.merge:
+        _check_not_gathering(args, sources[0])
         first, *others = args.merge or [args.from_statistics]
         statistics = ModelStatistics.load(first)
         for path in others:
             statistics.merge(ModelStatistics.load(path))
         return statistics
-    if args.model is None:
-        raise UsageError("name the model to calibrate: calibrate MODEL, a folder or a hub id")
     return _gather(args, recipe)
+
+
+def _check_not_gathering(args: argparse.Namespace, source: str) -> None:
+    """Statistics know their model and their windows; a second saying would be ignored.
+
+    Raises
+    ------
+    UsageError
+        If the command line says it nevertheless.
+    """
+    saved = () if args.merge else ("save_statistics",)
+    given = [name for name in ("model", "dataset", "seqlen", "nsamples", "shard", *saved) if getattr(args, name)]
+    if given:
+        name = "MODEL" if given[0] == "model" else f"--{given[0]}".replace("_", "-")
+        raise UsageError(
+            f"--{source.replace('_', '-')} fits from what was gathered before, which {name} cannot change; drop {name}"
+        )
 
 
 def _gather(args: argparse.Namespace, recipe: "Recipe") -> "ModelStatistics":
     """Runs the model. After Ctrl-C the finished windows are kept where --save-statistics says so."""
     from calib.calibration import add_windows, gigabytes, new_statistics
-    from calib.corpus import load_corpus
+    from calib.corpus import check_dataset, load_corpus
     from calib.statistics.model_statistics import ModelStatistics
     from calib.windows import sample_windows
     from scripts.interrupt import between_items, remaining_windows
     from scripts.models import load_model
 
+    n_windows = args.nsamples or NSAMPLES
+    check_dataset(args.dataset)
     loaded = load_model(args)
     seqlen = loaded.window_tokens(args.seqlen)
     corpus = load_corpus(args.dataset, "calibration", loaded.encode, field=args.field)
-    windows = sample_windows(corpus, n_windows=args.nsamples, seqlen=seqlen, seed=args.seed)
+    windows = sample_windows(corpus, n_windows=n_windows, seqlen=seqlen, seed=args.seed)
     if args.shard:
         number, total = args.shard
         windows = windows[number - 1 :: total]
         if not len(windows):
             raise UsageError(
-                f"--shard {number}/{total} of {args.nsamples} windows is empty; use at most {args.nsamples} shards"
+                f"--shard {number}/{total} of {n_windows} windows is empty; use at most {n_windows} shards"
             )
     layers = loaded.layers()
     origin = {
@@ -155,8 +192,8 @@ def _how_to_resume(args: argparse.Namespace, statistics: "ModelStatistics") -> s
         return "Nothing was written. With --save-statistics FILE an interrupted run can go on where it stopped."
     statistics.save(args.save_statistics)
     return (
-        f"{len(statistics.windows)} of {args.nsamples} windows are in {args.save_statistics}. Go on with the same "
-        f"command and --resume {args.save_statistics} --force"
+        f"{len(statistics.windows)} of {args.nsamples or NSAMPLES} windows are in {args.save_statistics}. Go on with "
+        f"the same command and --resume {args.save_statistics} --force"
     )
 
 
@@ -180,8 +217,6 @@ def _list_sites(args: argparse.Namespace) -> int:
     from artifacts.attention import site_table
     from scripts.models import load_model
 
-    if args.model is None:
-        raise UsageError("name the model whose layers to list: calibrate MODEL --list-sites")
     for row in site_table(load_model(args).model):
         shape = f"{row.kv_heads} x {row.head_dim}" if row.kv_heads else "-"
         print(f"{row.layer:5}  {row.status:8} {shape:10} {' '.join(row.taps) or '-':34} {row.why}".rstrip())

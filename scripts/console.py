@@ -1,5 +1,6 @@
 """What the programs share: exit codes, errors for people, seed spellings of options."""
 
+import argparse
 import contextlib
 import importlib.util
 import logging
@@ -8,13 +9,24 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 FAILURE, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 
 
 class UsageError(Exception):
     """The command line asks for something that cannot be."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes options in full only, and answers a wrong one in two lines."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """Exits with the status of wrong usage."""
+        self.exit(WRONG_USAGE, f"{self.prog}: {message}\nSee {self.prog} --help\n")
 
 
 def run(program: str, main: Callable[[list[str]], int], argv: list[str] | None) -> int:
@@ -31,7 +43,7 @@ def run(program: str, main: Callable[[list[str]], int], argv: list[str] | None) 
     except Exception as error:
         if "--debug" in arguments:
             traceback.print_exc()
-        say(f"{program}: {_message(error)}")
+        say(f"{program}: {_message(error).removeprefix(f'{program}: ')}")
         return WRONG_USAGE if isinstance(error, UsageError) else FAILURE
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scripts import options
-from scripts.console import UsageError, bar, listing_of_runs, run, say, set_up_logging
+from scripts.console import Parser, UsageError, bar, listing_of_runs, run, say, set_up_logging
 
 if TYPE_CHECKING:
     from artifacts.artifact import Artifact
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The options of `evaluate`."""
-    parser = argparse.ArgumentParser("evaluate", description=__doc__)
+    parser = Parser("evaluate", description=__doc__)
     options.add_model_options(parser)
     options.add_text_options(parser)
     options.add_recipe_options(parser, "that of the artifact; kvquant without one")
@@ -58,16 +58,20 @@ def _main(argv: list[str]) -> int:
     set_up_logging(args.verbose)
     artifact = _load_artifact(args)
     recipe = _recipe(args, artifact)
-    if args.model is None:
-        args.model = artifact.manifest.model_id if artifact else None
-    if args.model is None:
-        raise UsageError(
-            "name the model: evaluate MODEL --quantizer-path FILE (a local folder's path is not kept in the file)"
-        )
+    if args.model is None and artifact is not None:
+        args.model = artifact.manifest.model_id
+        if args.model is None:
+            raise UsageError(
+                "name the model: evaluate MODEL --quantizer-path FILE (a local folder's path is not kept in the file)"
+            )
+    options.choose_defaults(args)
+    from calib.corpus import check_dataset
     from scripts.models import load_model
 
-    loaded = load_model(args)
     names = [name for name in args.dataset.split(",") if name] or [args.dataset]
+    for name in names:
+        check_dataset(name)
+    loaded = load_model(args)
     results = {name: _evaluate(args, loaded, artifact, recipe, name) for name in names}
     first, *others = results.values()
     if args.json:

@@ -13,7 +13,9 @@ from torch import nn
 from artifacts.attention import AttentionLayer, attention_layers
 from artifacts.evidence import text_config
 from artifacts.fingerprint import model_fingerprint, vocabulary_digest
+from calib.demo import model_folder
 from scripts.console import UsageError, say
+from scripts.options import DEMO
 
 
 @dataclass(frozen=True)
@@ -95,17 +97,17 @@ def load_model(args: argparse.Namespace) -> LoadedModel:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    name = str(args.model)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError(f"--device {device}: this torch sees no CUDA device; use --device cpu")
+    name, dtype = str(args.model), args.dtype
+    if name == DEMO:
+        name, dtype = str(model_folder()), "float32" if dtype == "auto" else dtype
+    device = _device(args.device)
     source = _source(name)
     try:
         config = AutoConfig.from_pretrained(name, **source)
         _stretch(config, args.maxseqlen)
         options = {**source, **({"device_map": "auto"} if device == "auto" else {})}
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=args.dtype, output_loading_info=True, **options
+            name, config=config, dtype=dtype, output_loading_info=True, **options
         )
     except (OSError, ValueError) as error:
         raise OSError(f"{name}: no model could be loaded: {_first_line(error)}{_hint(name)}") from error
@@ -118,12 +120,35 @@ def load_model(args: argparse.Namespace) -> LoadedModel:
         )
     if device != "auto":
         model = model.to(device)
-    return LoadedModel(model.eval(), _load_tokenizer(name, source), None if os.path.isdir(name) else name)
+    return LoadedModel(model.eval(), _load_tokenizer(name, source), _model_id(args.model))
+
+
+def _device(name: str | None) -> str:
+    """The device as asked, else CUDA where there is one.
+
+    Raises
+    ------
+    UsageError
+        If there is no such device.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        kind = "auto" if name == "auto" else torch.device(name).type
+    except RuntimeError as error:
+        raise UsageError(f"--device {name}: expected cpu, cuda, cuda:1, ... or auto") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device {name}: this torch sees no CUDA device; use --device cpu")
+    return name
 
 
 def short_name(model: str) -> str:
     """A model's name for a folder."""
     return Path(model.rstrip("/")).name or "model"
+
+
+def _model_id(name: str) -> str | None:
+    """What an artifact may say of the model: never a path."""
+    return None if name != DEMO and os.path.isdir(name) else name
 
 
 def _source(name: str) -> dict[str, bool]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from scripts.console import UsageError
 
+DEMO = "demo"
 BITS = (1, 2, 3, 4, 5, 6, 7, 8, 16)
 _PROJECTIONS = {"k_proj": "key", "v_proj": "value"}
 
@@ -13,7 +14,12 @@ _PROJECTIONS = {"k_proj": "key", "v_proj": "value"}
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """What to run, and on what."""
     group = parser.add_argument_group("model")
-    group.add_argument("model", nargs="?", metavar="MODEL", help="folder or hub id of a causal language model")
+    group.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="folder or hub id of a causal language model (default: demo, the bundled one)",
+    )
     group.add_argument(
         "--device", help="cpu, cuda, cuda:1, ... or 'auto' for accelerate's device map (default: cuda if there)"
     )
@@ -40,9 +46,9 @@ def add_text_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dataset",
         "--datasets",
-        default="wikitext2",
         metavar="NAME|FILE",
-        help="wikitext2, c4, ptb, or a .txt, .jsonl or .npy file (default: wikitext2)",
+        help="demo, wikitext2, c4, ptb, or a .txt, .jsonl or .npy file (default: demo for the demo model, else "
+        "wikitext2)",
     )
     group.add_argument("--field", default="text", help="field of a .jsonl file (default: text)")
     group.add_argument(
@@ -81,6 +87,12 @@ def add_recipe_options(parser: argparse.ArgumentParser, default_recipe: str) -> 
     group.add_argument("--clamp", action="store_true", default=None, help="whole zero points within the code range")
     group.add_argument("--first-few-fp16", type=int, metavar="N", help="first tokens kept exact, 0 to 8")
     group.add_argument("--stage", choices=("pre_rope", "post_rope"), help="where keys are taken")
+
+
+def choose_defaults(args: argparse.Namespace) -> None:
+    """The demo model where none is named, and the text that goes with the model."""
+    args.model = args.model or DEMO
+    args.dataset = args.dataset or (DEMO if args.model == DEMO else "wikitext2")
 
 
 def positive(text: str) -> int:
@@ -165,6 +177,8 @@ def _scope(args: argparse.Namespace, tensor: str) -> str | None:
     if args.perchannel is None and args.pertoken is None:
         return None
     channel, token = (_tensors(words) for words in (args.perchannel, args.pertoken))
+    if (channel == set() and token is None) or (token == set() and channel is None):
+        raise UsageError("--perchannel and --pertoken need k_proj and/or v_proj behind them")
     if channel is not None and token is not None and channel & token:
         raise UsageError(f"--perchannel and --pertoken both name {', '.join(sorted(channel & token))}; name each once")
     if channel and tensor in channel:
@@ -185,15 +199,14 @@ def _tensors(words: list[str] | None) -> set[str] | None:
 
 
 def _outliers(args: argparse.Namespace, base: dict[str, Any]) -> dict[str, Any] | None:
-    """As in KVQuant a threshold alone changes nothing without --include-sparse."""
     if args.include_sparse is False:
         return None
     old = base.get("outliers")
-    if args.include_sparse is None and old is None:
-        return None
     dense = args.sparsity_threshold if args.sparsity_threshold is not None else 0.99
     if not 0.5 < dense <= 1:
         raise UsageError(f"--sparsity-threshold is the share kept dense, above 0.5 and at most 1; got {dense}")
     if dense == 1:
         return None
+    if args.include_sparse is None and old is None:
+        raise UsageError("--sparsity-threshold says how many outliers --include-sparse keeps; add --include-sparse")
     return {"rule": (old or {}).get("rule", "percentile"), "fraction": round(1 - dense, 12)}

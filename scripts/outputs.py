@@ -22,7 +22,7 @@ def output_path(args: argparse.Namespace, recipe: "Recipe") -> Path:
     return Path("runs") / f"{model}-{recipe.name}" / f"quantizers-k{key}v{value}.safetensors"
 
 
-def check_outputs(output: Path, args: argparse.Namespace) -> None:
+def check_outputs(output: Path, statistics: Path | None, *, force: bool) -> None:
     """The artifact and the statistics can be written, and to different files.
 
     Raises
@@ -32,11 +32,10 @@ def check_outputs(output: Path, args: argparse.Namespace) -> None:
     ArtifactError
         If a suffix is neither of the two that can be written.
     """
-    statistics = args.save_statistics
     if statistics and statistics.resolve() == output.resolve():
         raise UsageError(f"--save-statistics and --quantizer-path both name {output}; give each a file of its own")
     for path in filter(None, (output, statistics)):
-        _check_writable(path, force=args.force)
+        _check_writable(path, force=force)
 
 
 def _check_writable(path: Path, *, force: bool) -> None:

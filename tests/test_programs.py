@@ -360,6 +360,23 @@ def test_merged_shards_are_the_whole(works: Program) -> None:
     assert same_bytes("merged.safetensors", "q4.safetensors")
 
 
+def test_a_shard_with_statistics_alone_makes_no_artifact(works: Program, here: Path) -> None:
+    # Broke when the shards shared a folder: each one fitted an artifact of its own, and to the same default path.
+    for number in (1, 2):
+        ran = works(
+            f"calibrate model --dataset a.txt --nsamples 4 --shard {number}/2 --save-statistics s{number}.safetensors"
+        )
+        assert "calibrate --merge" in ran.out
+    assert not (here / "runs").exists()
+    works("calibrate --merge s1.safetensors s2.safetensors --abits 4 --quantizer-path merged.safetensors")
+    assert same_bytes("merged.safetensors", "q4.safetensors")
+
+
+def test_no_more_jobs_than_cores(works: Program) -> None:
+    works("calibrate --from-statistics s.safetensors --jobs 100000 --abits 4 --quantizer-path many.safetensors")
+    assert same_bytes("many.safetensors", "q4.safetensors")
+
+
 class Interrupting:
     """`capture`, until Ctrl-C in the middle of window number `n_windows`, counted from 0."""
 
@@ -453,6 +470,9 @@ WRONG: list[tuple[str, int, list[str]]] = [
     (f"{EVALUATE} --quantizer-path q4.safetensors --recipe kvquant", 2, ["recipe: the file has default", "kvquant"]),
     (f"{EVALUATE} --abits 4 --perchannel k_proj --pertoken k_proj", 2, ["both name key"]),
     (f"{CALIBRATE} --from-statistics s.safetensors --merge s.safetensors", 2, ["--from-statistics", "exclude"]),
+    (f"{CALIBRATE} --from-statistics s.safetensors", 2, ["--from-statistics", "drop MODEL"]),
+    ("calibrate --merge s.safetensors --nsamples 8", 2, ["--merge", "drop --nsamples"]),
+    ("calibrate --from-statistics s.safetensors --save-statistics s2.pkl", 2, ["drop --save-statistics"]),
     (f"{CALIBRATE} --resume s.safetensors --seed 5", 2, ["windows are not of this run", "--seed"]),
     # sizes
     (f"{CALIBRATE} --seqlen 65", 2, ["--seqlen 65", "context of 64 tokens", "--seqlen 64"]),
@@ -480,7 +500,7 @@ WRONG: list[tuple[str, int, list[str]]] = [
     ("evaluate model --abits 4 --dataset short.txt", 1, ["64 tokens", "got 9"]),
     ("calibrate model --dataset blank.txt", 1, ["blank.txt", "0 bytes"]),
     ("calibrate model --dataset folder", 1, ["folder", "got a directory"]),
-    ("calibrate model --dataset nowhere.txt", 1, ["nowhere.txt", "expected wikitext2, ptb, c4 or a file"]),
+    ("calibrate model --dataset nowhere.txt", 1, ["nowhere.txt", "expected demo, wikitext2, ptb, c4 or a file"]),
     ("calibrate model --dataset wikitext", 1, ["did you mean wikitext2?"]),
     ("calibrate model --dataset wikitext2", 1, ["Salesforce/wikitext", "local file", "--dataset path/to/"]),
     ("evaluate model --abits 4", 1, ["wikitext2", "local file"]),
@@ -510,19 +530,21 @@ WRONG: list[tuple[str, int, list[str]]] = [
     (f"{EVALUATE} --maxseqlen 100 --quantizer-path q4.safetensors", 1, ["another model", "rope", "linear"]),
     ("evaluate model --dataset b.txt", 2, ["--quantizer-path", "--abits", "none under runs/"]),
     # models
-    ("calibrate --dataset a.txt", 2, ["name the model", "calibrate MODEL"]),
-    ("calibrate --list-sites", 2, ["calibrate MODEL --list-sites"]),
     ("evaluate --quantizer-path q4.safetensors", 2, ["evaluate MODEL --quantizer-path"]),
     ("evaluate folder --abits 4", 1, ["folder: no model could be loaded", "config.json"]),
     ("calibrate nobody/nothing --dataset a.txt", 1, ["nobody/nothing: no model", "local folder"]),
     # recipes and statistics
     (f"{CALIBRATE} --recipe kvquent", 1, ["'kvquent'", "Did you mean kvquant?"]),
+    (f"{CALIBRATE} --recipe mine.yaml", 1, ["mine.yaml", "no such file"]),
     (f"{EVALUATE} --recipe default --abits 4", 1, ["codebooks are fitted", "calibrate"]),
     ("calibrate --from-statistics s.safetensors --stage post_rope", 1, ["post_rope", "pre_rope", "Calibrate again"]),
     ("calibrate --from-statistics q4.safetensors", 1, ["kvcalib.statistics"]),
     ("calibrate --from-statistics nowhere.safetensors", 1, ["nowhere.safetensors: cannot be read"]),
     ("calibrate --merge s.safetensors s.safetensors", 1, ["4 of 4 windows", "the same shard twice?"]),
-    ("calibrate model --bogus", 2, ["--bogus"]),
+    ("calibrate model --bogus", 2, ["--bogus", "See calibrate --help"]),
+    ("calibrate model --data a.txt", 2, ["--data"]),
+    (f"{CALIBRATE} --device gpu", 2, ["--device gpu: expected cpu, cuda"]),
+    ("calibrate nowhere-model --dataset nowhere.txt", 1, ["nowhere.txt: expected demo"]),
 ]
 
 

@@ -142,7 +142,9 @@ def test_all_errors_are_told_at_once() -> None:
 
 @pytest.mark.parametrize(("name", "advice"), [("kvqant", r"Did you mean kvquant\?"), ("xyzzy", "kvquant-rank")])
 def test_an_unknown_recipe_lists_those_there_are(name: str, advice: str) -> None:
-    with pytest.raises(RecipeError, match=rf"recipe '{name}': expected a \.yaml file or one of default, .*{advice}"):
+    with pytest.raises(
+        RecipeError, match=rf"recipe '{name}': no such recipe; expected a \.yaml file or one of default, .*{advice}"
+    ):
         load_recipe(name)
 
 
@@ -218,7 +220,7 @@ FLAGS: list[tuple[str, str | list[str], dict[str, Any]]] = [
         "--nuq --include-sparse --sparsity_threshold=0.995",
         {"key.outliers.fraction": 0.005, "key.method": "codebook", "value.outliers.fraction": 0.005},
     ),
-    ("kvquant", "--sparsity-threshold 0.99", {"key.outliers": None, "value.outliers": None}),
+    ("kvquant", "--sparsity-threshold 1.0", {"key.outliers": None, "value.outliers": None}),
     ("kvquant", "--include-sparse --sparsity-threshold 1", {"key.outliers": None, "value.outliers": None}),
     ("kvquant-rank", "--sparsity-threshold 0.98", {"key.outliers": {"rule": "rank", "fraction": 0.02}}),
     ("kvquant-rank", "--no-include-sparse", {"key.outliers": None, "value.outliers": None}),
@@ -270,6 +272,8 @@ def test_without_flags_nothing_changes(recipe: str) -> None:
         ("--perchannel q_proj", r"expected k_proj and/or v_proj, got 'q_proj' \(MODEL stands before"),
         ("--include-sparse --sparsity-threshold 0.01", "share kept dense, above 0.5 and at most 1; got 0.01"),
         ("--include-sparse --sparsity-threshold 1.5", "at most 1; got 1.5"),
+        ("--sparsity-threshold 0.99", "add --include-sparse"),
+        ("--perchannel", "need k_proj and/or v_proj"),
     ],
 )
 def test_contradictions_are_wrong_usage(flags: str, message: str) -> None:
