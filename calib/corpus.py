@@ -1,5 +1,6 @@
 """Texts as token ids: the data sets of the papers, and local files."""
 
+import codecs
 import difflib
 import hashlib
 import json
@@ -178,6 +179,8 @@ def load_corpus(dataset: str, split: Split, tokenizer: Tokenizer | None, *, fiel
         return _stream(dataset, demo_text("training" if split == "calibration" else "held-out"), tokenizer)
     if dataset in _HUB_DATASETS:
         return _load_from_hub(dataset, split, tokenizer)
+    if path.suffix == ".json":
+        raise CorpusError(f"{dataset}: expected text; got a .json file; write one object per line into a .jsonl file")
     text = _read_jsonl(path, field) if path.suffix == ".jsonl" else _read_text(path)
     return _stream(path.name, text, tokenizer)
 
@@ -274,13 +277,18 @@ def _check_file(path: Path) -> None:
 
 def _read_text(path: Path) -> str:
     _check_file(path)
+    data = path.read_bytes()
+    charset = "utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "latin1"
     try:
-        return path.read_bytes().decode("utf-8")
+        text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise CorpusError(
-            f"{path}: expected UTF-8 text; got byte 0x{error.object[error.start]:02x} at offset {error.start} "
-            f"({error.reason}); convert it, e.g. with iconv -f latin1 -t utf-8"
+            f"{path}: expected UTF-8 text; got byte 0x{data[error.start]:02x} at offset {error.start} "
+            f"({error.reason}); convert it, e.g. with iconv -f {charset} -t utf-8"
         ) from error
+    if "\0" in text:
+        raise CorpusError(f"{path}: expected text; got a zero byte at offset {data.index(0)}; is it a binary file?")
+    return text
 
 
 def _read_jsonl(path: Path, field: str) -> str:
@@ -297,7 +305,8 @@ def _parse_line(line: str, field: str, where: str) -> str:
         raise CorpusError(f"{where}: expected a JSON object; got {got}; mend or remove the line") from error
     text = record.get(field) if isinstance(record, dict) else None
     if not isinstance(text, str):
-        raise CorpusError(f"{where}: expected text in the field {field!r}; got {line[:100]!r}; name another field")
+        got = f"{type(text).__name__} {text!r:.60}" if isinstance(record, dict) and field in record else f"{line:.100}"
+        raise CorpusError(f"{where}: expected text in the field {field!r}; got {got}; name another one with --field")
     return text
 
 

@@ -1,6 +1,7 @@
 """Recipes: which estimator for keys, which for values, and where keys are taken."""
 
 import difflib
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,9 @@ class Recipe(BaseModel):
         RecipeError
             With every entry that is wrong, what was expected, and the nearest known name.
         """
+        if not isinstance(data, dict):
+            got = "an empty file" if data is None else f"{data!r:.80}"
+            raise RecipeError(f"recipe {where}: expected entries; got {got}; start from `calibrate --print-recipe`")
         try:
             return cls.model_validate(data)
         except ValidationError as error:
@@ -95,11 +99,10 @@ def load_recipe(name: str) -> Recipe:
         return Recipe.parse(yaml.safe_load((_SHIPPED / f"{name}.yaml").read_text(encoding="utf-8")), name)
     path = Path(name)
     if not path.is_file():
-        near = difflib.get_close_matches(name, shipped_recipes(), n=1)
         got = "no such file" if path.suffix in (".yaml", ".yml") else "no such recipe"
         raise RecipeError(
             f"recipe {name!r}: {got}; expected a .yaml file or one of {', '.join(shipped_recipes())}."
-            + (f" Did you mean {near[0]}?" if near else "")
+            + _nearest(name, shipped_recipes())
         )
     try:
         return Recipe.parse(yaml.safe_load(path.read_text(encoding="utf-8")), name)
@@ -123,12 +126,19 @@ def _place(location: tuple[int | str, ...]) -> str:
 
 
 def _advice(row: Any) -> str:
+    if row["type"] == "union_tag_invalid":
+        method, known = row["ctx"]["tag"], re.findall(r"'(\w+)'", row["ctx"]["expected_tags"])
+        return f"unknown method {method!r}; known: {', '.join(known)}." + _nearest(method, known)
     message = f"{row['msg']}; got {row['input']!r:.80}"
     if row["type"] != "extra_forbidden":
         return message
     known = _known_names(row["loc"])
-    near = difflib.get_close_matches(str(row["loc"][-1]), known, n=1)
-    return f"unknown entry; known: {', '.join(known)}." + (f" Did you mean {near[0]}?" if near else "")
+    return f"unknown entry; known: {', '.join(known)}." + _nearest(row["loc"][-1], known)
+
+
+def _nearest(word: object, known: list[str]) -> str:
+    near = difflib.get_close_matches(str(word), known, n=1)
+    return f" Did you mean {near[0]}?" if near else ""
 
 
 def _known_names(location: tuple[int | str, ...]) -> list[str]:

@@ -396,3 +396,20 @@ def test_windows_shorter_than_an_ngram() -> None:
 def test_sketching_300k_tokens_takes_well_under_a_second() -> None:
     windows = random_windows(150, 2048, 0)
     assert min(timeit.repeat(lambda: ngram_sketch(windows), number=1, repeat=3)) < 1
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.txt", "café".encode("utf-16"), "iconv -f utf-16"),
+        ("a.txt", "café".encode("latin1"), "iconv -f latin1"),
+        ("a.bin", b"abc\0def", r"a\.bin: expected text; got a zero byte at offset 3"),
+        ("a.json", b'{"text": "abc"}', r"got a \.json file; write one object per line"),
+        ("a.jsonl", b'{"text": 5}', r"line 1: expected text in the field 'text'; got int 5; .*--field"),
+        ("a.jsonl", b'{"body": "abc"}', r"got \{\"body\": \"abc\"\}; name another one with --field"),
+    ],
+)
+def test_what_is_no_text_is_refused_with_a_way_out(tmp_path: Path, name: str, data: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(CorpusError, match=message):
+        load_corpus(str(tmp_path / name), "calibration", to_bytes)

@@ -94,7 +94,8 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"key": {"method": "identity", "outliers": {}}},
         ["key.identity.outliers: unknown entry; known: method."],
     ),
-    "unknown method": ({"key": {"method": "magic"}}, ["key: ", "'codebook'", "'uniform'", "'identity'"]),
+    "unknown method": ({"key": {"method": "magic"}}, ["key: ", "'magic'", "identity, uniform, codebook"]),
+    "misspelt method": ({"key": {"method": "codebok"}}, ["key: ", "Did you mean codebook?"]),
     "too many bits": ({"key": {"method": "uniform", "bits": 9}}, ["key.uniform.bits: ", "equal to 8; got 9"]),
     "no bits": ({"key": {"method": "codebook", "bits": 0}}, ["key.codebook.bits: ", "equal to 1; got 0"]),
     "tokens with channel tables": (
@@ -153,8 +154,8 @@ def test_an_unknown_recipe_lists_those_there_are(name: str, advice: str) -> None
     [
         (b"key: [unclosed", "not YAML"),
         (b"\xff\xfe\x00text", "not YAML"),
-        (b"just some words", "dictionary.*got 'just some words'"),
-        (b"", "dictionary.*got None"),
+        (b"just some words", "expected entries; got 'just some words'"),
+        (b"", "an empty file; start from"),
         (b"!!python/object/apply:os.system ['true']", "not YAML"),
     ],
 )
