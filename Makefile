@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint notebooks clean
+.PHONY: help setup demo test lint notebooks clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -28,6 +28,9 @@ $(STAMP): pyproject.toml constraints.txt
 	sed -e '$(if $(TRANSFORMERS),s/^transformers==.*/transformers==$(TRANSFORMERS)/)' constraints.txt > $(VENV)/constraints.txt
 	$(BIN)/python -m pip install --quiet --no-compile --constraint $(VENV)/constraints.txt --editable '.[dev]'
 	touch $@
+
+demo: $(STAMP)  ## calibrate and evaluate the bundled model at 4, 3 and 2 bits
+	$(BIN)/python -m scripts.demo
 
 test: $(STAMP)  ## run the whole suite: tests and the examples in docstrings
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

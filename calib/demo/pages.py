@@ -40,8 +40,10 @@ def demo_text(split: Split) -> str:
 
 
 def drill(index: int) -> str:
-    """Words to be repeated and nothing else: from such pages a model learns first to look back."""
-    return copying(Draws(f"drill {index}"), 0, 3).text
+    """A task and nothing else, asked several times: from such pages a model learns first to look back."""
+    draws = Draws(f"drill {index}")
+    task = copying if draws.chance(0.5) else draws.pick(_RETRIEVAL)
+    return task(draws, 0, 3).text
 
 
 def _stories(draws: Draws, n_words: int) -> str:
@@ -57,6 +59,8 @@ def _quiz(task: Task) -> Callable[[Draws, int], str]:
 
     return write
 
+
+_RETRIEVAL = tuple(TASKS[task] for task in ("passkey", "multi_key", "multi_value", "variables"))
 
 _MIX: tuple[Callable[[Draws, int], str], ...] = (
     *[_stories] * 6,
