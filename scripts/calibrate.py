@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The options of `calibrate`."""
-    parser = Parser("calibrate", description=__doc__, epilog="Next: evaluate MODEL --quantizer-path FILE")
+    parser = Parser("calibrate", __doc__, epilog="Next: evaluate MODEL --quantizer-path FILE")
     options.add_model_options(parser)
     options.add_text_options(parser)
     options.add_recipe_options(parser, "default")

@@ -34,7 +34,7 @@ def _main(argv: list[str]) -> int:
     started = time.monotonic()
     statistics = args.output / "statistics.safetensors"
     files = {bits: args.output / f"nuq{bits}.safetensors" for bits in BITS}
-    results = []
+    results: list[dict[str, Any]] = []
     for bits, file in files.items():
         source = ["--from-statistics", statistics] if results else ["--nsamples", 16, "--save-statistics", statistics]
         _call(calibrate, *source, "--nuq", "--abits", bits, "--quantizer-path", file, "--force")

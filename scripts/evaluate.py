@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The options of `evaluate`."""
-    parser = Parser("evaluate", description=__doc__)
+    parser = Parser("evaluate", __doc__)
     options.add_model_options(parser)
     options.add_text_options(parser)
     options.add_recipe_options(parser, "that of the artifact; kvquant without one")

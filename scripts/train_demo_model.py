@@ -99,7 +99,7 @@ def new_model(seed: int) -> LlamaForCausalLM:
     )
     model = LlamaForCausalLM(config)
     for layer in model.model.layers:
-        _enlarge_slow_pairs(layer.self_attn.k_proj.bias, config.head_dim)
+        _enlarge_slow_pairs(layer.self_attn.k_proj.bias, layer.self_attn.head_dim)
     return model
 
 
@@ -156,7 +156,7 @@ def optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
 
 
 @torch.no_grad()
-def figures(model: nn.Module, tokenizer: PreTrainedTokenizerFast, phase: Phase) -> dict[str, float]:
+def figures(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, phase: Phase) -> dict[str, float]:
     """Loss on held-out windows, and the share of each task's trials that are solved."""
     x = Windows(tokenizer, "held-out").batch(phase, 16).to(model.device)
     found = {"held_out": float(model(input_ids=x, labels=x).loss)}
@@ -182,7 +182,8 @@ class Training:
     def __init__(self, output: Path, device: str, seed: int) -> None:
         self.output, self.device, self.seed = output, device, seed
         self.tokenizer = train_tokenizer()
-        self.model = new_model(seed).to(device)
+        self.model = new_model(seed)
+        nn.Module.to(self.model, device)
         self.optimizers = optimizers(self.model)
         self.windows = Windows(self.tokenizer, "training")
         self.step, self.n_tokens, self.loss, self.seconds = 0, 0, math.nan, 0.0

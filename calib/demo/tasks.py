@@ -74,7 +74,9 @@ def multi_value(draws: Draws, n_words: int, n_questions: int = 1) -> Trial:
 def variables(draws: Draws, n_words: int, n_questions: int = 1) -> Trial:
     """Variables that are given a number or the value of an earlier variable, at most twice in a row."""
     letters = draws.sample(lexicon.LETTERS, draws.between(max(n_questions, 3), 8))
-    value, hops, needles = {}, {}, []
+    value: dict[str, int] = {}
+    hops: dict[str, int] = {}
+    needles = []
     for letter in letters:
         earlier = [other for other in value if hops[other] < 2]
         if earlier and draws.chance(0.6):
