@@ -9,10 +9,9 @@ from joblib import Parallel, delayed
 from artifacts.artifact import Artifact
 from artifacts.manifest import Manifest
 from artifacts.sites import Site
-from calib.estimators import Estimator, Fit
+from calib.estimators import Fit
 from calib.recipe import Recipe
 from calib.statistics.model_statistics import ModelStatistics
-from calib.statistics.site_statistics import SiteStatistics
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
@@ -46,7 +45,7 @@ def fit(statistics: ModelStatistics, recipe: Recipe, *, jobs: int = 1, progress:
     """
     sites = cached_sites(statistics, recipe)
     fits = Parallel(n_jobs=jobs, prefer="threads", return_as="generator")(
-        delayed(_fit_site)(statistics.site(site, recipe.sink_tokens), recipe.estimator(site)) for site in sites
+        delayed(_fit_site)(statistics, recipe, site) for site in sites
     )
     found: dict[Site, Fit] = dict(zip(sites, progress(fits), strict=True))
     quantizers = {site: fit.quantizer for site, fit in found.items()}
@@ -82,5 +81,5 @@ def cached_sites(statistics: ModelStatistics, recipe: Recipe) -> list[Site]:
     return cached
 
 
-def _fit_site(statistics: SiteStatistics, estimator: Estimator) -> Fit:
-    return estimator.fit(statistics)
+def _fit_site(statistics: ModelStatistics, recipe: Recipe, site: Site) -> Fit:
+    return recipe.estimator(site).fit(statistics.site(site, recipe.sink_tokens))

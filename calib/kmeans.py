@@ -5,8 +5,8 @@ Optimal clusters of sorted points are intervals, so the optimum is a shortest pa
 mean, read off prefix sums in O(1). The best ``i`` never decreases with ``j``, hence a divide and conquer in
 O(k n log n). Lloyd iterations, in contrast, can stop at a local optimum.
 
-A level may serve no bin, so ``D[k]`` is the best of *at most* k levels. Costs are computed around the weighted mean, in
-units of total weight times squared range, where rounding is about 1e-15.
+A level may serve no bin, so ``D[k]`` is the best of *at most* k levels. Costs are computed in units of total weight
+times squared range, where rounding is about 1e-15.
 
 References
 ----------
@@ -21,10 +21,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-# Children per node of the divide and conquer, and candidates per dense tile. Of 4, 8 and 16 the fastest, measured on
-# few large and on many small problems.
-_WIDTH = 8
-# Bins per batch of problems. One stage then holds arrays of some 3 * 17 * 2**14 doubles: bounded, and close to cache.
+from calib.partition import at, cost, optimal_bounds, programme_rows
+
+# Bins per batch of problems. One stage then holds a few arrays of some 2 * 13 * 2**14 doubles: bounded, close to cache.
 _BATCH_BINS = 2**14
 _TINY = torch.finfo(torch.float64).tiny
 
@@ -46,7 +45,8 @@ def kmeans_1d(
     Returns
     -------
     Tensor
-        Levels in float64, on the device of `centers`. On the CPU they do not depend on which problems share a call.
+        Levels in float64, on the device of `centers`. They are found on the CPU, whatever the device: many steps, each
+        short. They do not depend on which problems share a call.
 
     Raises
     ------
@@ -121,17 +121,17 @@ def _in_batches(
     solve: Callable[[Tensor, Tensor, int], Tensor], centers: Tensor, weights: Tensor, n_levels: int
 ) -> Tensor:
     size = max(1, _BATCH_BINS // centers.shape[-1])
-    batches = zip(torch.split(centers.double(), size), torch.split(weights.double(), size), strict=True)
-    return torch.cat([solve(x, w, n_levels) for x, w in batches])
+    batches = zip(centers.double().cpu().split(size), weights.double().cpu().split(size), strict=True)
+    return torch.cat([solve(x, w, n_levels) for x, w in batches]).to(centers.device)
 
 
 def _levels(centers: Tensor, weights: Tensor, n_levels: int) -> Tensor:
     """Means of the optimal intervals, or the distinct values themselves where there are no more than levels."""
     values = _occupied(centers, weights)
     prefix, origin, span = _prefix_sums(values, weights)
-    bounds = _bounds(prefix, _rows(prefix, n_levels))
+    bounds = optimal_bounds(prefix, _prefix_sums(-values.flip(-1), weights.flip(-1))[0], n_levels)
     start, stop, last_bin = bounds[:, :-1], bounds[:, 1:], values.shape[-1] - 1
-    weight, moment, _ = (_at(prefix, stop) - _at(prefix, start)).unbind()
+    weight, moment, _ = (at(prefix, stop) - at(prefix, start)).unbind()
     # Kept within the interval's own values: exact where there is one, ascending and finite where there is none.
     lowest = values.gather(-1, start.clamp(max=last_bin))
     highest = values.gather(-1, (stop - 1).clamp(min=0)).maximum(lowest)
@@ -146,8 +146,8 @@ def _levels(centers: Tensor, weights: Tensor, n_levels: int) -> Tensor:
 def _distortions(centers: Tensor, weights: Tensor, n_levels: int) -> Tensor:
     """Last column of the programme for every number of levels, in the caller's units."""
     prefix, _, span = _prefix_sums(_occupied(centers, weights), weights)
-    closing = _cost(prefix, prefix[..., -1:])
-    best = torch.stack([(row + closing).amin(-1) for row in _rows(prefix, n_levels)], -1)
+    closing = cost(prefix, prefix[..., -1:])
+    best = torch.stack([(row + closing).amin(-1) for row in programme_rows(prefix, n_levels)], -1)
     return best.cummin(-1).values * weights.sum(-1, keepdim=True) * span.square()
 
 
@@ -161,91 +161,14 @@ def _occupied(centers: Tensor, weights: Tensor) -> Tensor:
 def _prefix_sums(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Sums of ``(w, w u, w u^2)`` before each of ``bins + 1`` positions, and origin and span of u.
 
-    With ``values = origin + span * u``, ``sum w = 1`` and ``sum w u = 0``, an offset of the data cancels before it is
-    squared. Totals too are read off running sums, whose order, unlike that of ``sum``, is the same in any batch.
+    With ``values = origin + span * u``, ``0 <= u <= 1`` and ``sum w = 1``, an offset of the data cancels before it is
+    squared, and all three sums ascend. The weights are the steps of their own sum: one that vanishes in it vanishes in
+    all three, so an interval without weight has no moment either. The total is read off that sum too, whose order,
+    unlike that of ``sum``, is the same in any batch.
     """
     low, span = values[:, :1], values[:, -1:] - values[:, :1]
     span = span.where(span > 0, 1.0)
-    u = (values - low) / span
-    total, moment = torch.stack([weights, weights * u]).cumsum(-1)[..., -1:].unbind()
-    mean = moment / total
-    u, w = u - mean, weights / total
-    return pad(torch.stack([w, w * u, w * u.square()]).cumsum(-1), (1, 0)), low + span * mean, span
-
-
-def _at(prefix: Tensor, position: Tensor) -> Tensor:
-    return prefix.gather(-1, position.expand(len(prefix), -1, -1))
-
-
-def _cost(start: Tensor, stop: Tensor) -> Tensor:
-    """Squared error around the mean, from the prefix sums at two positions; zero if they coincide or are swapped."""
-    w, s, q = (stop - start).unbind()  # a fresh array, so what follows may overwrite it
-    return q.sub_(s.square_().div_(w.clamp_(min=_TINY))).clamp_(min=0)
-
-
-def _rows(prefix: Tensor, count: int) -> list[Tensor]:
-    """Rows ``D[0], ..., D[count - 1]`` of the programme, each ``problems positions``."""
-    row = torch.full_like(prefix[0], torch.inf)
-    row[:, 0] = 0
-    rows = [row]
-    while len(rows) < count:
-        rows.append(_next_row(prefix, rows[-1]))
-    return rows
-
-
-def _next_row(prefix: Tensor, row: Tensor) -> Tensor:
-    """``min_i row[i] + cost(i, j)`` at every position j, by strides that shrink to 1.
-
-    The best i at the two ends of a block of ``_WIDTH`` strides bounds it inside. The ranges of all blocks add up to
-    n + blocks candidates, each for ``_WIDTH`` positions; with the tiles' padding, under 3 n ``_WIDTH`` costs a stride.
-    Best cuts and rows ascend by theory; ``cummax`` holds ties decided by rounding to it.
-    """
-    n_bins = row.shape[-1] - 1
-    base = torch.arange(len(row), device=row.device)[:, None] * (n_bins + 1)
-    best, stride = torch.cat([base, base + n_bins], -1), 1
-    while stride * _WIDTH < n_bins:
-        stride *= _WIDTH
-    while True:
-        n_blocks = best.shape[-1] - 1
-        inside = (stride * torch.arange(1, n_blocks * _WIDTH + 1, device=row.device)).clamp(max=n_bins)
-        positions = (base + inside).view(-1, _WIDTH)
-        values, best = _best_cuts(prefix, row, best[:, :-1].flatten(), best[:, 1:].flatten(), positions)
-        if stride == 1:
-            return pad(values.view(len(row), -1)[:, :n_bins], (1, 0)).cummax(-1).values
-        n_known = -(-n_bins // stride)
-        best = torch.cat([base, best.view(len(row), -1)[:, :n_known]], -1).cummax(-1).values
-        stride //= _WIDTH
-
-
-def _best_cuts(prefix: Tensor, row: Tensor, first: Tensor, last: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Minimum and first minimiser of ``row[i] + cost(i, j)`` over ``first <= i <= last``, for each block's positions j.
-
-    All indices count through the problems; `first` and `last` are ``blocks``, `positions` is ``blocks width``. A range
-    is cut into tiles of ``_WIDTH`` candidates, the last one repeated at its end; all tiles form one dense array, tiles
-    innermost. A candidate behind j needs no mask: it costs ``row[i] >= row[j]``, and j itself comes before it.
-    """
-    prefix, row = prefix.flatten(1), row.flatten()
-    n_tiles = (last - first) // _WIDTH + 1
-    block = torch.arange(len(first), device=row.device).repeat_interleave(n_tiles)
-    tile = torch.arange(len(block), device=row.device) - (n_tiles.cumsum(0) - n_tiles)[block]
-    offset = torch.arange(_WIDTH, device=row.device)[:, None]
-    candidates = (first[block] + _WIDTH * tile + offset).minimum(last[block])
-    costs = _cost(prefix[:, candidates][:, :, None], prefix[:, positions.T[:, block]][:, None])
-    lowest, where = costs.add_(row[candidates][:, None]).min(0)
-    value = _least_per_block(lowest.T, n_tiles)
-    cut = candidates.gather(0, where).T.double().masked_fill(value[block] < lowest.T, torch.inf)
-    return value, _least_per_block(cut, n_tiles).long()
-
-
-def _least_per_block(x: Tensor, lengths: Tensor) -> Tensor:
-    return torch.segment_reduce(x.contiguous(), "min", lengths=lengths, axis=0, unsafe=True)
-
-
-def _bounds(prefix: Tensor, rows: list[Tensor]) -> Tensor:
-    """Positions that separate the optimal intervals, ``problems len(rows)+1``: the shortest path, read from its end."""
-    stop = torch.full_like(rows[0][:, :1], prefix.shape[-1] - 1, dtype=torch.long)
-    bounds = [stop]
-    for row in reversed(rows):
-        stop = (row + _cost(prefix, _at(prefix, stop))).argmin(-1, keepdim=True)
-        bounds.insert(0, stop)
-    return torch.cat(bounds, -1)
+    u, sums = (values - low) / span, pad(weights.cumsum(-1), (1, 0))
+    sums = sums / sums[:, -1:]
+    w = sums.diff(dim=-1)
+    return torch.stack([sums, *(pad(part.cumsum(-1), (1, 0)) for part in (w * u, w * u.square()))]), low, span

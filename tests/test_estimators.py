@@ -303,6 +303,15 @@ def test_a_channel_too_coarse_for_its_histogram_falls_back_to_the_reservoir() ->
     assert "reservoir" not in CodebookEstimator(bits=4).fit(statistics_of(x)).source
 
 
+def test_a_histogram_lists_what_it_holds() -> None:
+    histogram = statistics_of(normal(300)).histogram
+    channel, x, counts = histogram.occupied()
+    where = histogram.counts.nonzero(as_tuple=True)
+    assert torch.equal(channel, where[0])
+    assert torch.equal(x, histogram.centers()[where])
+    assert torch.equal(counts, histogram.counts[where])
+
+
 # Outliers
 
 

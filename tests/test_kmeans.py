@@ -66,6 +66,39 @@ def test_equals_naive_programme(n_bins: int, n_levels: int) -> None:
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-12)
 
 
+def dense_programme(x: Tensor, w: Tensor, n_levels: int) -> float:
+    """The same without its inner loops, for more bins."""
+    sums = torch.stack([w, w * x, w * x.square()]).double().cumsum(-1)
+    sums = torch.cat([torch.zeros(3, 1, dtype=torch.float64), sums], 1)
+    dw, ds, dq = sums[:, None, :] - sums[:, :, None]
+    cost = (dq - ds.square() / dw.clamp(min=1e-300)).clamp(min=0)
+    cost[torch.ones_like(cost).tril(-1) > 0] = torch.inf
+    best = cost[0]
+    for _ in range(n_levels - 1):
+        best = (best[:, None] + cost).amin(0)
+    return float(best[-1])
+
+
+@pytest.mark.parametrize(("n_bins", "n_levels"), [(511, 16), (512, 3), (513, 8), (1500, 5)])
+def test_equals_dense_programme_through_every_stride(n_bins: int, n_levels: int) -> None:
+    centers, weights = random_problems(3, n_bins, seed=n_bins)
+    expected = [dense_programme(x, w, n_levels) for x, w in zip(centers, weights, strict=True)]
+    found = distortion(centers, weights, kmeans_1d(centers, weights, n_levels))
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("n_levels", [1, 2, 5, 16])
+def test_weights_that_vanish_beside_others_do_no_harm(n_levels: int) -> None:
+    """Weights over 40 decades within a problem: optimal to rounding, which is relative to total weight and range."""
+    centers, weights = random_problems(20, 300, seed=10)
+    generator = torch.Generator().manual_seed(10)
+    weights = weights * 10.0 ** (-40 * torch.rand(weights.shape, generator=generator, dtype=torch.float64))
+    expected = [dense_programme(x, w, n_levels) for x, w in zip(centers, weights, strict=True)]
+    found = distortion(centers, weights, kmeans_1d(centers, weights, n_levels))
+    unit = weights.sum(-1) * (centers[:, -1] - centers[:, 0]).square()
+    assert ((found - torch.tensor(expected, dtype=torch.float64)) <= 1e-13 * unit).all()
+
+
 @pytest.mark.parametrize("shape", ["normal", "laplace"])
 @pytest.mark.parametrize("n_levels", [4, 16])
 def test_never_above_sklearn(shape: str, n_levels: int) -> None:

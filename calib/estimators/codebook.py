@@ -1,9 +1,9 @@
 """Tables of levels by exact one-dimensional k-means."""
 
-from typing import ClassVar, Literal, final
+from typing import ClassVar, Literal, NamedTuple, final
 
 import torch
-from jaxtyping import Float16, Float32, Float64
+from jaxtyping import Float16, Float32, Float64, Int64
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -28,6 +28,18 @@ _TINY = torch.finfo(torch.float64).tiny
 
 _ROUNDING = 1e-4
 """Of a bin's middle, in half-ranges, where a channel lies far from zero."""
+
+
+_Histogram = tuple[Float64[Tensor, "tables bins"], Float64[Tensor, "tables bins"]]
+"""Centres and weights of bins over [-1, 1]."""
+
+
+class _Values(NamedTuple):
+    """Normalised values, each with its channel and with the weight that it stands for."""
+
+    channel: Int64[Tensor, " values"]
+    a: Float32[Tensor, " values"]
+    weights: Float64[Tensor, " values"]
 
 
 @final
@@ -106,36 +118,38 @@ class CodebookEstimator(Estimator):
     def _fit_channels(self, statistics: SiteStatistics) -> Fit:
         ranges = channel_ranges(statistics, self._fraction, self.threshold_dtype)
         scale, offset = _normalisation(ranges, self.threshold_dtype)
-        centers, weights, n_coarse = self._normal_histogram(statistics, ranges, scale, offset)
+        values, n_coarse = self._normal_values(statistics, ranges, scale, offset)
         if self.tables == "site":
-            centers, weights = _together(centers, weights * self._channel_weights(statistics, scale)[:, None])
+            weights = values.weights * _take(self._channel_weights(statistics, scale), values.channel)
+            histogram = _or_middle(_rebin(_Values(torch.zeros_like(values.channel), values.a, weights), 1, _SITE_BINS))
         else:
-            centers, weights = _pooled(centers, weights, self.pooling)
-        levels = _levels(centers, weights, self.bits)
+            histogram = _pooled(_rebin(values, len(scale), _CHANNEL_BINS), self.pooling)
+        levels = _levels(*histogram, self.bits)
         scale, offset = _exact_constants(scale, offset, levels, ranges)
         inner = Codebook(channels=len(scale), bits=self.bits, scale=scale, offset=offset, levels=levels)
         source = ranges.source if not n_coarse else f"{ranges.source}; reservoir for {n_coarse} channels"
         return Fit(self.outliers.wrap(inner, ranges) if self.outliers else inner, source)
 
-    def _normal_histogram(
+    def _normal_values(
         self, statistics: SiteStatistics, ranges: Ranges, scale: Tensor, offset: Tensor
-    ) -> tuple[Float64[Tensor, "channels bins"], Float64[Tensor, "channels bins"], int]:
-        """Histogram of (x - offset) / scale within the ranges, and how many channels came from the reservoir.
+    ) -> tuple[_Values, int]:
+        """(x - offset) / scale within the ranges, and how many channels came from the reservoir.
 
-        It is empty for constant channels. The middle of a bin that holds an end of the range may lie beyond it: what is
-        in the bin counts at the end.
+        Constant channels have none. The middle of a bin that holds an end of the range may lie beyond it: what is in
+        the bin counts at the end.
         """
-        histogram, bins = statistics.histogram, _SITE_BINS if self.tables == "site" else _CHANNEL_BINS
-        centers, counts = histogram.centers().cpu(), histogram.counts.cpu()
-        coarse = (histogram.width().cpu() * 2**self.bits * _FINEST_LEVEL_BINS > 2 * scale) & ~ranges.constant
-        a = (centers - offset[:, None]) / scale[:, None]
-        half_bin = (histogram.width().cpu() / (2 * scale))[:, None] + _ROUNDING
-        normal, weights = _rebin(torch.where(a.abs() <= 1 + half_bin, a.clamp(-1, 1), a), counts.double(), bins)
+        width = statistics.histogram.width().cpu()
+        coarse = (width * 2**self.bits * _FINEST_LEVEL_BINS > 2 * scale) & ~ranges.constant
+        channel, x, counts = (part.cpu() for part in statistics.histogram.occupied())
+        a = (x - _take(offset, channel)) / _take(scale, channel)
+        slack = (width / (2 * scale) + _ROUNDING).masked_fill(coarse | ranges.constant, -torch.inf)
+        values = _inside(channel, a, counts, slack)
         if coarse.any():
             rows = ((statistics.rows.cpu() - offset) / scale).T[coarse]
-            normal[coarse], weights[coarse] = _rebin(rows, torch.ones_like(rows, dtype=torch.float64), bins)
-        weights[ranges.constant] = 0.0
-        return normal, weights, int(coarse.sum())
+            channel = coarse.nonzero().expand_as(rows).flatten()
+            more = _inside(channel, rows.flatten(), torch.ones(rows.numel()), torch.zeros_like(slack))
+            values = _Values(*(torch.cat(parts) for parts in zip(values, more, strict=True)))
+        return values, int(coarse.sum())
 
     def _channel_weights(self, statistics: SiteStatistics, scale: Float32[Tensor, " channels"]) -> Tensor:
         weights = torch.ones(len(scale), dtype=torch.float64)
@@ -176,20 +190,34 @@ def _exact_constants(
     return torch.where(ranges.constant, tiny, scale), offset
 
 
-def _together(
-    centers: Float64[Tensor, "channels bins"], weights: Float64[Tensor, "channels bins"]
-) -> tuple[Float64[Tensor, "1 bins"], Float64[Tensor, "1 bins"]]:
-    """One histogram of all channels; one value at the middle where all channels are constant."""
-    total = weights.sum(dim=0)
-    total[len(total) // 2] += float(total.sum() == 0)
-    means = (centers * weights).sum(dim=0) / total.clamp_min(_TINY)
-    return torch.where(total > 0, means, bin_centers(len(total), total.device))[None], total[None]
+def _inside(channel: Tensor, a: Tensor, weights: Tensor, slack: Float32[Tensor, " channels"]) -> _Values:
+    """What lies in [-1, 1]; beyond by no more than its channel's slack, at the end."""
+    inside = a.abs() <= 1 + _take(slack, channel)
+    return _Values(channel, a.clamp(-1, 1), weights.double() * inside)
 
 
-def _pooled(
-    centers: Float64[Tensor, "channels bins"], weights: Float64[Tensor, "channels bins"], pooling: float
-) -> tuple[Float64[Tensor, "channels bins"], Float64[Tensor, "channels bins"]]:
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    return x.index_select(0, index)
+
+
+def _rebin(values: _Values, tables: int, bins: int) -> _Histogram:
+    """One histogram over [-1, 1] for each table, with the mean of what fell into a bin as its centre."""
+    index = ((values.a + 1) * (bins / 2)).clamp_(0, bins - 1).long() + values.channel * bins
+    total = torch.bincount(index, values.weights, minlength=tables * bins).view(tables, bins)
+    sums = torch.bincount(index, values.weights * values.a, minlength=tables * bins).view(tables, bins)
+    return torch.where(total > 0, sums / total.clamp_min(_TINY), bin_centers(bins, total.device)), total
+
+
+def _or_middle(histogram: _Histogram) -> _Histogram:
+    """The histogram; one value at the middle where it is empty, because all channels are constant."""
+    centers, total = histogram
+    total[:, total.shape[1] // 2] += total.sum(dim=1) == 0
+    return centers, total
+
+
+def _pooled(histogram: _Histogram, pooling: float) -> _Histogram:
     """Each channel's histogram with a share of the average shape added; constant channels get the average."""
+    centers, weights = histogram
     mass = weights.sum(dim=1, keepdim=True)
     shape = (weights / mass.clamp_min(1.0)).sum(dim=0) / (mass > 0).sum().clamp_min(1)
     shape[len(shape) // 2] += float(shape.sum() == 0)
@@ -198,18 +226,6 @@ def _pooled(
     middles = bin_centers(weights.shape[1], weights.device)
     means = (centers * weights + middles * added) / total.clamp_min(_TINY)
     return torch.where(total > 0, means, middles), total
-
-
-def _rebin(
-    a: Float32[Tensor, "channels values"], weights: Float64[Tensor, "channels values"], bins: int
-) -> tuple[Float64[Tensor, "channels bins"], Float64[Tensor, "channels bins"]]:
-    """Weights within [-1, 1] by bin, each bin with the mean of what fell into it as its centre."""
-    inside = weights * ((a >= -1) & (a <= 1))
-    index = ((a + 1) * (bins / 2)).clamp(0, bins - 1).long()
-    total = torch.zeros(a.shape[0], bins, dtype=torch.float64).scatter_add_(1, index, inside)
-    sums = torch.zeros_like(total).scatter_add_(1, index, inside * a.double())
-    middles = bin_centers(bins, total.device).expand_as(total)
-    return torch.where(total > 0, sums / total.clamp_min(_TINY), middles), total
 
 
 def _levels(centers: Float64[Tensor, "tables bins"], weights: Float64[Tensor, "tables bins"], bits: int) -> Tensor:

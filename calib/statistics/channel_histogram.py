@@ -1,7 +1,8 @@
 """A histogram of each channel that widens by itself and still does not depend on the order of what it sees."""
 
+import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int32
+from jaxtyping import Float, Float32, Int32, Int64
 from torch import Tensor
 
 from calib.statistics.statistic import Statistic, adopt_device
@@ -59,6 +60,18 @@ class ChannelHistogram(Statistic):
         """Middle of each bin, in units of x."""
         index = self.first[:, None] + torch.arange(self.bins, dtype=torch.int32, device=self.first.device)
         return torch.ldexp(index.float() + 0.5, self.exponent[:, None])
+
+    def occupied(
+        self,
+    ) -> tuple[Int64[Tensor, " occupied"], Float32[Tensor, " occupied"], Int32[Tensor, " occupied"]]:
+        """Channel, middle in units of x, and count of every bin that holds a value, ascending by channel and value."""
+        where = torch.from_numpy(np.flatnonzero((self.counts > 0).cpu().numpy())).to(self.counts.device)
+        channels = torch.arange(len(self.counts) + 1, device=where.device)
+        per_channel = torch.searchsorted(where, channels * self.bins).diff()
+        channel = channels[:-1].repeat_interleave(per_channel)
+        origin = (self.first - channels[:-1] * self.bins).repeat_interleave(per_channel)
+        centers = ((where + origin).float() + 0.5) * self.width().repeat_interleave(per_channel)
+        return channel, centers, self.counts.view(-1).index_select(0, where)
 
     def width(self) -> Float32[Tensor, " channels"]:
         """Width of the bins, in units of x."""

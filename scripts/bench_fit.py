@@ -1,0 +1,127 @@
+"""Time of fitting codebooks from statistics, against scikit-learn's k-means on the values themselves.
+
+Run on an idle machine, from the checkout: ``python -m scripts.bench_fit``; about a minute and a half on two cores.
+"""
+
+import argparse
+
+import torch
+from jaxtyping import Float32
+from sklearn.cluster import KMeans
+from torch import Tensor
+
+from artifacts.artifact import Artifact
+from artifacts.codebook import Codebook
+from artifacts.sites import Site
+from calib import fit, load_recipe
+from calib.estimators import CodebookEstimator
+from calib.statistics.channel_histogram import ChannelHistogram
+from calib.statistics.model_statistics import ModelStatistics, Origin
+from calib.statistics.site_statistics import SiteShape, SiteStatistics
+from calib.statistics.token_batch import TokenBatch
+from scripts.benchmark import HEADER, hardware, row, seconds
+
+WINDOW_TOKENS = 512
+"""Tokens of a calibration window."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    parser = argparse.ArgumentParser("python -m scripts.bench_fit", description=__doc__)
+    parser.add_argument("--tokens", type=int, default=4096, help="calibration tokens (default: 4096)")
+    parser.add_argument("--heads", type=int, default=8, help="KV heads of 128 channels (default: 8)")
+    parser.add_argument("--layers", type=int, default=32, help="layers of the model (default: 32)")
+    parser.add_argument("--jobs", type=int, default=2, help="sites fitted at a time (default: 2)")
+    args = parser.parse_args(argv)
+    print(hardware(), HEADER, sep="\n")
+    for line in compare_with_sklearn(args.tokens, args.heads):
+        print(line, flush=True)
+    print(fit_model(args.tokens, args.heads, args.layers, args.jobs), flush=True)
+    return 0
+
+
+def compare_with_sklearn(tokens: int, heads: int) -> list[str]:
+    """Rows for one 16-level codebook shared by all channels of a site: time, without and with the histogram, and error.
+
+    Both minimise the unweighted error of the same values, each channel normalised to [-1, 1]. Scikit-learn is called as
+    KVQuant calls it, and given the normalised values; normalising them is not counted.
+    """
+    x = site_values(tokens, heads * 128, seed=0)
+    statistics = SiteStatistics(SiteShape(site=Site(0, "key", "pre_rope"), heads=heads, head_dim=128), "basic")
+    statistics.update(x)
+    estimator = CodebookEstimator(bits=4, tables="site", weights="none")
+
+    def accumulate_and_fit() -> None:
+        ChannelHistogram(x.shape[1]).update(x)
+        estimator.fit(statistics)
+
+    quantizer = estimator.fit(statistics).quantizer
+    assert isinstance(quantizer, Codebook)
+    values = ((x - quantizer.offset) / quantizer.scale).reshape(-1, 1)
+    rival = KMeans(n_clusters=16, n_init="auto", max_iter=50, random_state=0)
+    baseline = seconds(lambda: rival.fit(values.numpy()), repeats=2)
+    ours, both = (seconds(call, repeats=5) for call in (lambda: estimator.fit(statistics), accumulate_and_fit))
+    errors = [squared_error(values, levels) for levels in (quantizer.levels, torch.from_numpy(rival.cluster_centers_))]
+    what = f"16 levels for {values.numel() / 1e6:.3g} M values"
+    return [
+        row(f"{what}, from statistics / sklearn", ours, baseline, at_least=100),
+        row(f"{what}, with their histogram / sklearn", both, baseline, at_least=30),
+        row(f"{what}, mean squared error / sklearn", *errors, at_most=1, unit=""),
+    ]
+
+
+def fit_model(tokens: int, heads: int, layers: int, jobs: int) -> str:
+    """Row for all key and value sites of a model with the default recipe, against the minute that it may take."""
+    statistics, recipe = model_statistics(tokens, heads, layers), load_recipe("default")
+    found: list[Artifact] = []
+    ours = seconds(lambda: found.append(fit(statistics, recipe, jobs=jobs)), repeats=1)
+    return row(f"{len(found[0])} sites of {heads * 128} channels, default recipe / limit", ours, 60.0, at_most=1)
+
+
+def model_statistics(tokens: int, heads: int, layers: int) -> ModelStatistics:
+    """Statistics of a model of which only the first two layers' were gathered: the others have copies of them."""
+    shapes = [
+        SiteShape(site=site, heads=heads, head_dim=128)
+        for layer in range(layers)
+        for site in (Site(layer, "key", "pre_rope"), Site(layer, "value"))
+    ]
+    origin = Origin(model={}, model_id=None, corpus="synthetic", seed=0, tool_version="benchmark")
+    gathered = ModelStatistics(shapes[:4], "basic", origin)
+    positions = torch.arange(tokens) % WINDOW_TOKENS
+    windows = torch.arange(tokens) // WINDOW_TOKENS
+    batch = TokenBatch(positions, windows, [f"{number:032x}" for number in range(int(windows.max()) + 1)])
+    gathered.update(batch, {s.site: site_values(tokens, s.channels, seed=n) for n, s in enumerate(shapes[:4])})
+    whole = ModelStatistics([], "basic", origin)
+    whole.sample, whole.head, whole.windows = gathered.sample, gathered.head, gathered.windows
+    whole.n_tokens, whole.seqlen = gathered.n_tokens, gathered.seqlen
+    for shape in shapes:
+        source = Site(shape.site.layer % 2, shape.site.tensor, shape.site.stage)
+        whole.sites[shape.site] = SiteStatistics(shape, "basic")
+        whole.sites[shape.site].restore(gathered.sites[source].state())
+    return whole
+
+
+def site_values(tokens: int, channels: int, seed: int) -> Float32[Tensor, "tokens channels"]:
+    """Made-up activations: correlated channels of different spreads, offset, tokens of different scales, outliers."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    common = normal(tokens, 64) @ normal(64, channels) / 8
+    outliers = 1 + 2.5 * (torch.rand(tokens, channels, generator=generator) < 0.01)
+    spread = torch.exp(0.8 * normal(channels))
+    scale = torch.exp(0.3 * normal(tokens, 1))
+    return spread * (0.7 * (common + normal(tokens, channels)) * scale * outliers + normal(channels))
+
+
+def squared_error(values: Float32[Tensor, "values 1"], levels: Tensor) -> float:
+    """Mean squared distance to the nearest level, in float64."""
+    ordered = levels.double().flatten().sort().values
+    x = values.double().flatten()
+    nearest = ordered[torch.searchsorted((ordered[1:] + ordered[:-1]) / 2, x)]
+    return float((x - nearest).square().mean())
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

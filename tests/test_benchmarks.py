@@ -1,0 +1,65 @@
+"""The benchmark programs run on tiny sizes, and their rows tell met targets from missed ones; no time is asserted."""
+
+import time
+
+import pytest
+import torch
+
+from artifacts.sites import Site
+from calib import fit, load_recipe
+from scripts import bench_fit
+from scripts.benchmark import HEADER, hardware, row, seconds
+
+
+@pytest.mark.parametrize(
+    ("target", "ratio", "verdict"),
+    [
+        ({"at_least": 4}, "4.000", "at least 4: ok"),
+        ({"at_least": 4.1}, "4.000", "at least 4.1: missed"),
+        ({"at_most": 0.25}, "0.250", "at most 0.25: ok"),
+        ({"at_most": 0.2}, "0.250", "at most 0.2: missed"),
+        ({}, "0.250", "none"),
+    ],
+)
+def test_a_row_compares_in_the_direction_of_its_target(target: dict[str, float], ratio: str, verdict: str) -> None:
+    line = row("fit", 0.5, 2.0, **target)
+    assert line.split()[:6] == ["fit", "0.5", "s", "2", "s", ratio]
+    assert line.endswith(verdict)
+    assert line.index(verdict) == HEADER.index("target")
+
+
+def test_the_machine_is_named() -> None:
+    assert f"torch {torch.__version__}" in hardware()
+
+
+def test_the_least_of_the_repeats_counts() -> None:
+    naps = iter([0.05, 0.0, 0.05])
+    assert seconds(lambda: time.sleep(next(naps)), repeats=3) < 0.04
+
+
+def test_bench_fit_prints_a_row_for_every_target(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_fit.main(["--tokens", "64", "--heads", "1", "--layers", "3", "--jobs", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == [hardware(), HEADER]
+    assert [line.rsplit(":", 1)[0].rsplit("  ", 1)[1] for line in lines[2:]] == [
+        "at least 100",
+        "at least 30",
+        "at most 1",
+        "at most 1",
+    ]
+    assert lines[5].startswith("6 sites of 128 channels")
+
+
+def test_every_layer_of_the_benchmark_is_fitted_from_statistics_of_its_own() -> None:
+    statistics = bench_fit.model_statistics(tokens=64, heads=1, layers=3)
+    tables = [
+        fit(statistics, load_recipe("default"))[Site(layer, "key", "pre_rope")].tensors()["levels"]
+        for layer in range(3)
+    ]
+    assert torch.equal(tables[0], tables[2])
+    assert not torch.equal(tables[0], tables[1])
+
+
+def test_squared_error_is_that_of_the_nearest_level() -> None:
+    values = torch.tensor([[0.0], [0.9], [2.2]])
+    assert bench_fit.squared_error(values, torch.tensor([2.0, 0.0, 1.0])) == pytest.approx((0.01 + 0.04) / 3)
