@@ -51,3 +51,23 @@ def check_levels(who: str, levels: Tensor, bits: int, channels: int) -> None:
     wide = levels.float()
     if not torch.isfinite(wide).all() or (wide.diff(dim=1) < 0).any():
         raise ValueError(f"{who}: levels must be finite and in ascending order")
+
+
+def check_boundaries(who: str, boundaries: Tensor | None, levels: Tensor) -> None:
+    """Sorted finite boundaries between the levels of each table.
+
+    Raises
+    ------
+    ValueError
+        If shape, dtype, order or values are otherwise.
+    """
+    if boundaries is None:
+        return
+    wanted = (levels.shape[0], levels.shape[1] - 1)
+    if tuple(boundaries.shape) != wanted or boundaries.dtype != torch.float32:
+        raise ValueError(
+            f"{who}: boundaries must be float32 of shape {wanted}; got {boundaries.dtype} of shape "
+            f"{tuple(boundaries.shape)}"
+        )
+    if not torch.isfinite(boundaries).all() or (boundaries.diff(dim=1) < 0).any():
+        raise ValueError(f"{who}: boundaries must be finite and in ascending order")

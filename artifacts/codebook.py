@@ -8,7 +8,7 @@ from jaxtyping import Float, Float16, Float32, UInt8
 from torch import Tensor
 
 from artifacts.affine import round_outward
-from artifacts.checks import check_bits, check_levels, check_vector
+from artifacts.checks import check_bits, check_boundaries, check_levels, check_vector
 from artifacts.codes import Codes
 from artifacts.packing import pack, unpack
 from artifacts.quantizer import Context, Quantizer
@@ -30,6 +30,8 @@ class Codebook(Quantizer):
         What the levels are multiplied by and shifted by, in units of x.
     levels : Float16[Tensor, "tables levels"]
         Ascending; one table for all channels, or one for each.
+    boundaries : Float32[Tensor, "tables levels-1"] or None
+        Where a code ends and the next begins, in units of the levels; None for the middles, where codes are nearest.
     """
 
     kind: ClassVar[str] = "codebook"
@@ -38,6 +40,7 @@ class Codebook(Quantizer):
     scale: Float32[Tensor, " channels"]
     offset: Float32[Tensor, " channels"]
     levels: Float16[Tensor, "tables levels"]
+    boundaries: Float32[Tensor, "tables boundaries"] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,9 +48,10 @@ class Codebook(Quantizer):
         check_vector(self.kind, "scale", self.scale, self.channels, positive=True)
         check_vector(self.kind, "offset", self.offset, self.channels)
         check_levels(self.kind, self.levels, self.bits, self.channels)
+        check_boundaries(self.kind, self.boundaries, self.levels)
 
     def _encode(self, x: Float[Tensor, "tokens channels"], context: Context) -> Codes:
-        codes = nearest_level((x.float() - self.offset) / self.scale, self.levels)
+        codes = codes_of((x.float() - self.offset) / self.scale, self.levels, self.boundaries)
         return Codes(tensors={"codes": pack(codes, self.bits)}, shape=(x.shape[0], x.shape[1]), dtype=x.dtype)
 
     def _decode(self, codes: Codes, context: Context) -> Float[Tensor, "tokens channels"]:
@@ -70,17 +74,21 @@ class DynamicCodebook(Quantizer):
         Code width, 1 to 8; the table has 2^bits levels.
     levels : Float16[Tensor, "1 levels"]
         Ascending.
+    boundaries : Float32[Tensor, "1 levels-1"] or None
+        Where a code ends and the next begins; None for the middles, where codes are nearest.
     """
 
     kind: ClassVar[str] = "dynamic_codebook"
 
     bits: int
     levels: Float16[Tensor, "1 levels"]
+    boundaries: Float32[Tensor, "1 boundaries"] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_bits(self.kind, self.bits)
         check_levels(self.kind, self.levels, self.bits, 1)
+        check_boundaries(self.kind, self.boundaries, self.levels)
 
     def _encode(self, x: Float[Tensor, "tokens channels"], context: Context) -> Codes:
         wide = x.float()
@@ -89,7 +97,7 @@ class DynamicCodebook(Quantizer):
         scale = round_outward(
             torch.maximum(high - offset.float(), offset.float() - low), up=True, who=self.label, positive=True
         )
-        codes = nearest_level((wide - offset.float()) / scale.float(), self.levels)
+        codes = codes_of((wide - offset.float()) / scale.float(), self.levels, self.boundaries)
         tensors = {"codes": pack(codes, self.bits), "scale": scale, "offset": offset}
         return Codes(tensors=tensors, shape=(x.shape[0], x.shape[1]), dtype=x.dtype)
 
@@ -98,12 +106,15 @@ class DynamicCodebook(Quantizer):
         return codes.tensors["offset"].float() + codes.tensors["scale"].float() * look_up(self.levels, indices)
 
 
-def nearest_level(
-    a: Float32[Tensor, "tokens channels"], levels: Float16[Tensor, "tables levels"]
+def codes_of(
+    a: Float32[Tensor, "tokens channels"],
+    levels: Float16[Tensor, "tables levels"],
+    boundaries: Float32[Tensor, "tables boundaries"] | None = None,
 ) -> UInt8[Tensor, "tokens channels"]:
-    """Index of the nearest level; on a tie the lower one."""
-    wide = levels.float()
-    boundaries = (wide[:, 1:] + wide[:, :-1]) / 2
+    """Index of the level between whose boundaries a value lies: without any the nearest, on a tie the lower one."""
+    if boundaries is None:
+        wide = levels.float()
+        boundaries = (wide[:, 1:] + wide[:, :-1]) / 2
     if boundaries.shape[1] < _FEW_LEVELS:
         codes = torch.zeros(a.shape, dtype=torch.uint8, device=a.device)
         for boundary in boundaries.unbind(dim=1):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from artifacts.affine import Affine, DynamicAffine
-from artifacts.codebook import Codebook, DynamicCodebook, look_up, nearest_level
+from artifacts.codebook import Codebook, DynamicCodebook, codes_of, look_up
 from artifacts.codes import Codes
 from artifacts.errors import MismatchError, NonFiniteError
 from artifacts.identity import Identity
@@ -402,14 +402,14 @@ def test_nearest_level_is_the_argmin(bits: int, tables: int) -> None:
     wide = levels.float().expand(7, -1)
     midpoints = ((wide[:, 1:] + wide[:, :-1]) / 2).T
     a = torch.cat([0.7 * torch.randn(200, 7), wide.T, midpoints])  # the last rows are ties
-    assert torch.equal(nearest_level(a, levels).long(), nearest(a, levels))
+    assert torch.equal(codes_of(a, levels).long(), nearest(a, levels))
 
 
 @pytest.mark.parametrize("bits", [2, 6])
 def test_equal_levels_are_harmless(bits: int) -> None:
     levels = torch.cat([torch.zeros(2**bits - 1), torch.ones(1)]).half()[None]
     a = torch.tensor([[-1.0, 0.0, 0.4, 0.6, 2.0]])
-    assert look_up(levels, nearest_level(a, levels)).tolist() == [[0.0, 0.0, 0.0, 1.0, 1.0]]
+    assert look_up(levels, codes_of(a, levels)).tolist() == [[0.0, 0.0, 0.0, 1.0, 1.0]]
 
 
 def test_codebook_error_is_half_the_widest_gap() -> None:
