@@ -1,5 +1,6 @@
 """A set of fitted quantizers with their manifest, and its way to and from a file."""
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from artifacts.manifest import Manifest
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
 from artifacts.storage import Array, Stored, naming, read, write
+
+_LOG = logging.getLogger(__name__)
 
 FORMAT = "kvcalib.artifact"
 _SKETCH = "corpus/ngrams"
@@ -60,12 +63,18 @@ class Artifact(Mapping[Site, Quantizer]):
     def check_model(self, fingerprint: Mapping[str, object]) -> None:
         """The model is the one that was calibrated; tokenizers are compared where both are known.
 
+        An imported artifact knows no model: that is logged, and the number of layers and channels is all that can be
+        compared when it runs.
+
         Raises
         ------
         MismatchError
             If it is not; the message lists every difference.
         """
         wanted = self.manifest.model
+        if not wanted:
+            _LOG.warning("artifact: imported from %s, it does not say for which model", self.manifest.recipe["source"])
+            return
         keys = {*wanted, *fingerprint} - ({"tokenizer"} - (set(wanted) & set(fingerprint)))
         different = [key for key in sorted(keys) if wanted.get(key) != fingerprint.get(key)]
         if different:

@@ -78,7 +78,9 @@ def attention_layers(model: nn.Module) -> tuple[AttentionLayer, ...]:
     for layer in found:
         if isinstance(layer, LayerReport):
             name = f" ({layer.name})" if layer.name else ""
-            raise UnsupportedModelError(f"layers.{layer.layer}{name}: {layer.why}; `calibrate MODEL --list-sites` lists all layers")
+            raise UnsupportedModelError(
+                f"layers.{layer.layer}{name}: {layer.why}; `calibrate MODEL --list-sites` lists all layers"
+            )
     return tuple(layer for layer in found if isinstance(layer, AttentionLayer))
 
 

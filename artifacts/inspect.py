@@ -30,12 +30,16 @@ def report(stored: Stored) -> dict[str, Any]:
 def table(found: dict[str, Any]) -> str:
     """The report for people."""
     corpus, model = found["corpus"], found["model"]
-    model_name = found["model_id"] or "a local folder"
-    windows = f"{corpus['n_windows']} windows of {corpus['seqlen']} tokens"
+    model_name = (
+        f"{found['model_id'] or 'a local folder'} ({model['model_type']}, {model['n_layers']} layers)"
+        if model
+        else "unknown"
+    )
+    windows = f"{corpus['n_windows']} windows of {corpus['seqlen']} tokens, seed {corpus['seed']}"
     head = [
         f"recipe     {found['recipe'].get('name', '-')}: {found['recipe'].get('source', '')}",
-        f"model      {model_name} ({model.get('model_type')}, {model.get('n_layers')} layers)",
-        f"text       {corpus['name']}: {windows}, seed {corpus['seed']}",
+        f"model      {model_name}",
+        f"text       {corpus['name']}" + (f": {windows}" if corpus["n_windows"] else ""),
         f"sinks      first {found['sink_tokens']} tokens exact and left out of the fit",
         f"written by kvcalib {found['tool_version']}, digest {found['digest'][:16]}",
         "",

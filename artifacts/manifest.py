@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from importlib import metadata
 from types import UnionType
 from typing import Any, get_origin
 
@@ -98,6 +99,14 @@ class Manifest:
             return cls(**{**data, "specs": specs, "corpus": Corpus(**data["corpus"])})
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise CorruptArtifactError(f"manifest: {error}") from error
+
+
+def tool_version() -> str:
+    """Version of this distribution; `unknown` in a checkout that is not installed."""
+    try:
+        return metadata.version("kvcalib")
+    except metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def _check_types(record: Manifest | Corpus) -> None:

@@ -261,7 +261,7 @@ def _from_pickle(path: Path, data: bytes) -> tuple[str, dict[str, Array]]:
     except ArtifactError as error:
         raise CorruptArtifactError(
             f"{path}: {error}, which no kvcalib pickle does: it holds plain containers, and nothing in it is ever run. "
-            "Pickles of other tools are not read."
+            "Pickles of other tools: artifact convert FILE q.safetensors."
         ) from error
     except Exception as error:  # a damaged pickle can raise anything
         raise CorruptArtifactError(f"{path}: not a whole pickle ({type(error).__name__}: {error!s:.100})") from error

@@ -13,10 +13,11 @@ from artifacts.artifact import Artifact
 from artifacts.attention import AttentionLayer, attention_layers
 from artifacts.evidence import text_config
 from artifacts.fingerprint import model_fingerprint
+from artifacts.manifest import tool_version
 from artifacts.sites import Stage
 from artifacts.taps import evaluating
 from calib.capture import collect, single_windows, site_shapes
-from calib.fitting import fit, tool_version
+from calib.fitting import fit
 from calib.recipe import Recipe, load_recipe
 from calib.statistics.model_statistics import ModelStatistics, Origin
 from calib.statistics.site_statistics import Tier

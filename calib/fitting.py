@@ -1,27 +1,18 @@
 """From statistics to an artifact, without the model."""
 
 from collections.abc import Callable, Iterable
-from importlib import metadata
 from typing import Any
 
 from joblib import Parallel, delayed
 
 from artifacts.artifact import Artifact
-from artifacts.manifest import Manifest
+from artifacts.manifest import Manifest, tool_version
 from artifacts.sites import Site
 from calib.estimators import Fit
 from calib.recipe import Recipe
 from calib.statistics.model_statistics import ModelStatistics
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
-
-
-def tool_version() -> str:
-    """Version of this distribution."""
-    try:
-        return metadata.version("kvcalib")
-    except metadata.PackageNotFoundError:
-        return "0.1.0"
 
 
 def fit(statistics: ModelStatistics, recipe: Recipe, *, jobs: int = 1, progress: Progress = iter) -> Artifact:

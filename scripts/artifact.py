@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 from artifacts.storage import check_suffix, naming, read, written_by_kvcalib
-from scripts.console import UsageError, run
+from scripts.console import UsageError, run, say
+from scripts.options import add_foreign_options, foreign_hints
 
 FORMAT = "kvcalib.artifact"
 
@@ -22,19 +23,20 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     inspect = commands.add_parser("inspect", help="sites, kinds, bits, ranges, codebooks, provenance")
-    inspect.add_argument("file", type=Path)
+    inspect.add_argument("file", type=Path, help="what `calibrate` wrote")
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
     validate = commands.add_parser("validate", help="check every rule of the format, and that it fits a model")
-    validate.add_argument("file", type=Path)
+    validate.add_argument("file", type=Path, help="what `calibrate` wrote")
     validate.add_argument("--model", help="folder or hub id that it should fit")
     validate.add_argument("--device", default="cpu", help="where to run the model (default: cpu)")
     validate.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     diff = commands.add_parser("diff", help="how two artifacts differ; exit status 1 if they do")
-    diff.add_argument("file", type=Path)
-    diff.add_argument("other", type=Path)
-    convert = commands.add_parser("convert", help="write the same content as .safetensors or .pkl")
-    convert.add_argument("file", type=Path)
-    convert.add_argument("output", type=Path)
+    diff.add_argument("file", type=Path, help="one artifact")
+    diff.add_argument("other", type=Path, help="the other")
+    convert = commands.add_parser("convert", help="write as .safetensors or .pkl what kvcalib or another tool wrote")
+    convert.add_argument("file", type=Path, help="artifact, KVQuant or LLaMA3-simquant pickle, msModelSlim folder")
+    convert.add_argument("output", type=Path, help="name that ends in .safetensors or .pkl")
+    add_foreign_options(convert)
     convert.add_argument("--force", action="store_true", help="replace an existing file")
     for command in (inspect, validate, diff, convert):
         command.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
@@ -85,14 +87,21 @@ def _diff(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from artifacts.artifact import load, save
+    from artifacts.artifact import save
+    from artifacts.importers import Hints, open_artifact
 
     check_suffix(args.output)
     if args.output.exists() and not args.force:
         raise UsageError(f"{args.output} exists; --force replaces it")
     if args.output.exists() and not written_by_kvcalib(args.output):
         raise UsageError(f"{args.output} is not a file that kvcalib wrote; --force does not replace it")
-    save(load(args.file), args.output)
+    hints = foreign_hints(args)
+    opened = open_artifact(args.file, hints)
+    if not opened.notices and hints != Hints():
+        raise UsageError(f"{args.file} is no file of another tool; drop the flags that describe one")
+    for notice in opened.notices:
+        say(f"note: {notice}")
+    save(opened.artifact, args.output)
     print(f"{args.output}: written")
     return 0
 

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from calib.recipe import Recipe
     from scripts.models import LoadedModel
 
+IMPORTED = "imported"
+_RECIPE_FLAGS = ("recipe", "key_bits", "value_bits", "symmetric", "clamp", "stage")
+
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
@@ -33,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--quantizer-path", type=Path, metavar="FILE", help="what `calibrate` wrote; without it scales are dynamic"
     )
+    options.add_normal_float(parser)
     parser.add_argument("--limit", type=options.positive, metavar="N", help="windows at most (default: all)")
     parser.add_argument(
         "--batch-size", type=options.positive, default=1, metavar="N", help="windows per forward pass (default: 1)"
@@ -96,9 +100,9 @@ def _evaluate(
     check_vocabulary(windows, text_config(loaded.model).vocab_size, corpus.name)
     if artifact is not None:
         _warn_of_overlap(artifact, windows)
-    sink_tokens = (
-        max(0, args.first_few_fp16 or 0) if args.first_few_fp16 is not None else recipe.sink_tokens if recipe else 0
-    )
+    sink_tokens = artifact.manifest.sink_tokens if artifact is not None else recipe.sink_tokens if recipe else 0
+    if args.first_few_fp16 is not None:
+        sink_tokens = max(0, args.first_few_fp16)
     quantizers = artifact if artifact is not None else _dynamic(recipe, layers)
     result = evaluate(
         loaded.model,
@@ -119,7 +123,14 @@ def _evaluate(
 
 
 def _load_artifact(args: argparse.Namespace) -> "Artifact | None":
-    from artifacts.artifact import load
+    """The artifact, foreign or not; with what had to be assumed said.
+
+    Raises
+    ------
+    UsageError
+        If there is none, or flags that describe quantizers go with an imported file that holds them already.
+    """
+    from artifacts.importers import Hints, open_artifact
 
     if args.quantizer_path is None:
         if all(value is None for value in (args.abits, args.key_bits, args.value_bits, args.recipe)):
@@ -130,11 +141,22 @@ def _load_artifact(args: argparse.Namespace) -> "Artifact | None":
         return None
     if not args.quantizer_path.exists():
         raise UsageError(f"{args.quantizer_path}: no such file. {listing_of_runs()}")
-    return load(args.quantizer_path)
+    hints = options.foreign_hints(args)
+    opened = open_artifact(args.quantizer_path, hints)
+    for notice in opened.notices:
+        say(f"note: {notice}")
+    if opened.artifact.manifest.recipe.get("name") == IMPORTED:
+        given = [name for name in _RECIPE_FLAGS if getattr(args, name) is not None]
+        if given or (hints != Hints() and not opened.notices):
+            flags = ", ".join(f"--{name}".replace("_", "-") for name in given) or "flags that describe quantizers"
+            raise UsageError(f"{args.quantizer_path} was imported and holds its quantizers as they are; drop {flags}")
+    return opened.artifact
 
 
 def _recipe(args: argparse.Namespace, artifact: "Artifact | None") -> "Recipe | None":
     """The recipe of the artifact, with which the flags must agree; or the one that dynamic scales follow.
+
+    None for an imported artifact, which had none.
 
     Raises
     ------
@@ -146,6 +168,8 @@ def _recipe(args: argparse.Namespace, artifact: "Artifact | None") -> "Recipe | 
     if artifact is None:
         recipe = load_recipe(args.recipe or "kvquant")
         return recipe.edited(options.recipe_changes(args, recipe.model_dump(mode="json")))
+    if artifact.manifest.recipe.get("name") == IMPORTED:
+        return None
     recipe = Recipe.parse(dict(artifact.manifest.recipe), str(args.quantizer_path))
     base = recipe.model_dump(mode="json")
     asked = recipe.edited(options.recipe_changes(args, base)).model_dump(mode="json")

@@ -2,9 +2,12 @@
 
 import argparse
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from scripts.console import UsageError
+
+if TYPE_CHECKING:
+    from artifacts.importers import Hints
 
 DEMO = "demo"
 BITS = (1, 2, 3, 4, 5, 6, 7, 8, 16)
@@ -93,6 +96,38 @@ def choose_defaults(args: argparse.Namespace) -> None:
     """The demo model where none is named, and the text that goes with the model."""
     args.model = args.model or DEMO
     args.dataset = args.dataset or (DEMO if args.model == DEMO else "wikitext2")
+
+
+def add_foreign_options(parser: argparse.ArgumentParser) -> None:
+    """What a file of another tool does not say."""
+    group = parser.add_argument_group("what a file of another tool does not say")
+    group.add_argument("--abits", "--bits", type=int, choices=BITS[:-1], metavar="N", help="bits of its codes")
+    group.add_argument("--nuq", action=argparse.BooleanOptionalAction, default=None, help="it must hold codebooks")
+    add_normal_float(group)
+    group.add_argument(
+        "--include-sparse", action=argparse.BooleanOptionalAction, default=None, help="its ranges leave outliers out"
+    )
+    group.add_argument("--sparsity-threshold", type=float, metavar="SHARE", help="share kept dense (default: 0.99)")
+    group.add_argument("--first-few-fp16", type=int, metavar="N", help="first tokens kept exact (default: 0)")
+
+
+def add_normal_float(parser: Any) -> None:
+    """Only other tools' files need this one."""
+    parser.add_argument("--nf", action="store_true", help="ranges of a KVQuant file stand for NormalFloat levels")
+
+
+def foreign_hints(args: argparse.Namespace) -> "Hints":
+    """What the command line says of a file of another tool."""
+    from artifacts.importers import Hints
+
+    sparse = _outliers(args, {}) if args.include_sparse is not None or args.sparsity_threshold is not None else None
+    return Hints(
+        bits=args.abits,
+        codebooks=args.nuq if not args.nf else None,
+        normal_float=args.nf,
+        outlier_fraction=sparse["fraction"] if sparse else None,
+        sink_tokens=max(0, args.first_few_fp16 or 0),
+    )
 
 
 def positive(text: str) -> int:

@@ -12,11 +12,12 @@ import calib
 from artifacts.artifact import Artifact
 from artifacts.attention import attention_layers
 from artifacts.fingerprint import model_fingerprint
+from artifacts.manifest import tool_version
 from artifacts.sites import Site
 from calib.calibration import add_windows, new_statistics
 from calib.capture import capture
 from calib.corpus import CorpusError
-from calib.fitting import cached_sites, fit, tool_version
+from calib.fitting import cached_sites, fit
 from calib.recipe import Recipe, load_recipe, shipped_recipes
 from calib.statistics.model_statistics import ModelStatistics
 from calib.statistics.site_statistics import SAMPLE_TOKENS, Tier

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from foreign_files import kvquant_content, kvquant_levels, write_msmodelslim, write_pickle
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -17,7 +18,7 @@ import calib.capture
 from artifacts import artifact as artifacts_file
 from artifacts import load, save
 from artifacts.sites import Site
-from scripts import calibrate, evaluate
+from scripts import artifact, calibrate, evaluate
 
 REQUIRED = {
     "fp",
@@ -71,7 +72,7 @@ Program = Callable[..., Ran]
 @pytest.fixture
 def type_in(capsys: pytest.CaptureFixture[str]) -> Program:
     """Runs a command line such as `calibrate model --abits 4`; more words may follow, for paths with blanks."""
-    programs = {"calibrate": calibrate.main, "evaluate": evaluate.main}
+    programs = {"calibrate": calibrate.main, "evaluate": evaluate.main, "artifact": artifact.main}
 
     def call(line: str, *more: object) -> Ran:
         name, *words = line.split()
@@ -457,10 +458,78 @@ def test_sites_are_listed(works: Program) -> None:
     assert all("2 x 8" in row and "k_proj v_proj q_proj" in row for row in rows)
 
 
-# --- wrong input: the command, its exit status, and what the message must say
+# --- files of other tools
 
 CALIBRATE = "calibrate model --dataset a.txt"
 EVALUATE = "evaluate model --dataset b.txt --limit 2"
+
+
+@pytest.fixture
+def kvquant(here: Path) -> Path:
+    """A KVQuant file for the model."""
+    return write_pickle(here / "kvquant.pickle", kvquant_content((kvquant_levels(3),)))
+
+
+def test_a_kvquant_file_is_evaluated_as_it_is(kvquant: Path, works: Program) -> None:
+    ran = works(f"{EVALUATE} --abits 3 --nuq --include_sparse --quantizer-path kvquant.pickle --json")
+    assert ran.json["quantized_fraction"] == 1
+    assert 3 < ran.json["bits"]["key"] < 16
+    for words in ("note: kvquant.pickle", "thresholds of calibration tokens", "a file of KVQuant"):
+        assert words in ran.err
+    assert "assumed none, values beyond" not in ran.err
+
+
+def test_a_converted_file_gives_the_same_figures_and_takes_no_more_flags(
+    kvquant: Path, works: Program, type_in: Program
+) -> None:
+    ran = works("artifact convert kvquant.pickle q.safetensors --include-sparse --first-few-fp16 2")
+    assert "note: kvquant.pickle" in ran.err
+    direct = works(f"{EVALUATE} --include-sparse --first-few-fp16 2 --quantizer-path kvquant.pickle --json").json
+    converted = works(f"{EVALUATE} --quantizer-path q.safetensors --json").json
+    assert {**direct, "seconds": 0} == {**converted, "seconds": 0}
+    works("artifact inspect q.safetensors")
+    refused = type_in(f"{EVALUATE} --quantizer-path q.safetensors --abits 4")
+    assert refused.status == 2
+    assert "was imported and holds its quantizers as they are" in refused.err
+
+
+def test_msmodelslim_is_evaluated_as_it_is(here: Path, works: Program) -> None:
+    write_msmodelslim(here / "slim", torch.bfloat16)
+    ran = works(f"{EVALUATE} --quantizer-path slim --json")
+    assert ran.json["bits"]["key"] == 8
+    assert "note: slim: keys are taken after the rotation" in ran.err
+
+
+FOREIGN_WRONG = [
+    ("{0} --quantizer-path ranges.pickle", 1, ["layers.0.key.pre_rope", "Add --abits N"]),
+    ("{0} --quantizer-path kvquant.pickle --abits 4", 1, ["--abits 4 was asked for", "8 levels"]),
+    ("{0} --quantizer-path kvquant.pickle --recipe kvquant", 2, ["was imported", "drop --recipe"]),
+    ("{0} --quantizer-path wide.pickle", 1, ["(64, 16)", "32 channels", "another model"]),
+    ("artifact convert kvquant.pickle q4.safetensors", 2, ["q4.safetensors exists"]),
+    ("artifact convert kvquant.pickle q.json", 1, [".safetensors or .pkl"]),
+    ("artifact convert q4.safetensors q.pkl --abits 4", 2, ["no file of another tool"]),
+    ("artifact convert junk.safetensors q.pkl", 1, ["neither a safetensors file nor a pickle"]),
+]
+
+
+@pytest.mark.parametrize(("line", "status", "words"), FOREIGN_WRONG, ids=[line for line, _, _ in FOREIGN_WRONG])
+def test_wrong_use_of_foreign_files_gets_a_clear_answer(
+    line: str, status: int, words: list[str], type_in: Program, here: Path, kvquant: Path
+) -> None:
+    write_pickle(here / "ranges.pickle", kvquant_content())
+    content = kvquant_content((kvquant_levels(3),))
+    for name in [name for name in content if "k_proj" in name]:
+        upper, lower, levels = content[name]
+        content[name] = (torch.cat([upper, upper], 1), torch.cat([lower, lower], 1), levels)
+    write_pickle(here / "wide.pickle", content)
+    ran = type_in(line.format(EVALUATE))
+    assert ran.status == status, ran.err
+    assert [word for word in words if word not in ran.err] == [], ran.err
+    assert "Traceback" not in ran.err
+
+
+# --- wrong input: the command, its exit status, and what the message must say
+
 WRONG: list[tuple[str, int, list[str]]] = [
     # contradictions
     (f"{EVALUATE} --quantizer-path q4.safetensors --abits 3", 2, ["contradict", "bits: the file has 4", "line 3"]),

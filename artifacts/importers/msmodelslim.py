@@ -1,0 +1,141 @@
+"""msModelSlim's folder: a step and an offset for every channel of the keys after rotation, and of the values.
+
+The engine stores round(x / scale + offset) in 8 bits and reads (code - offset) * scale.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from jaxtyping import Float32
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from artifacts.affine import Affine
+from artifacts.errors import ArtifactError, CorruptArtifactError
+from artifacts.quantizer import Quantizer
+from artifacts.sites import Site
+
+_DESCRIPTION = "quant_model_description.json"
+_NAME = re.compile(r"(?:.*\.)?(\d{1,6})\..*?([kv])_proj\.kv_cache_(scale|offset)")
+_LOWEST, _HIGHEST = -128, 127
+
+
+def is_folder(path: Path) -> bool:
+    """Whether the folder looks like one of msModelSlim."""
+    return any(path.glob("quant_model*")) or any(path.glob("kv_cache_scale.npy"))
+
+
+def quantizers(path: Path) -> tuple[dict[Site, Quantizer], list[str]]:
+    """What the folder describes, and what was assumed.
+
+    Raises
+    ------
+    CorruptArtifactError
+        If files or tensors are missing or damaged, scales are zero, or the cache is not of 8 bits.
+    """
+    description = _description(path)
+    scales, offsets = _tensors(path)
+    promised = {name for name in description if re.search(r"\.kv_cache_(scale|offset)$", name)}
+    missing = sorted(promised - {*scales, *offsets})
+    if missing:
+        raise CorruptArtifactError(f"{path}: {_DESCRIPTION} lists {missing[0]} ({len(missing)} such); no file has it")
+    if not scales:
+        raise CorruptArtifactError(f"{path}: no tensor is named *.k_proj.kv_cache_scale. Was the cache quantized?")
+    _check_no_zeros(path, scales)
+    found: dict[Site, Quantizer] = {}
+    for name, scale in scales.items():
+        offset = offsets.get(name.replace("kv_cache_scale", "kv_cache_offset"), torch.zeros_like(scale))
+        found[_site(path, name)] = _affine(f"{path}: {name}", scale, offset)
+    without = [n for n in scales if n.replace("kv_cache_scale", "kv_cache_offset") not in offsets]
+    return found, _notices(description, promised, without)
+
+
+def _affine(place: str, scale: Float32[Tensor, " channels"], offset: Float32[Tensor, " channels"]) -> Quantizer:
+    if offset.shape != scale.shape or not torch.isfinite(offset).all() or not torch.isfinite(scale).all():
+        raise CorruptArtifactError(
+            f"{place}: expected finite scales and offsets of one shape; got {tuple(scale.shape)}, {tuple(offset.shape)}"
+        )
+    if (scale < 0).any() or (offset < _LOWEST).any() or (offset > _HIGHEST).any():
+        raise CorruptArtifactError(
+            f"{place}: expected positive scales and offsets from {_LOWEST} to {_HIGHEST}; got others"
+        )
+    return Affine(channels=len(scale), bits=8, scale=scale, offset=(_LOWEST - offset) * scale)
+
+
+def _check_no_zeros(path: Path, scales: dict[str, Tensor]) -> None:
+    zeros = {name: int((scale == 0).sum()) for name, scale in scales.items() if (scale == 0).any()}
+    if zeros:
+        rows = ", ".join(f"{name} ({count} of {len(scales[name])})" for name, count in list(zeros.items())[:6])
+        raise CorruptArtifactError(
+            f"{path}: {len(zeros)} of {len(scales)} tensors have scales of zero, with which nothing can be stored: "
+            f"{rows}. Calibrate again; a known defect of some writers leaves scales unset."
+        )
+
+
+def _site(path: Path, name: str) -> Site:
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise CorruptArtifactError(f"{path}: {name}: expected a name with a layer's number and k_proj or v_proj")
+    layer, tensor, _ = match.groups()
+    return Site(int(layer), "key", "post_rope") if tensor == "k" else Site(int(layer), "value")
+
+
+def _description(path: Path) -> dict[str, object]:
+    file = path / _DESCRIPTION
+    if not file.exists():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
+        raise CorruptArtifactError(f"{file}: not JSON ({error!s:.80})") from error
+    if not isinstance(found, dict):
+        raise CorruptArtifactError(f"{file}: expected an object; got {type(found).__name__}")
+    kind = found.get("kv_cache_type", found.get("kv_quant_type", "C8"))
+    if kind != "C8":
+        raise CorruptArtifactError(f"{file}: the cache is of type {kind!r:.20}; only C8, 8 bits, is known")
+    return found
+
+
+def _tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    found: dict[str, dict[str, Tensor]] = {"scale": {}, "offset": {}}
+    for file in _files(path):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118  # not a mapping
+                    if name.endswith((".kv_cache_scale", ".kv_cache_offset")):
+                        found[name.rpartition("_")[2]][name] = opened.get_tensor(name).float().reshape(-1)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CorruptArtifactError(f"{file}: not a whole safetensors file ({error!s:.80})") from error
+    return found["scale"], found["offset"]
+
+
+def _files(path: Path) -> Iterator[Path]:
+    files = sorted(path.glob("quant_model*.safetensors"))
+    index = next(path.glob("quant_model*.index.json"), None)
+    if index is not None:
+        try:
+            listed = {path / Path(name).name for name in json.loads(index.read_text())["weight_map"].values()}
+        except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
+            raise CorruptArtifactError(f"{index}: expected a weight_map ({error!s:.80})") from error
+        missing = sorted(listed - set(files))
+        if missing:
+            raise CorruptArtifactError(f"{index}: it lists {missing[0].name}, which is not there")
+    if not files:
+        hint = "; the .npy variant is a pickle and is not read" if any(path.glob("kv_cache_*.npy")) else ""
+        raise ArtifactError(f"{path}: expected quant_model_weights*.safetensors; got none{hint}")
+    return iter(files)
+
+
+def _notices(description: dict[str, object], promised: set[str], without_offset: list[str]) -> list[str]:
+    notices = ["keys are taken after the rotation, where msModelSlim measures them"]
+    if not description:
+        notices.append(f"{_DESCRIPTION} is missing: tensors were chosen by their names")
+    labels = sorted({str(description[name]) for name in promised} - {"C8"})
+    if labels:
+        notices.append(f"the cache's tensors are labelled {', '.join(labels)}, the type of the weights: taken as C8")
+    if without_offset:
+        notices.append(f"{len(without_offset)} scales have no offset: assumed 0, symmetric")
+    return notices
