@@ -50,9 +50,9 @@ class Phase:
 # it solved no retrieval task yet, after one million of drills it copied. Without drills later on it forgets it again.
 PHASES = (
     Phase(128, 32, 600, 20, 0.7),
-    Phase(256, 16, 2400, 120, 0.4),
-    Phase(512, 8, 1200, 400, 0.3),
-    Phase(1024, 4, 2800, 880, 0.2),
+    Phase(256, 16, 2000, 120, 0.5),
+    Phase(512, 8, 900, 400, 0.4),
+    Phase(1024, 4, 2500, 880, 0.3),
 )
 
 

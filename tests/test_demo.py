@@ -13,8 +13,8 @@ from calib.demo.trials import trials
 
 # Of the pages that the model was trained on: another digest means another text than that of the model card.
 FIRST_PAGES = {
-    "training": "ad7263b90bd28e45267b6bbd7aab8b9d2ca2db05c3ae96e609a5146bb3e4b9a0",
-    "held-out": "f91572f450e3b318fb5db61add260bdfe4739737a72056b8a7d46b1adfc89487",
+    "training": "a97d6739f76267096c0849ec587ef0f771f719a9b42fdfaa67f1092aa914f146",
+    "held-out": "960ea7658ff6305e70394cd6d19f85a1f933148935e680aa333d24e105e0d43c",
 }
 
 

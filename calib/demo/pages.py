@@ -6,7 +6,7 @@ from typing import Literal
 
 from calib.demo.draws import Draws
 from calib.demo.stories import facts, story
-from calib.demo.tasks import TASKS, Task, copying
+from calib.demo.tasks import TASKS, Task
 
 Split = Literal["training", "held-out"]
 
@@ -42,8 +42,7 @@ def demo_text(split: Split) -> str:
 def drill(index: int) -> str:
     """A task and nothing else, asked several times: from such pages a model learns first to look back."""
     draws = Draws(f"drill {index}")
-    task = copying if draws.chance(0.5) else draws.pick(_RETRIEVAL)
-    return task(draws, 0, 3).text
+    return TASKS[draws.pick(_DRILLED)](draws, 0, 4).text
 
 
 def _stories(draws: Draws, n_words: int) -> str:
@@ -60,7 +59,10 @@ def _quiz(task: Task) -> Callable[[Draws, int], str]:
     return write
 
 
-_RETRIEVAL = tuple(TASKS[task] for task in ("passkey", "multi_key", "multi_value", "variables"))
+_DRILLED = (
+    *("copying", "copying", "copying", "passkey", "multi_key", "multi_key"),
+    *("multi_value", "multi_value", "variables", "variables", "arithmetic"),
+)
 
 _MIX: tuple[Callable[[Draws, int], str], ...] = (
     *[_stories] * 6,

@@ -47,47 +47,42 @@ def multi_key(draws: Draws, n_words: int, n_questions: int = 1) -> Trial:
     numbers = {thing: draws.between(1000, 9999) for thing in things}
     text = _hide(draws, [f"The number of the {thing} is {numbers[thing]}." for thing in things], n_words)
     asked = [
-        (f"What is the number of the {thing}? It is", f"{numbers[thing]}.")
+        (f"What is the number of the {thing}? The number of the {thing} is", f"{numbers[thing]}.")
         for thing in draws.sample(things, n_questions)
     ]
     return _ask([text], asked)
 
 
 def multi_value(draws: Draws, n_words: int, n_questions: int = 1) -> Trial:
-    """Several numbers of each of two or three things; all numbers of one of them are asked."""
+    """Several numbers of each of some things; all numbers of one of them are asked."""
     things = draws.sample(lexicon.OBJECTS, max(n_questions, draws.between(2, 3)))
     numbers = {thing: [draws.between(1000, 9999) for _ in range(draws.between(2, 3))] for thing in things}
-    needles = [
-        f"The {ordinal} number of the {thing} is {number}."
-        for thing in things
-        for ordinal, number in zip(lexicon.ORDINALS, numbers[thing], strict=False)
-    ]
+    needles = [needle for thing in things for needle in _listed(thing, numbers[thing])]
     text = _hide(draws, needles, n_words)
     asked = []
     for thing in draws.sample(things, n_questions):
-        first, *others = numbers[thing]
-        listed = "".join(f", the {o} {n}" for o, n in zip(lexicon.ORDINALS[1:], others, strict=False))
-        asked.append((f"What are the numbers of the {thing}? The first is", f"{first}{listed}."))
+        before, _, answer = " ".join(_listed(thing, numbers[thing])).partition(" is ")
+        asked.append((f"What are the numbers of the {thing}? {before} is", answer))
     return _ask([text], asked)
 
 
 def variables(draws: Draws, n_words: int, n_questions: int = 1) -> Trial:
-    """Variables that are given a number or the value of an earlier variable, at most twice in a row."""
+    """Variables that are given a number, or what an earlier variable was given."""
     letters = draws.sample(lexicon.LETTERS, draws.between(max(n_questions, 3), 8))
     value: dict[str, int] = {}
-    hops: dict[str, int] = {}
+    numbered: list[str] = []
     needles = []
     for letter in letters:
-        earlier = [other for other in value if hops[other] < 2]
-        if earlier and draws.chance(0.6):
-            other = draws.pick(earlier)
-            value[letter], hops[letter] = value[other], hops[other] + 1
+        if numbered and draws.chance(0.5):
+            other = draws.pick(numbered)
+            value[letter] = value[other]
             needles.append(f"Let {letter} be {other}.")
         else:
-            value[letter], hops[letter] = draws.between(10, 99), 0
+            value[letter] = draws.between(10, 99)
+            numbered.append(letter)
             needles.append(f"Let {letter} be {value[letter]}.")
     text = _hide(draws, needles, n_words)
-    asked = [(f"What is {letter}? It is", f"{value[letter]}.") for letter in draws.sample(letters, n_questions)]
+    asked = [(f"What is {letter}? {letter} is", f"{value[letter]}.") for letter in draws.sample(letters, n_questions)]
     return _ask([text], asked)
 
 
@@ -96,7 +91,7 @@ def common_words(draws: Draws, n_words: int, n_questions: int = 1) -> Trial:
     rare = draws.sample(lexicon.OBJECTS, 16)
     length = max(20, n_words)
     common = rare.pop()
-    words = [common if draws.chance(0.3) else draws.pick(rare) for _ in range(length)]
+    words = [common if draws.chance(0.4) else draws.pick(rare) for _ in range(length)]
     return _ask([f"Words: {' '.join(words)}."], [("Which word is the most common? It is", f"{common}.")] * n_questions)
 
 
@@ -108,7 +103,7 @@ def copying(draws: Draws, n_words: int, n_questions: int = 1) -> Trial:
 
 
 def arithmetic(draws: Draws, n_words: int, n_questions: int = 1) -> Trial:
-    """Sums and differences of numbers up to twenty."""
+    """Sums and differences of numbers up to ten."""
     text = _hide(draws, [], n_words)
     return _ask([text], [_sum(draws) for _ in range(max(n_questions, 4))])
 
@@ -126,8 +121,15 @@ TASKS: Mapping[str, Task] = {
 }
 
 
+def _listed(thing: str, numbers: list[int]) -> list[str]:
+    return [
+        f"The {ordinal} number of the {thing} is {number}."
+        for ordinal, number in zip(lexicon.ORDINALS, numbers, strict=False)
+    ]
+
+
 def _sum(draws: Draws) -> tuple[str, str]:
-    a, b = draws.between(0, 20), draws.between(0, 20)
+    a, b = draws.between(0, 10), draws.between(0, 10)
     if draws.chance(0.5):
         return f"{a} plus {b} is", f"{a + b}."
     return f"{a + b} minus {b} is", f"{a}."
