@@ -13,7 +13,7 @@ from calib.estimators.estimator import EXACT, Estimator, Fit, Outliers
 from calib.estimators.ranges import Ranges, ThresholdDtype, channel_ranges
 from calib.kmeans import kmeans_1d
 from calib.statistics.site_statistics import SiteStatistics
-from calib.statistics.token_histogram import OUTLIER_FRACTIONS, bin_centers, outliers, token_histogram
+from calib.statistics.token_histogram import OUTLIER_FRACTIONS, bin_centers, token_histogram
 
 _SITE_BINS = 4096
 """Bins over [-1, 1] for one table per site: within 1e-6 of the optimum for any number of values."""
@@ -106,7 +106,7 @@ class CodebookEstimator(Estimator):
             counts, weighted, source = histogram.counts[row], histogram.weights[row], EXACT
         else:
             rows = statistics.rows
-            counts, weighted = token_histogram(rows, outliers(rows, self._fraction), histogram.bins)
+            counts, weighted = token_histogram(rows, self._fraction, histogram.bins)
             source = f"reservoir of {len(rows)} tokens"
         weights = weighted if self.weights == "scale2" else counts.double()
         if not weights.any():  # every token is a constant: any levels do

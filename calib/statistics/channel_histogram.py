@@ -43,9 +43,9 @@ class ChannelHistogram(Statistic):
         wide = x.float()
         low, high = torch.aminmax(wide, dim=0)
         self._widen(low, high)
-        bins = torch.floor(torch.ldexp(wide, -self.exponent)).to(torch.int32) - self.first
-        rows = torch.arange(x.shape[1], dtype=torch.int64, device=x.device) * self.bins
-        flat = (bins + rows).view(-1)
+        per_width = torch.ldexp(torch.ones_like(low), -self.exponent)
+        rows = torch.arange(x.shape[1], dtype=torch.int32, device=x.device) * self.bins
+        flat = (wide * per_width).floor_().int().add_(rows - self.first).view(-1)
         self.counts += torch.bincount(flat, minlength=self.counts.numel()).view_as(self.counts).to(torch.int32)
 
     def merge(self, other: "ChannelHistogram") -> None:

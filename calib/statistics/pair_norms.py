@@ -29,11 +29,11 @@ class PairNorms(Statistic):
         if x.shape[0] == 0:
             return
         adopt_device(self, x.device)
-        first, second = (x[:, index.to(x.device)].double() for index in self.pairs)
-        squares = first.square() + second.square()
+        first, second = (x.float().square().index_select(1, index.to(x.device)) for index in self.pairs)
+        squares = first + second
         self.n_tokens += x.shape[0]
-        self.squares += squares.sum(dim=0)
-        self.largest = torch.maximum(self.largest, squares.amax(dim=0).sqrt().float())
+        self.squares += squares.sum(dim=0, dtype=torch.float64)
+        self.largest = torch.maximum(self.largest, squares.amax(dim=0).sqrt())
 
     def merge(self, other: "PairNorms") -> None:
         """Takes in what another statistic has seen."""

@@ -1,5 +1,6 @@
 """The largest and smallest values of each channel, exactly."""
 
+import numpy as np
 import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
@@ -30,14 +31,14 @@ class Tails(Statistic):
         """Takes in finite tokens."""
         adopt_device(self, x.device)
         self.n_tokens += x.shape[0]
-        self.largest = _keep_largest(self.largest, x.float())
-        self.smallest = -_keep_largest(-self.smallest, -x.float())
+        self.smallest = _smallest(self.smallest, x.float())
+        self.largest = -_smallest(-self.largest, -x.float())
 
     def merge(self, other: "Tails") -> None:
         """Takes in what another statistic has seen."""
         self.n_tokens += other.n_tokens
-        self.largest = _keep_largest(self.largest, other.largest)
-        self.smallest = -_keep_largest(-self.smallest, -other.smallest)
+        self.smallest = _smallest(self.smallest, other.smallest)
+        self.largest = -_smallest(-self.largest, -other.largest)
 
     @property
     def minimum(self) -> Float32[Tensor, " channels"]:
@@ -67,9 +68,13 @@ class Tails(Statistic):
         return int(position), position - int(position)
 
 
-def _keep_largest(kept: Float32[Tensor, "depth channels"], x: Float32[Tensor, "tokens channels"]) -> Tensor:
-    n_new = int((x > kept[-1]).sum(dim=0).max())
-    if n_new == 0:
-        return kept
-    best = x.topk(min(n_new, kept.shape[0]), dim=0, sorted=False).values
-    return torch.cat([kept, best]).topk(kept.shape[0], dim=0).values
+def _smallest(
+    kept: Float32[Tensor, "depth channels"], x: Float32[Tensor, "tokens channels"]
+) -> Float32[Tensor, "depth channels"]:
+    """The smallest values of each channel, ascending. On the CPU by numpy, whose partition is several times faster."""
+    depth, rows = len(kept), torch.cat([kept, x.to(kept)]).T.contiguous()
+    if rows.is_cuda:
+        return rows.topk(depth, largest=False).values.T.contiguous()
+    values = np.partition(rows.numpy(), depth - 1, axis=1)[:, :depth]
+    values.sort(axis=1)
+    return torch.from_numpy(values).T.contiguous()

@@ -1,11 +1,10 @@
 """How values lie within their own token's range, which is what a per-token codebook is fitted to."""
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Float64, Int64
+from jaxtyping import Float, Float32, Float64, Int64
 from torch import Tensor
 
-from artifacts.identity import Identity
-from artifacts.sparse import PercentileSparse
 from calib.statistics.statistic import Statistic, adopt_device
 
 OUTLIER_FRACTIONS = (0.0, 0.005, 0.01, 0.02, 0.05)
@@ -34,8 +33,9 @@ class TokenHistogram(Statistic):
         if x.shape[0] == 0:
             return
         adopt_device(self, x.device)
+        ordered = _ascending(x.float())
         for row, fraction in enumerate(OUTLIER_FRACTIONS):
-            counts, weights = token_histogram(x.float(), outliers(x.float(), fraction), self.bins)
+            counts, weights = _histogram(ordered, _apart(ordered, fraction), self.bins)
             self.counts[row] += counts
             self.weights[row] += weights
 
@@ -54,23 +54,44 @@ def bin_centers(bins: int, device: torch.device) -> Float64[Tensor, " bins"]:
     return (torch.arange(bins, dtype=torch.float64, device=device) + 0.5) * (2 / bins) - 1
 
 
-def outliers(x: Float32[Tensor, "tokens channels"], fraction: float) -> Bool[Tensor, "tokens channels"]:
-    """Values that the percentile rule would keep apart."""
-    if fraction == 0:
-        return torch.zeros_like(x, dtype=torch.bool)
-    rule = PercentileSparse(channels=x.shape[1], inner=Identity(channels=x.shape[1]), outlier_fraction=fraction)
-    return rule.mask(x)
-
-
 def token_histogram(
-    x: Float32[Tensor, "tokens channels"], apart: Bool[Tensor, "tokens channels"], bins: int
+    x: Float32[Tensor, "tokens channels"], fraction: float, bins: int
 ) -> tuple[Int64[Tensor, " bins"], Float64[Tensor, " bins"]]:
     """Counts, and counts weighted by the square of the token's half-range, of the values that are not kept apart."""
-    low = x.masked_fill(apart, torch.inf).amin(dim=1, keepdim=True)
-    high = x.masked_fill(apart, -torch.inf).amax(dim=1, keepdim=True)
-    half_range = (high - low) / 2
-    left_out = apart | (half_range <= 0)
-    index = ((x - low) * (bins / 2 / half_range)).clamp_(0, bins - 1).masked_fill_(left_out, bins).long().view(-1)
-    weights = half_range.clamp_min(0).double().square().expand_as(x).reshape(-1)
+    ordered = _ascending(x)
+    return _histogram(ordered, _apart(ordered, fraction), bins)
+
+
+def _ascending(x: Float32[Tensor, "tokens channels"]) -> Float32[Tensor, "tokens channels"]:
+    """Each token's values in order. On the CPU by numpy, whose sort is many times faster."""
+    return x.sort(dim=1).values if x.is_cuda else torch.from_numpy(np.sort(x.numpy(), axis=1))
+
+
+def _apart(
+    ordered: Float32[Tensor, "tokens channels"], fraction: float
+) -> tuple[Int64[Tensor, "tokens 1"], Int64[Tensor, "tokens 1"]]:
+    """How many of each token's smallest and largest values the percentile rule keeps apart."""
+    if fraction == 0:
+        none = torch.zeros(len(ordered), 1, dtype=torch.int64, device=ordered.device)
+        return none, none
+    position = fraction / 2 * (ordered.shape[1] - 1)
+    first, part = int(position), position - int(position)
+    second = min(first + 1, ordered.shape[1] - 1)
+    lower = torch.lerp(ordered[:, first, None], ordered[:, second, None], part)
+    upper = torch.lerp(ordered[:, -1 - first, None], ordered[:, -1 - second, None], part)
+    return (ordered <= lower).sum(dim=1, keepdim=True), (ordered >= upper).sum(dim=1, keepdim=True)
+
+
+def _histogram(
+    ordered: Float32[Tensor, "tokens channels"], apart: tuple[Tensor, Tensor], bins: int
+) -> tuple[Int64[Tensor, " bins"], Float64[Tensor, " bins"]]:
+    n_small, n_large = apart
+    last = ordered.shape[1] - 1
+    low, high = ordered.gather(1, n_small.clamp(max=last)), ordered.gather(1, (last - n_large).clamp(min=0))
+    half_range = torch.where(n_small + n_large <= last, (high - low) / 2, 0.0)
+    rank = torch.arange(last + 1, device=ordered.device)
+    left_out = (rank < n_small) | (rank > last - n_large) | (half_range <= 0)
+    index = ((ordered - low) * (bins / 2 / half_range)).clamp_(0, bins - 1).masked_fill_(left_out, bins).int().view(-1)
+    weights = half_range.double().square().expand_as(ordered).reshape(-1)
     counts = torch.bincount(index, minlength=bins + 1)
     return counts[:bins], torch.bincount(index, weights, minlength=bins + 1)[:bins]
