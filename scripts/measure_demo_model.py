@@ -83,11 +83,11 @@ def solved(loaded: LoadedModel, task: str, n_words: int, count: int) -> dict[str
     return {"trials": count, "share": sum(right) / count, "tokens": [min(lengths), max(lengths)]}
 
 
-def key_losses(loaded: LoadedModel) -> dict[str, Any]:
+def key_losses(loaded: LoadedModel, n_windows: int | None = None) -> dict[str, Any]:
     """Loss at 3-bit uniform keys without outliers, values exact: each token's own range, or the channels' ranges."""
     seqlen = loaded.context
     sampled = sample_windows(load_corpus("demo", "calibration", loaded.encode), n_windows=16, seqlen=seqlen, seed=0)
-    held_out = split_windows(load_corpus("demo", "evaluation", loaded.encode), seqlen=seqlen)
+    held_out = split_windows(load_corpus("demo", "evaluation", loaded.encode), seqlen=seqlen, limit=n_windows)
     recipe = load_recipe("kvquant").edited({"value": {"method": "identity"}, "key": {"bits": 3}})
     static: Artifact = calibrate(loaded.model, sampled, recipe=recipe)
     per_token = recipe.edited({"key": {"per": "token"}})
