@@ -13,8 +13,8 @@ from calib.demo.trials import trials
 
 # Of the pages that the model was trained on: another digest means another text than that of the model card.
 FIRST_PAGES = {
-    "training": "a97d6739f76267096c0849ec587ef0f771f719a9b42fdfaa67f1092aa914f146",
-    "held-out": "960ea7658ff6305e70394cd6d19f85a1f933148935e680aa333d24e105e0d43c",
+    "training": "f2e2bf08904ea41096b7de02ab341af1c6898a225b08eadcdfb0e84d0f826093",
+    "held-out": "4425334cb9369a27b56efee8d13cac0ead0df027fba7bf9415bb8133f8a8b63b",
 }
 
 

@@ -96,8 +96,9 @@ def common_words(draws: Draws, n_words: int, n_questions: int = 1) -> Trial:
 
 
 def copying(draws: Draws, n_words: int, n_questions: int = 1) -> Trial:
-    """Words in random order, to be repeated after some other text."""
-    words = " ".join(draws.sample(_ANY_WORDS, draws.between(4, 20)))
+    """Words and numbers in random order, to be repeated after some other text."""
+    things = draws.sample(_ANY_WORDS, draws.between(4, 20))
+    words = " ".join(str(draws.between(1000, 9999)) if draws.chance(0.3) else thing for thing in things)
     text = _hide(draws, [], n_words)
     return _ask([f"Remember these words: {words}.", text], [("Repeat the words:", f"{words}.")] * n_questions)
 
