@@ -16,13 +16,9 @@ from artifacts.sites import Site
 from calib import fit, load_recipe
 from calib.estimators import CodebookEstimator
 from calib.statistics.channel_histogram import ChannelHistogram
-from calib.statistics.model_statistics import ModelStatistics, Origin
 from calib.statistics.site_statistics import SiteShape, SiteStatistics
-from calib.statistics.token_batch import TokenBatch
 from scripts.benchmark import HEADER, hardware, row, seconds
-
-WINDOW_TOKENS = 512
-"""Tokens of a calibration window."""
+from scripts.synthetic import model_statistics, site_values
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -76,43 +72,6 @@ def fit_model(tokens: int, heads: int, layers: int, jobs: int) -> str:
     found: list[Artifact] = []
     ours = seconds(lambda: found.append(fit(statistics, recipe, jobs=jobs)), repeats=1)
     return row(f"{len(found[0])} sites of {heads * 128} channels, default recipe / limit", ours, 60.0, at_most=1)
-
-
-def model_statistics(tokens: int, heads: int, layers: int) -> ModelStatistics:
-    """Statistics of a model of which only the first two layers' were gathered: the others have copies of them."""
-    shapes = [
-        SiteShape(site=site, heads=heads, head_dim=128)
-        for layer in range(layers)
-        for site in (Site(layer, "key", "pre_rope"), Site(layer, "value"))
-    ]
-    origin = Origin(model={}, model_id=None, corpus="synthetic", seed=0, tool_version="benchmark")
-    gathered = ModelStatistics(shapes[:4], "basic", origin)
-    positions = torch.arange(tokens) % WINDOW_TOKENS
-    windows = torch.arange(tokens) // WINDOW_TOKENS
-    batch = TokenBatch(positions, windows, [f"{number:032x}" for number in range(int(windows.max()) + 1)])
-    gathered.update(batch, {s.site: site_values(tokens, s.channels, seed=n) for n, s in enumerate(shapes[:4])})
-    whole = ModelStatistics([], "basic", origin)
-    whole.sample, whole.head, whole.windows = gathered.sample, gathered.head, gathered.windows
-    whole.n_tokens, whole.seqlen = gathered.n_tokens, gathered.seqlen
-    for shape in shapes:
-        source = Site(shape.site.layer % 2, shape.site.tensor, shape.site.stage)
-        whole.sites[shape.site] = SiteStatistics(shape, "basic")
-        whole.sites[shape.site].restore(gathered.sites[source].state())
-    return whole
-
-
-def site_values(tokens: int, channels: int, seed: int) -> Float32[Tensor, "tokens channels"]:
-    """Made-up activations: correlated channels of different spreads, offset, tokens of different scales, outliers."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    common = normal(tokens, 64) @ normal(64, channels) / 8
-    outliers = 1 + 2.5 * (torch.rand(tokens, channels, generator=generator) < 0.01)
-    spread = torch.exp(0.8 * normal(channels))
-    scale = torch.exp(0.3 * normal(tokens, 1))
-    return spread * (0.7 * (common + normal(tokens, channels)) * scale * outliers + normal(channels))
 
 
 def squared_error(values: Float32[Tensor, "values 1"], levels: Tensor) -> float:

@@ -7,8 +7,9 @@ import torch
 
 from artifacts.sites import Site
 from calib import fit, load_recipe
-from scripts import bench_fit
+from scripts import bench_calibrate, bench_fit, bench_simulate
 from scripts.benchmark import HEADER, hardware, row, seconds
+from scripts.synthetic import model_statistics
 
 
 @pytest.mark.parametrize(
@@ -50,8 +51,40 @@ def test_bench_fit_prints_a_row_for_every_target(capsys: pytest.CaptureFixture[s
     assert lines[5].startswith("6 sites of 128 channels")
 
 
+def test_bench_calibrate_prints_a_row_for_every_target(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_calibrate.main(["--tokens", "16", "--heads", "1", "--windows", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == [hardware(), HEADER]
+    assert [line[:25] for line in lines[2:]] == [
+        "1 windows, basic / bare  ",
+        "1 windows, full / bare   ",
+        "peak memory, 4 / 1 window",
+    ]
+
+
+def test_bench_simulate_prints_a_row_for_every_target(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_simulate.main(["--tokens", "64", "--heads", "1", "--windows", "4"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == [hardware(), HEADER]
+    assert [line.rsplit("  ", 1)[1].partition(":")[0] for line in lines[2:]] == [
+        "at most 1",
+        "none",
+        "at most 1.3",
+        "at most 1.3",
+    ]
+
+
+def test_the_plain_baseline_takes_the_nearest_level_and_keeps_the_tails() -> None:
+    x = torch.linspace(-3, 3, 301)[None]
+    found = bench_simulate.nearest_by_distance(x, n_levels=8)
+    inner = x.abs() < 2.98
+    assert torch.equal(found[~inner], x[~inner])
+    assert (found - x).abs().max() <= 3 / 7 + 1e-3
+    assert len(found[inner].unique()) == 8
+
+
 def test_every_layer_of_the_benchmark_is_fitted_from_statistics_of_its_own() -> None:
-    statistics = bench_fit.model_statistics(tokens=64, heads=1, layers=3)
+    statistics = model_statistics(tokens=64, heads=1, layers=3)
     tables = [
         fit(statistics, load_recipe("default"))[Site(layer, "key", "pre_rope")].tensors()["levels"]
         for layer in range(3)

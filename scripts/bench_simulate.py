@@ -1,0 +1,129 @@
+"""Time of quantizing keys and values, and of a fully quantized evaluation against the exact forward pass.
+
+Run on an idle machine, from the checkout: ``python -m scripts.bench_simulate``; about half a minute on two cores.
+"""
+
+import argparse
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from artifacts.attention import attention_layers
+from calib import calibrate, fit, load_recipe
+from calib.recipe import Recipe
+from scripts.benchmark import HEADER, hardware, row, seconds
+from scripts.synthetic import model_statistics, site_values
+from simquant import perplexity, simulate
+
+BATCH = 8
+"""Windows per forward pass."""
+
+OUTLIERS = {"fraction": 0.01}
+"""Share of the values that are kept apart."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    parser = argparse.ArgumentParser("python -m scripts.bench_simulate", description=__doc__)
+    parser.add_argument("--tokens", type=int, default=2048, help="tokens of a site (default: 2048)")
+    parser.add_argument("--heads", type=int, default=8, help="KV heads of 128 channels (default: 8)")
+    parser.add_argument("--windows", type=int, default=16, help="windows of 512 tokens (default: 16)")
+    args = parser.parse_args(argv)
+    print(hardware(), HEADER, sep="\n")
+    for line in (*quantize_sites(args.tokens, args.heads), *evaluate_model(args.windows)):
+        print(line, flush=True)
+    return 0
+
+
+@torch.no_grad()
+def quantize_sites(tokens: int, heads: int) -> list[str]:
+    """Rows for keys and values of one layer: 3 bits, 1 % outliers, through codes and back."""
+    statistics = model_statistics(tokens, heads, layers=1)
+    quantizers = fit(statistics, recipe(outliers=OUTLIERS))
+    vectors = {site: site_values(tokens, heads * 128, seed=n) for n, site in enumerate(quantizers)}
+
+    def simulated() -> None:
+        for site, x in vectors.items():
+            quantizers[site].decode(quantizers[site].encode(x))
+
+    def plain() -> None:
+        for x in vectors.values():
+            nearest_by_distance(x, n_levels=8)
+
+    ours, baseline = (seconds(call, repeats=5) for call in (simulated, plain))
+    what = f"keys and values of {tokens} x {heads * 128}, 3 bits, 1 % outliers"
+    return [
+        row(f"{what} / limit", ours, 0.1, at_most=1),
+        row(f"{what} / all distances", ours, baseline),
+    ]
+
+
+def nearest_by_distance(x: Float[Tensor, "tokens channels"], n_levels: int) -> Float[Tensor, "tokens channels"]:
+    """What a first implementation does: quantiles of each token, then the distance to every level."""
+    low, high = (torch.quantile(x, q, dim=1, keepdim=True) for q in (0.005, 0.995))
+    middle, half = (low + high) / 2, (high - low) / 2
+    levels = torch.linspace(-1, 1, n_levels)
+    nearest = (((x - middle) / half)[..., None] - levels).abs().argmin(dim=-1)
+    return torch.where((x < low) | (x > high), x, levels[nearest] * half + middle)
+
+
+def evaluate_model(n_windows: int) -> list[str]:
+    """Rows for the perplexity of a small model whose cache is quantized, against that of the exact model."""
+    model, windows = story_model(), story_windows(n_windows)
+    recipes = {"3 bits": recipe(), "3 bits, 1 % outliers": recipe(outliers=OUTLIERS)}
+    return [
+        row(f"evaluation, {name} / exact", *evaluation_seconds(model, windows, chosen), at_most=1.3)
+        for name, chosen in recipes.items()
+    ]
+
+
+def evaluation_seconds(
+    model: LlamaForCausalLM, windows: Int64[Tensor, "windows tokens"], chosen: Recipe
+) -> tuple[float, float]:
+    """Seconds of both, taken in turns."""
+    quantizers = calibrate(model, windows[:4], chosen)
+    layers = attention_layers(model)
+
+    def exact() -> None:
+        perplexity(model, windows, batch_size=BATCH)
+
+    def quantized() -> None:
+        with simulate(model, quantizers, layers=layers):
+            perplexity(model, windows, batch_size=BATCH)
+
+    return seconds(quantized, repeats=5), seconds(exact, repeats=5)
+
+
+def recipe(**changes: Any) -> Recipe:
+    """KVQuant's codebooks of 3 bits, with some changes for keys and values."""
+    entry = {"method": "codebook", "bits": 3, "tables": "site", "weights": "none", **changes}
+    return load_recipe("kvquant").edited({"key": entry, "value": entry})
+
+
+def story_model() -> LlamaForCausalLM:
+    """Random weights in the shape of a small public story model (260,000 parameters)."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=172,
+        num_hidden_layers=5,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+    )
+    model = LlamaForCausalLM(config)
+    model.eval()
+    return model
+
+
+def story_windows(count: int) -> Int64[Tensor, "windows tokens"]:
+    """Random tokens."""
+    return torch.randint(512, (count, 512), generator=torch.Generator().manual_seed(0))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
