@@ -92,6 +92,8 @@ def write(path: Path, stored: Stored) -> None:
     ------
     ArtifactError
         If the suffix is unknown.
+    OSError
+        If the folder takes no new file.
     """
     check_suffix(path)
     text = canonical_json(
@@ -99,7 +101,10 @@ def write(path: Path, stored: Stored) -> None:
     )
     data = _to_safetensors(text, stored.arrays) if path.suffix == ".safetensors" else _to_pickle(text, stored.arrays)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written there: {error.strerror}") from error
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from artifacts.storage import check_suffix, naming, read, written_by_kvcalib
-from scripts.console import UsageError, run, say
+from scripts.console import Parser, UsageError, run, say
 from scripts.options import add_foreign_options, foreign_hints
 
 FORMAT = "kvcalib.artifact"
@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The options of `artifact`."""
-    parser = argparse.ArgumentParser("artifact", description=__doc__)
+    parser = Parser("artifact", __doc__)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     inspect = commands.add_parser("inspect", help="sites, kinds, bits, ranges, codebooks, provenance")

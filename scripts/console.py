@@ -21,8 +21,8 @@ class UsageError(Exception):
 class Parser(argparse.ArgumentParser):
     """Takes options in full only, and answers a wrong one in two lines."""
 
-    def __init__(self, program: str, description: str | None, **options: Any) -> None:
-        super().__init__(program, description=description, allow_abbrev=False, **options)
+    def __init__(self, prog: str, description: str | None = None, **options: Any) -> None:
+        super().__init__(prog, description=description, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         """Exits with the status of wrong usage."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts import calibrate, evaluate
-from scripts.console import UsageError, run, say
+from scripts.console import Parser, UsageError, run, say
 
 BITS = (4, 3, 2)
 
@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
-    parser = argparse.ArgumentParser("demo", description=__doc__)
+    parser = Parser("demo", __doc__)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder (default: runs/demo)")
     parser.add_argument("--limit", type=int, default=32, help="windows to evaluate (default: 32)")
     return parser

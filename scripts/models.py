@@ -95,6 +95,7 @@ def load_model(args: argparse.Namespace) -> LoadedModel:
     OSError
         If there is no such model.
     """
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     name, dtype = str(args.model), args.dtype
@@ -109,7 +110,7 @@ def load_model(args: argparse.Namespace) -> LoadedModel:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name, config=config, dtype=dtype, output_loading_info=True, **options
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise OSError(f"{name}: no model could be loaded: {_first_line(error)}{_hint(name)}") from error
     model, loading = loaded
     missing = sorted(loading["missing_keys"])

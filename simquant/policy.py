@@ -21,4 +21,5 @@ class CachePolicy:
 
     def describe(self) -> str:
         """One phrase for reports."""
-        return f"first {self.sink_tokens} tokens exact" if self.sink_tokens else "no token exempt"
+        exact = "first token exact" if self.sink_tokens == 1 else f"first {self.sink_tokens} tokens exact"
+        return exact if self.sink_tokens else "no token exempt"

@@ -6,6 +6,7 @@ After a deliberate change of the format (a new version number, never the same) w
     PYTHONPATH=. python tests/test_artifact.py
 """
 
+import errno
 import itertools
 import json
 import os
@@ -14,6 +15,7 @@ import random
 import struct
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -231,6 +233,19 @@ def test_failed_write_keeps_the_old_file(
         save(artifact(model_id=None), path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_takes_no_file_is_an_error_about_the_wanted_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: the message named a temporary file that nobody had asked for."""
+
+    def refuse(**_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "/folder/.q.pkl.x1y2")
+
+    monkeypatch.setattr(tempfile, "mkstemp", refuse)
+    with pytest.raises(OSError, match=rf"^{tmp_path}/q.pkl: cannot be written there: Permission denied$"):
+        save(artifact(), tmp_path / "q.pkl")
 
 
 # ---- another model

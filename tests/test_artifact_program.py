@@ -172,4 +172,4 @@ def test_wrong_usage_is_status_2(capsys: Capture, words: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(words)
     assert caught.value.code == 2
-    assert "usage: artifact" in capsys.readouterr().err
+    assert "See artifact" in capsys.readouterr().err

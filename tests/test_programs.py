@@ -1,7 +1,9 @@
 """The programs `calibrate` and `evaluate`, called as a user types them, with what they write, print and refuse."""
 
 import json
+import os
 import random
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -276,6 +278,15 @@ def test_a_model_without_its_weights_is_refused(type_in: Program, here: Path) ->
     assert "hollow" in refused.err
 
 
+def test_truncated_weights_are_named(type_in: Program, here: Path) -> None:
+    """Regression: the error told of an incomplete header, and not of which model."""
+    shutil.copytree(here / "model", here / "cut")
+    os.truncate(here / "cut" / "model.safetensors", 1000)
+    refused = type_in("evaluate cut --abits 4 --dataset b.txt")
+    assert refused.status == 1
+    assert "cut: no model could be loaded" in refused.err
+
+
 def test_bits_against_a_sixteen_bit_file_are_a_contradiction(works: Program, type_in: Program) -> None:
     works(f"{CALIBRATE} --abits 16 --quantizer-path exact.pkl")
     refused = type_in(f"{EVALUATE} --quantizer-path exact.pkl --abits 3")
@@ -324,7 +335,7 @@ def test_dynamic_mode_takes_every_option_of_seed_4(works: Program) -> None:
     ran = works(SEED_4 + " --json")
     assert "warning: a dynamic scale per channel is not causal" in ran.err
     assert "NOT CAUSAL" in ran.json["protocol"]
-    assert "first 1 tokens exact" in ran.json["protocol"]
+    assert "first token exact" in ran.json["protocol"]
     assert ran.json["quantized_fraction"] == 63 / 64
     assert ran.json["bits"]["value"] > 4
 
