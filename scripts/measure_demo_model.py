@@ -84,7 +84,7 @@ def solved(loaded: LoadedModel, task: str, n_words: int, count: int) -> dict[str
 
 
 def key_losses(loaded: LoadedModel, n_windows: int | None = None) -> dict[str, Any]:
-    """Loss at 3-bit uniform keys without outliers, values exact: each token's own range, or the channels' ranges."""
+    """What 3-bit uniform keys cost, without outliers and with exact values: on each token's range, on the channels'."""
     seqlen = loaded.context
     sampled = sample_windows(load_corpus("demo", "calibration", loaded.encode), n_windows=16, seqlen=seqlen, seed=0)
     held_out = split_windows(load_corpus("demo", "evaluation", loaded.encode), seqlen=seqlen, limit=n_windows)
@@ -104,6 +104,7 @@ def key_losses(loaded: LoadedModel, n_windows: int | None = None) -> dict[str, A
     return {
         "perplexity": results["per_token"].fp_perplexity,
         "loss": losses,
+        "kl": {name: result.kl_mean for name, result in results.items()},
         "ratio": losses["per_token"][0] / losses["per_channel"][0],
     }
 
