@@ -90,8 +90,8 @@ def collect(
     number = len(statistics.windows)
     for input_ids, mask in batches:
         batch = token_batch(input_ids, mask, number)
-        vectors = capture(model, layers, statistics.sites, input_ids, mask)
-        statistics.update(batch, vectors)
+        # Not bound to a name: it would live on through the next forward pass, and with it a second window's vectors.
+        statistics.update(batch, capture(model, layers, statistics.sites, input_ids, mask))
         number += len(input_ids)
 
 
