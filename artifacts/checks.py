@@ -35,18 +35,18 @@ def check_vector(who: str, name: str, tensor: Tensor, channels: int, *, positive
 
 
 def check_levels(who: str, levels: Tensor, bits: int, channels: int) -> None:
-    """Sorted finite tables of 2^bits levels, one for all channels or one for each.
+    """Sorted finite tables that need codes of `bits` bits, for equal runs of channels.
 
     Raises
     ------
     ValueError
         If shape, dtype, order or values are otherwise.
     """
-    shapes = [(1, 2**bits), (channels, 2**bits)]
-    if tuple(levels.shape) not in shapes or levels.dtype != torch.float16:
+    n_tables, n_levels = levels.shape
+    if channels % max(1, n_tables) or not 2 ** (bits - 1) < n_levels <= 2**bits or levels.dtype != torch.float16:
         raise ValueError(
-            f"{who}: levels must be float16 of shape {shapes[0]} or {shapes[1]}; "
-            f"got {levels.dtype} of shape {tuple(levels.shape)}"
+            f"{who}: levels must be float16, more than {2 ** (bits - 1)} and at most {2**bits} of them in each table, "
+            f"and the number of tables must divide {channels}; got {levels.dtype} of shape {tuple(levels.shape)}"
         )
     wide = levels.float()
     if not torch.isfinite(wide).all() or (wide.diff(dim=1) < 0).any():
@@ -71,3 +71,21 @@ def check_boundaries(who: str, boundaries: Tensor | None, levels: Tensor) -> Non
         )
     if not torch.isfinite(boundaries).all() or (boundaries.diff(dim=1) < 0).any():
         raise ValueError(f"{who}: boundaries must be finite and in ascending order")
+
+
+def check_group(who: str, group_size: int, channels: int | None) -> None:
+    """A whole number of values in a group, and of groups in a token where `channels` is given.
+
+    Raises
+    ------
+    ValueError
+        If it is not; names the nearest sizes that are.
+    """
+    if type(group_size) is not int or group_size < 1:
+        raise ValueError(f"{who}: group_size must be an integer from 1; got {group_size!r:.60}")
+    if channels is not None and channels % group_size:
+        fitting = [size for size in range(1, channels + 1) if channels % size == 0]
+        nearest = min(fitting, key=lambda size: abs(size - group_size))
+        raise ValueError(
+            f"{who}: group_size must divide the {channels} channels; got {group_size}. Nearest that does: {nearest}"
+        )

@@ -7,11 +7,11 @@ import torch
 from jaxtyping import Float, Float16, Float32, UInt8
 from torch import Tensor
 
-from artifacts.affine import round_outward
 from artifacts.checks import check_bits, check_boundaries, check_levels, check_vector
 from artifacts.codes import Codes
-from artifacts.packing import pack, unpack
+from artifacts.mixed_radix import pack_levels, unpack_levels
 from artifacts.quantizer import Context, Quantizer
+from artifacts.rounding import round_outward
 
 _FEW_LEVELS = 16
 """Up to here comparing with every boundary is quicker than a binary search (2048 x 1024 values, two cores)."""
@@ -25,11 +25,12 @@ class Codebook(Quantizer):
     Parameters
     ----------
     bits : int
-        Code width, 1 to 8; the table has 2^bits levels.
+        Code width, 1 to 8; a table has at most 2^bits levels and more than half as many. Where they are fewer, codes
+        are stored in mixed radix.
     scale, offset : Float32[Tensor, "channels"]
         What the levels are multiplied by and shifted by, in units of x.
     levels : Float16[Tensor, "tables levels"]
-        Ascending; one table for all channels, or one for each.
+        Ascending; one table for all channels, or one for each of as many equal runs of channels (heads, channels).
     boundaries : Float32[Tensor, "tables levels-1"] or None
         Where a code ends and the next begins, in units of the levels; None for the middles, where codes are nearest.
     """
@@ -52,10 +53,10 @@ class Codebook(Quantizer):
 
     def _encode(self, x: Float[Tensor, "tokens channels"], context: Context) -> Codes:
         codes = codes_of((x.float() - self.offset) / self.scale, self.levels, self.boundaries)
-        return Codes(tensors={"codes": pack(codes, self.bits)}, shape=(x.shape[0], x.shape[1]), dtype=x.dtype)
+        return Codes(tensors={"codes": pack_levels(codes, self.levels.shape[1])}, shape=(x.shape[0], x.shape[1]), dtype=x.dtype)
 
     def _decode(self, codes: Codes, context: Context) -> Float[Tensor, "tokens channels"]:
-        indices = unpack(codes.tensors["codes"], self.bits, codes.shape[1])
+        indices = unpack_levels(codes.tensors["codes"], self.levels.shape[1], codes.shape[1])
         return self.offset + self.scale * look_up(self.levels, indices)
 
     def deviation(self, x: Float[Tensor, "tokens channels"]) -> Float[Tensor, "tokens channels"]:
@@ -71,7 +72,7 @@ class DynamicCodebook(Quantizer):
     Parameters
     ----------
     bits : int
-        Code width, 1 to 8; the table has 2^bits levels.
+        Code width, 1 to 8; the table has at most 2^bits levels and more than half as many.
     levels : Float16[Tensor, "1 levels"]
         Ascending.
     boundaries : Float32[Tensor, "1 levels-1"] or None
@@ -98,11 +99,11 @@ class DynamicCodebook(Quantizer):
             torch.maximum(high - offset.float(), offset.float() - low), up=True, who=self.label, positive=True
         )
         codes = codes_of((wide - offset.float()) / scale.float(), self.levels, self.boundaries)
-        tensors = {"codes": pack(codes, self.bits), "scale": scale, "offset": offset}
+        tensors = {"codes": pack_levels(codes, self.levels.shape[1]), "scale": scale, "offset": offset}
         return Codes(tensors=tensors, shape=(x.shape[0], x.shape[1]), dtype=x.dtype)
 
     def _decode(self, codes: Codes, context: Context) -> Float[Tensor, "tokens channels"]:
-        indices = unpack(codes.tensors["codes"], self.bits, codes.shape[1])
+        indices = unpack_levels(codes.tensors["codes"], self.levels.shape[1], codes.shape[1])
         return codes.tensors["offset"].float() + codes.tensors["scale"].float() * look_up(self.levels, indices)
 
 
@@ -115,12 +116,14 @@ def codes_of(
     if boundaries is None:
         wide = levels.float()
         boundaries = (wide[:, 1:] + wide[:, :-1]) / 2
+    if len(boundaries) > 1:
+        boundaries = _per_channel(boundaries, a.shape[1])
     if boundaries.shape[1] < _FEW_LEVELS:
         codes = torch.zeros(a.shape, dtype=torch.uint8, device=a.device)
         for boundary in boundaries.unbind(dim=1):
             codes += a > boundary
         return codes
-    if boundaries.shape[0] == 1:
+    if len(boundaries) == 1:
         return torch.bucketize(a, boundaries[0], out_int32=True).to(torch.uint8)
     return torch.searchsorted(boundaries, a.T.contiguous(), out_int32=True).T.to(torch.uint8)
 
@@ -129,6 +132,11 @@ def look_up(
     levels: Float16[Tensor, "tables levels"], indices: UInt8[Tensor, "tokens channels"]
 ) -> Float32[Tensor, "tokens channels"]:
     """Each code's level."""
-    if levels.shape[0] == 1:
+    if len(levels) == 1:
         return torch.take(levels[0].float(), indices.long())
-    return levels.float().T.gather(0, indices.long())
+    return _per_channel(levels.float(), indices.shape[1]).T.gather(0, indices.long())
+
+
+def _per_channel(tables: Tensor, channels: int) -> Tensor:
+    """A row for each channel, where several channels may share a table."""
+    return tables.repeat_interleave(channels // len(tables), dim=0)

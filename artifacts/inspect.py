@@ -47,8 +47,8 @@ def table(found: dict[str, Any]) -> str:
     ]
     rows = []
     for name, site in found["sites"].items():
-        span = "{:.4g} .. {:.4g}".format(*site["range"]) if site["range"] else "each token's own"
-        rows.append(f"{name:24} {site['bits']:>4} {site['static_bytes']:>8}  {span:26} {site['quantizer']}")
+        span = "{:.4g} .. {:.4g}".format(*site["range"]) if site["range"] else "not static"
+        rows.append(f"{name:24} {site['bits']:>4.3g} {site['static_bytes']:>8}  {span:26} {site['quantizer']}")
         rows += [f"{'':40}{line}" for line in _level_lines(site)]
     sources = sorted({site["fitted_from"] for site in found["sites"].values()})
     return "\n".join([*head, *rows, "", "fitted from " + "; ".join(sources)])
@@ -79,32 +79,44 @@ def _site(site: Site, spec: QuantSpec, manifest: Manifest, stored: Stored) -> di
 def _entry(site: Site, spec: QuantSpec, manifest: Manifest, stored: Stored) -> dict[str, Any]:
     arrays = {n.partition("/")[2]: a for n, a in stored.arrays.items() if n.startswith(f"{site}/")}
     tensors = {name.rpartition(".")[2]: array for name, array in arrays.items()}
-    levels = tensors.get("levels")
+    tables = _tables(tensors)
     return {
         "quantizer": spec.describe(),
         "kind": spec.kind,
         "bits": spec.bits,
         "static_bytes": int(sum(array.nbytes for array in arrays.values())),
-        "range": _range(tensors, spec),
-        "tables": 0 if levels is None else int(levels.shape[0]),
-        "levels": [] if levels is None else [round(float(level), 6) for level in levels[0]],
+        "range": _range(tensors, tables, spec),
+        "tables": len(tables),
+        "levels": [round(float(level), 6) for level in tables[0]] if tables else [],
         "fitted_from": manifest.fit_sources.get(str(site), "unknown"),
     }
 
 
-def _range(tensors: dict[str, Array], spec: QuantSpec) -> list[float] | None:
-    """Smallest and largest value that static parameters can give back, over all channels."""
-    scale = tensors.get("scale")
-    if scale is None:
+def _tables(tensors: dict[str, Array]) -> list[Array]:
+    """Tables of levels, of equal or of different lengths."""
+    levels, lengths = tensors.get("levels"), tensors.get("n_levels")
+    if levels is None:
+        return []
+    return list(levels) if lengths is None else np.split(levels, np.cumsum(lengths.astype(np.int64))[:-1])
+
+
+def _range(tensors: dict[str, Array], tables: list[Array], spec: QuantSpec) -> list[float] | None:
+    """Smallest and largest value that static parameters can give back, over all channels; None where none say so."""
+    if "bits" not in _innermost(spec).options or "scale" not in tensors or {"basis", "mean"} & set(tensors):
         return None
-    scale = scale.astype(np.float64)
-    levels = tensors.get("levels")
+    scale = tensors["scale"].astype(np.float64)
     if "offset" not in tensors:  # symmetric: one code less, zero in the middle
         largest = float((scale * (2 ** (spec.bits - 1) - 1)).max())
         return [-largest, largest]
-    offset, top = tensors["offset"].astype(np.float64), float(2**spec.bits - 1)
-    low, high = (0.0, top) if levels is None else (levels[:, 0].astype(float), levels[:, -1].astype(float))
+    offset = tensors["offset"].astype(np.float64)
+    runs = len(scale) // max(1, len(tables))
+    ends = [(float(table[0]), float(table[-1])) for table in tables] or [(0.0, 2.0**spec.bits - 1)] * len(scale)
+    low, high = (np.repeat(end, runs if tables else 1) for end in np.transpose(ends))
     return [float((offset + scale * low).min()), float((offset + scale * high).max())]
+
+
+def _innermost(spec: QuantSpec) -> QuantSpec:
+    return spec if spec.inner is None else _innermost(spec.inner)
 
 
 def _level_lines(site: dict[str, Any]) -> list[str]:

@@ -7,6 +7,9 @@ from typing import Any
 
 Option = int | float | bool | str
 
+_FORMAT_BITS: Mapping[object, Option] = {"e4m3": 8, "e5m2": 8, "mxfp4": 4, "nvfp4": 4}
+"""Code widths of the floating-point formats."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class QuantSpec:
@@ -67,8 +70,8 @@ class QuantSpec:
         return cls(kind=data["kind"], options=data["options"], inner=inner)
 
     @property
-    def bits(self) -> int:
-        """Code width of the innermost quantizer; 16 means kept exact.
+    def bits(self) -> float:
+        """Code width of the innermost quantizer, a mean where widths differ; 16 means kept exact.
 
         Raises
         ------
@@ -77,13 +80,17 @@ class QuantSpec:
         """
         if self.inner is not None:
             return self.inner.bits
-        bits = self.options.get("bits", 16)
-        if type(bits) is not int or not 1 <= bits <= 16:
-            raise ValueError(f"{self.kind}: bits must be an integer from 1 to 16; got {bits!r:.60}")
+        bits = _FORMAT_BITS.get(self.options.get("format"), self.options.get("bits", 16))
+        if isinstance(bits, bool | str) or not 0 <= bits <= 16:
+            raise ValueError(f"{self.kind}: bits must be a number from 0 to 16; got {bits!r:.60}")
         return bits
 
     def describe(self) -> str:
         """One phrase for tables, such as `percentile_sparse(outlier_fraction=0.01) of codebook(bits=3)`."""
-        shown = ", ".join(f"{k}={v}" for k, v in self.options.items() if k != "channels" and v is not False)
+        shown = ", ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in self._shown())
         own = f"{self.kind}({shown})" if shown else self.kind
         return own if self.inner is None else f"{own} of {self.inner.describe()}"
+
+    def _shown(self) -> list[tuple[str, Option]]:
+        """Options worth a word."""
+        return [(name, value) for name, value in self.options.items() if name != "channels" and value is not False]

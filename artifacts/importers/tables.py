@@ -7,8 +7,9 @@ import torch
 from jaxtyping import Float16, Float32, Float64
 from torch import Tensor
 
-from artifacts.affine import Affine, DynamicAffine
+from artifacts.affine import Affine
 from artifacts.codebook import Codebook, DynamicCodebook
+from artifacts.dynamic_affine import DynamicAffine
 from artifacts.errors import CorruptArtifactError
 from artifacts.importers.hints import Hints
 from artifacts.quantizer import Quantizer
