@@ -5,14 +5,25 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from artifacts.affine import Affine, DynamicAffine
+from artifacts.affine import Affine
+from artifacts.block_float import BlockFloat
+from artifacts.centred import Centred
 from artifacts.codebook import Codebook, DynamicCodebook
+from artifacts.compact_sparse import CompactSparse
+from artifacts.dynamic_affine import DynamicAffine
 from artifacts.errors import ArtifactError, CorruptArtifactError, UnknownKindError
+from artifacts.float8 import DynamicFloat8, Float8
+from artifacts.hadamard import Hadamard
 from artifacts.identity import Identity
+from artifacts.mixed_codebook import MixedCodebook
+from artifacts.normalised import Normalised
 from artifacts.quantizer import Quantizer
+from artifacts.rotated import Rotated
+from artifacts.signed_affine import SignedAffine
 from artifacts.sites import Site
 from artifacts.sparse import PercentileSparse, RankSparse, ThresholdSparse
 from artifacts.spec import QuantSpec
+from artifacts.streaming import Streaming
 
 KINDS: dict[str, type[Quantizer]] = {
     kind.kind: kind
@@ -20,11 +31,22 @@ KINDS: dict[str, type[Quantizer]] = {
         Identity,
         Affine,
         DynamicAffine,
+        SignedAffine,
         Codebook,
         DynamicCodebook,
+        MixedCodebook,
+        Float8,
+        DynamicFloat8,
+        BlockFloat,
+        Streaming,
         ThresholdSparse,
         PercentileSparse,
         RankSparse,
+        CompactSparse,
+        Rotated,
+        Hadamard,
+        Centred,
+        Normalised,
     )
 }
 

@@ -15,30 +15,17 @@ from torch import Tensor
 from artifacts.checks import check_vector
 from artifacts.codes import Codes
 from artifacts.errors import NonFiniteError
-from artifacts.quantizer import Context, Quantizer
+from artifacts.quantizer import Context
+from artifacts.wrapper import AbstractWrapper
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class AbstractSparse(Quantizer):
+class AbstractSparse(AbstractWrapper):
     """Keeps the values that `mask` names beside the codes of `inner`."""
-
-    inner: Quantizer
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not isinstance(self.inner, Quantizer) or self.inner.channels != self.channels:
-            raise ValueError(
-                f"{self.kind}: inner must be a quantizer of {self.channels} channels; got {self.inner!r:.60}"
-            )
 
     @abstractmethod
     def mask(self, x: Float32[Tensor, "tokens channels"]) -> Bool[Tensor, "tokens channels"]:
         """True where a value is kept exact."""
-
-    @property
-    def tokens_per_scale(self) -> int | None:
-        """That of the wrapped quantizer."""
-        return self.inner.tokens_per_scale
 
     @final
     def _encode(self, x: Float[Tensor, "tokens channels"], context: Context) -> Codes:
@@ -158,17 +145,21 @@ class RankSparse(AbstractSparse):
 
     def mask(self, x: Float32[Tensor, "tokens channels"]) -> Bool[Tensor, "tokens channels"]:
         """True at the largest deviations, as the wrapped quantizer measures them."""
-        deviation = self.inner.deviation(x)
-        least = deviation.topk(self.outliers_per_token, dim=1).values[:, -1:]
-        beyond, level = deviation > least, deviation == least
-        missing = self.outliers_per_token - beyond.sum(dim=1, keepdim=True)
-        return beyond | (level & (level.cumsum(dim=1) <= missing))
+        return furthest(self.inner.deviation(x), self.outliers_per_token)
 
     def _store_counts(self, rows: Int64[Tensor, " outliers"], n_tokens: int) -> dict[str, Tensor]:
         return {}
 
     def _counts(self, codes: Codes) -> Int64[Tensor, " tokens"]:
         return torch.full((codes.shape[0],), self.outliers_per_token, device=codes.tensors["indices"].device)
+
+
+def furthest(deviation: Float[Tensor, "*rows values"], count: int) -> Bool[Tensor, "*rows values"]:
+    """True at the `count` largest values of each row; of equals, at the first."""
+    least = deviation.topk(count, dim=-1).values[..., -1:]
+    beyond, level = deviation > least, deviation == least
+    missing = count - beyond.sum(dim=-1, keepdim=True)
+    return beyond | (level & (level.cumsum(dim=-1) <= missing))
 
 
 def upper_quantile(x: Float32[Tensor, "tokens channels"], tail: float) -> Float32[Tensor, "tokens 1"]:
