@@ -53,7 +53,9 @@ class Codebook(Quantizer):
 
     def _encode(self, x: Float[Tensor, "tokens channels"], context: Context) -> Codes:
         codes = codes_of((x.float() - self.offset) / self.scale, self.levels, self.boundaries)
-        return Codes(tensors={"codes": pack_levels(codes, self.levels.shape[1])}, shape=(x.shape[0], x.shape[1]), dtype=x.dtype)
+        return Codes(
+            tensors={"codes": pack_levels(codes, self.levels.shape[1])}, shape=(x.shape[0], x.shape[1]), dtype=x.dtype
+        )
 
     def _decode(self, codes: Codes, context: Context) -> Float[Tensor, "tokens channels"]:
         indices = unpack_levels(codes.tensors["codes"], self.levels.shape[1], codes.shape[1])

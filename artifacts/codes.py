@@ -1,7 +1,7 @@
 """What a quantizer stores for some tokens."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,7 +14,9 @@ class Codes:
     Parameters
     ----------
     tensors : Mapping[str, Tensor]
-        Packed codes and the parameters of this call (scales, outliers, ...), by name.
+        Packed codes and the parameters of this call (scales, outliers, ...), by name. Each is ordered by token along
+        its first axis: a row for every token or group of tokens, or a list with several entries for each token. Where
+        their number varies, the row-wise tensor `counts` holds it, and all its companions are such lists.
     shape : tuple[int, int]
         Tokens and channels of what was encoded.
     dtype : torch.dtype
@@ -31,5 +33,64 @@ class Codes:
     @property
     def nbytes(self) -> int:
         """Bytes of everything that is stored, scales and indices included."""
-        own = sum(tensor.nbytes for tensor in self.tensors.values())
-        return own + (0 if self.inner is None else self.inner.nbytes)
+        return sum(tensor.nbytes for tensor in self.all_tensors())
+
+    def all_tensors(self) -> Iterator[Tensor]:
+        """Everything that is stored, the wrapper's before that of what it wraps."""
+        yield from self.tensors.values()
+        if self.inner is not None:
+            yield from self.inner.all_tensors()
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Codes":
+        """The same codes with every tensor changed, such as moved to another device."""
+        return replace(
+            self,
+            tensors={name: change(tensor) for name, tensor in self.tensors.items()},
+            inner=None if self.inner is None else self.inner.map(change),
+        )
+
+    @staticmethod
+    def cat(parts: Sequence["Codes"]) -> "Codes":
+        """The codes of consecutive tokens as one: what their quantizer gives for all of them at once.
+
+        For quantizers whose scales belong to a group of tokens, every part but the last consists of whole groups.
+        """
+        first, *others = parts
+        if not others:
+            return first
+        inner = [part.inner for part in parts if part.inner is not None]
+        return replace(
+            first,
+            tensors={name: torch.cat([part.tensors[name] for part in parts]) for name in first.tensors},
+            shape=(sum(part.shape[0] for part in parts), first.shape[1]),
+            inner=Codes.cat(inner) if inner else None,
+        )
+
+    def first(self, n_tokens: int) -> "Codes":
+        """The codes of the first `n_tokens` tokens, in memory of their own.
+
+        Raises
+        ------
+        ValueError
+            If that would divide a group of tokens, or a list whose entries cannot be told apart by token.
+        """
+        return replace(
+            self,
+            tensors={name: tensor[: self._n_entries(name, n_tokens)].clone() for name, tensor in self.tensors.items()},
+            shape=(n_tokens, self.shape[1]),
+            inner=None if self.inner is None else self.inner.first(n_tokens),
+        )
+
+    def _n_entries(self, name: str, n_tokens: int) -> int:
+        """How far into a tensor the first tokens reach."""
+        total, tensor, counts = self.shape[0], self.tensors[name], self.tensors.get("counts")
+        if n_tokens == total:
+            return len(tensor)
+        if counts is not None and name != "counts":
+            return int(counts[:n_tokens].sum())
+        shared = any(other.ndim > 1 and len(other) < total for other in self.tensors.values())
+        if n_tokens * len(tensor) % total or (tensor.ndim == 1 and shared):
+            raise ValueError(
+                f"Codes: {name} of shape {tuple(tensor.shape)} holds {total} tokens and cannot be cut after {n_tokens}"
+            )
+        return n_tokens * len(tensor) // total

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 import torch
-from jaxtyping import Bool, Float, Float32, Int64, UInt8
+from jaxtyping import Bool, Float, Float32, Int64, Shaped, UInt8
 from torch import Tensor
 
 from artifacts.checks import check_vector
@@ -25,7 +25,7 @@ from artifacts.wrapper import AbstractWrapper
 class CompactSparse(AbstractWrapper):
     """Adds an 8-bit residual to the `outliers_per_head` values of each token and head that lie furthest out.
 
-    The wrapped quantizer sees the token with its outliers moved to the edge of the rest; what it then misses of them is
+    The wrapped quantizer sees each head with its outliers moved to the edge of the rest; what it then misses of them is
     kept as float8 (e4m3: three bits of mantissa, so within 1/16 of itself), and is never enlarged by that.
 
     Parameters
@@ -58,13 +58,13 @@ class CompactSparse(AbstractWrapper):
 
     def mask(self, x: Float32[Tensor, "tokens channels"]) -> Bool[Tensor, "tokens channels"]:
         """True at each head's largest deviations, as the wrapped quantizer measures them."""
-        return furthest(self.inner.deviation(x).unflatten(1, (-1, self.head_dim)), self.outliers_per_head).flatten(1)
+        return furthest(self._heads(self.inner.deviation(x)), self.outliers_per_head).flatten(1)
 
     def _encode(self, x: Float[Tensor, "tokens channels"], context: Context) -> Codes:
         wide = x.float()
         mask = self.mask(wide)
         channels = mask.nonzero(as_tuple=True)[1].view(len(x), self._outliers)
-        dense = self.inner._encode(move_to_edge(wide, mask), context)
+        dense = self.inner._encode(move_to_edge(self._heads(wide), self._heads(mask)).flatten(1), context)
         missed = (wide - self.inner._decode(dense, context)).gather(1, channels)
         tensors = {
             "indices": pack(channels % self.head_dim, self._index_bits),
@@ -77,6 +77,10 @@ class CompactSparse(AbstractWrapper):
         x = self.inner._decode(codes.inner, context)
         missed = from_float8(codes.tensors["values"], "e4m3") * self.value_scale
         return x.scatter_add(1, self._channels(codes.tensors["indices"]), missed)
+
+    def _heads(self, x: Tensor) -> Shaped[Tensor, "tokens heads head_dim"]:
+        heads: Tensor = x.unflatten(1, (-1, self.head_dim))
+        return heads
 
     @property
     def _outliers(self) -> int:

@@ -95,11 +95,13 @@ class DynamicAffine(Quantizer):
     def _grouped(self, x: Tensor) -> Tensor:
         """Values that share a scale side by side: "tokens groups group", else "groups group channels"."""
         if self.per == "token":
-            return x.unflatten(1, (-1, self.group_size or self.channels))
+            of_tokens: Tensor = x.unflatten(1, (-1, self.group_size or self.channels))
+            return of_tokens
         size = self.group_size or max(1, len(x))
         if len(x) % size:  # the last group is filled up with its last token, which widens no range
             x = torch.cat([x, x[-1:].expand(-len(x) % size, -1)])
-        return x.unflatten(0, (len(x) // size, size))
+        of_channels: Tensor = x.unflatten(0, (len(x) // size, size))
+        return of_channels
 
     def _parameters(self, low: Tensor, high: Tensor) -> dict[str, Float16[Tensor, "..."]]:
         """Rounded outwards, so that the range of the stored parameters holds every value that is not clipped."""

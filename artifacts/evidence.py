@@ -113,6 +113,7 @@ def understand(index: int, name: str, seen: Evidence) -> AttentionLayer:
         rotation=rotation,
         rotary_dim=rotary_dim,
         sliding_window=_sliding_window(seen.module, index),
+        frequencies=_frequencies(seen.position_embeddings, rotation, order),
         table_order=order,
         **taps,
     )
@@ -189,6 +190,16 @@ def _rotation(x: Tensor, cached: Tensor, position_embeddings: object, source: st
         if fits and _agree(cached, rotate(x.float(), cos, sin, rotation), x):
             return rotation, order, 2 * pairs
     raise Refusal(f"the cached key is not what {source} returns, rotated or not")
+
+
+def _frequencies(position_embeddings: object, rotation: Rotation, order: TableOrder) -> tuple[float, ...]:
+    """Radians per position of each rotary pair, read off the second position of the model's own tables."""
+    if rotation == "none":
+        return ()
+    cos, sin = (spread(table[0, 1].double(), order, rotation) for table in _cos_sin(position_embeddings))
+    angles = torch.atan2(sin, cos)
+    pairs: list[float] = (angles[: len(angles) // 2] if rotation == "half" else angles[::2]).tolist()
+    return tuple(pairs)
 
 
 def _cos_sin(position_embeddings: object) -> tuple[Tensor, ...]:

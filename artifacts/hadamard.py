@@ -1,5 +1,6 @@
 """The Walsh-Hadamard transform: a fixed rotation that spreads every outlier over its block."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, final
 
@@ -74,4 +75,4 @@ def hadamard(x: Float32[Tensor, "tokens channels"], group_size: int) -> Float32[
     for _ in range(group_size.bit_length() - 1):
         first, second = blocks.chunk(2, dim=2)
         blocks = torch.stack([first + second, first - second], dim=-1).flatten(2)
-    return (blocks * group_size**-0.5).flatten(1)
+    return (blocks * math.sqrt(1 / group_size)).flatten(1)

@@ -79,7 +79,9 @@ class MixedRadix:
         digits = codes.new_zeros(self._radices.numel(), n_tokens)
         digits[self._place[self._coded].to(device)] = codes[self._coded.to(device)]
         words = torch.zeros(self._radices.shape[1], n_tokens, dtype=torch.int64, device=device)
-        for radices, digit in zip(self._radices.to(device).flip(0), digits.view(len(self._radices), *words.shape).flip(0), strict=True):
+        for radices, digit in zip(
+            self._radices.to(device).flip(0), digits.view(len(self._radices), *words.shape).flip(0), strict=True
+        ):
             words.mul_(radices).add_(digit)
         words <<= (self._first_bit % 8).to(device)[:, None]
         rows = torch.zeros(self.bytes_per_token + 8, n_tokens, dtype=torch.int64, device=device)

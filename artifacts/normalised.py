@@ -1,5 +1,6 @@
 """Tokens, or their heads, without their norm."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
@@ -75,12 +76,12 @@ class Normalised(AbstractWrapper):
     @property
     def _unit(self) -> float:
         """What the wrapped quantizer's one is in root mean squares."""
-        return 1.0 if self.target == "unit_variance" else self._width**0.5
+        return 1.0 if self.target == "unit_variance" else math.sqrt(self._width)
 
     def _sizes(self, x: Float32[Tensor, "tokens channels"]) -> Float32[Tensor, "tokens groups"]:
         """Root mean square of each group."""
         norms: Tensor = norm(x.unflatten(1, (-1, self._width))).squeeze(2)
-        return norms * self._width**-0.5
+        return norms / math.sqrt(self._width)
 
     def _half(self, sizes: Float32[Tensor, "tokens groups"]) -> Float16[Tensor, "tokens groups"]:
         return nearest_half(sizes, who=self.label)

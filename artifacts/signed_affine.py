@@ -51,7 +51,8 @@ class SignedAffine(Quantizer):
 
     def _decode(self, codes: Codes, context: Context) -> Float[Tensor, "tokens channels"]:
         steps = unpack(codes.tensors["codes"], self.bits, codes.shape[1]).float() - self._middle
-        return (codes.tensors["scale"].float()[..., None] * steps.unflatten(1, (-1, self.group_size))).flatten(1)
+        x: Tensor = codes.tensors["scale"].float()[..., None] * steps.unflatten(1, (-1, self.group_size))
+        return x.flatten(1)
 
     @property
     def _middle(self) -> int:

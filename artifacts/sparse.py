@@ -171,11 +171,11 @@ def upper_quantile(x: Float32[Tensor, "tokens channels"], tail: float) -> Float3
 
 
 def move_to_edge(
-    x: Float32[Tensor, "tokens channels"], mask: Bool[Tensor, "tokens channels"]
-) -> Float32[Tensor, "tokens channels"]:
-    """Each token with its masked values moved to the nearer end of the range of its other values."""
-    low = x.masked_fill(mask, torch.inf).amin(dim=1, keepdim=True)
-    high = x.masked_fill(mask, -torch.inf).amax(dim=1, keepdim=True)
+    x: Float32[Tensor, "*rows values"], mask: Bool[Tensor, "*rows values"]
+) -> Float32[Tensor, "*rows values"]:
+    """Each row with its masked values moved to the nearer end of the range of its other values."""
+    low = x.masked_fill(mask, torch.inf).amin(dim=-1, keepdim=True)
+    high = x.masked_fill(mask, -torch.inf).amax(dim=-1, keepdim=True)
     moved = torch.minimum(torch.maximum(x, low), high)
     return torch.where(torch.isfinite(moved), moved, 0.0)
 

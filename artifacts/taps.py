@@ -80,6 +80,9 @@ class AttentionLayer:
         Leading channels of each head that rotate; 0 without rotation.
     sliding_window : int or None
         Number of tokens that a query reaches back; None if it sees all.
+    frequencies : tuple of float
+        By how many radians a position turns each rotary pair, in the order of the pairs' first channels; empty without
+        rotation.
     table_order : {'as_read', 'halves', 'once'}
         How the model lays out its cosines and sines: as `rotate` reads them, all frequencies twice over
         although pairs are interleaved (GLM), or each frequency once (gpt-oss). See `tables`.
@@ -97,6 +100,7 @@ class AttentionLayer:
     rotation: Rotation
     rotary_dim: int
     sliding_window: int | None
+    frequencies: tuple[float, ...] = ()
     table_order: TableOrder = "as_read"
 
     @property

@@ -18,6 +18,7 @@ from artifacts.sites import Stage
 from artifacts.taps import evaluating
 from calib.capture import collect, single_windows, site_shapes
 from calib.fitting import fit
+from calib.layer_choice import check
 from calib.recipe import Recipe, load_recipe
 from calib.statistics.model_statistics import ModelStatistics, Origin
 from calib.statistics.site_statistics import Tier
@@ -33,6 +34,7 @@ def calibrate(
     *,
     bits: int | None = None,
     tier: Tier = "basic",
+    fisher: bool = False,
 ) -> Artifact:
     """Fits quantizers for the key-value cache of a model.
 
@@ -48,6 +50,8 @@ def calibrate(
         Code width for keys and values; None leaves it to the recipe.
     tier : {'basic', 'full'}
         Which statistics to take.
+    fisher : bool
+        Take squared gradients too: one backward pass for each window.
 
     Returns
     -------
@@ -56,6 +60,8 @@ def calibrate(
 
     Raises
     ------
+    RecipeError
+        If the recipe cannot be read, or does not go with the model's shape.
     UnsupportedModelError
         If a layer cannot be handled, with the reason.
     NonFiniteError
@@ -65,7 +71,8 @@ def calibrate(
     if bits is not None:
         chosen = chosen.edited({"key": with_bits(bits), "value": with_bits(bits)})
     layers = attention_layers(model)
-    statistics = new_statistics(model, layers, stage=chosen.stage, tier=tier)
+    check(chosen, site_shapes(layers, chosen.stage))
+    statistics = new_statistics(model, layers, stage=chosen.stage, tier=tier, fisher=fisher)
     add_windows(model, layers, statistics, windows)
     return fit(statistics, chosen)
 
@@ -81,6 +88,7 @@ def new_statistics(
     *,
     stage: Stage = "pre_rope",
     tier: Tier = "basic",
+    fisher: bool = False,
     **origin: Any,
 ) -> ModelStatistics:
     """Empty statistics for a model.
@@ -95,6 +103,8 @@ def new_statistics(
         Where keys and queries are taken.
     tier : {'basic', 'full'}
         Which statistics to take.
+    fisher : bool
+        Whether squared gradients are taken too, by one backward pass for each window.
     **origin
         `model_id`, `corpus`, `seed` and `tokenizer_digest`, as far as they are known.
 
@@ -106,7 +116,7 @@ def new_statistics(
     fingerprint = model_fingerprint(model, layers, origin.pop("tokenizer_digest", None))
     known = {"model_id": None, "corpus": "windows", "seed": None, **origin}
     statistics = ModelStatistics(
-        site_shapes(layers, stage), tier, Origin(model=fingerprint, tool_version=tool_version(), **known)
+        site_shapes(layers, stage), tier, Origin(model=fingerprint, tool_version=tool_version(), **known), fisher=fisher
     )
     check_memory(statistics, next(model.parameters()).device)
     return statistics

@@ -1,6 +1,7 @@
-"""One forward pass per batch of windows, and what the sites gave during it."""
+"""One forward pass per batch of windows, and what the sites gave during it; a backward pass where it is asked for."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from artifacts.attention import AttentionLayer, tapped
+from artifacts.errors import UnsupportedModelError
 from artifacts.layout import to_rows
 from artifacts.sites import Site, Stage
 from calib.statistics.model_statistics import ModelStatistics
@@ -17,17 +19,25 @@ from calib.windows import window_digests
 
 Vectors = dict[Site, Float[Tensor, "_ _"]]
 
+_NO_TARGET = -100
+"""In place of a token whose likelihood is not in the loss."""
+
 
 def site_shapes(layers: Sequence[AttentionLayer], stage: Stage) -> list[SiteShape]:
     """Keys and queries at one stage, and values, of every layer."""
     shapes = []
     for layer in layers:
-        pairs: dict[str, Any] = {"rotary_dim": layer.rotary_dim, "interleaved": layer.rotation == "interleaved"}
+        common: dict[str, Any] = {"head_dim": layer.head_dim, "module": layer.name}
+        pairs: dict[str, Any] = {
+            "rotary_dim": layer.rotary_dim,
+            "interleaved": layer.rotation == "interleaved",
+            "frequencies": layer.frequencies,
+        }
         key, query = Site(layer.layer, "key", stage), Site(layer.layer, "query", stage)
         shapes += [
-            SiteShape(site=key, heads=layer.kv_heads, head_dim=layer.head_dim, **pairs),
-            SiteShape(site=Site(layer.layer, "value"), heads=layer.kv_heads, head_dim=layer.head_dim),
-            SiteShape(site=query, heads=layer.q_heads, head_dim=layer.head_dim, **pairs),
+            SiteShape(site=key, heads=layer.kv_heads, **common, **pairs),
+            SiteShape(site=Site(layer.layer, "value"), heads=layer.kv_heads, **common),
+            SiteShape(site=query, heads=layer.q_heads, **common, **pairs),
         ]
     return shapes
 
@@ -56,20 +66,105 @@ def capture(
         False at padding, on either side; None where nothing is padded.
     """
     vectors: Vectors = {}
-    real = None if attention_mask is None else attention_mask.reshape(-1)
 
     def observer(site: Site) -> Callable[[Tensor], None]:
         def observe(x: Tensor) -> None:
-            rows = to_rows(x)
-            vectors[site] = (rows if real is None else rows[real.to(rows.device)]).clone()
+            vectors[site] = _real_rows(x, attention_mask)
 
         return observe
 
-    device = next(model.parameters()).device
-    padding = {} if attention_mask is None else _padding_arguments(attention_mask.to(device, torch.int64))
     with tapped(layers, {site: observer(site) for site in sites}):
-        model(input_ids=input_ids.to(device), use_cache=False, **padding)
+        _run(model, input_ids, attention_mask)
     return vectors
+
+
+def capture_with_gradients(
+    model: nn.Module,
+    layers: Sequence[AttentionLayer],
+    sites: Iterable[Site],
+    input_ids: Int64[Tensor, "windows tokens"],
+    attention_mask: Bool[Tensor, "windows tokens"] | None = None,
+) -> tuple[Vectors, Vectors]:
+    """What `capture` returns, and the gradient of the loss at each key and value: one backward pass more.
+
+    The loss is the negative log-likelihood of each real token after those before it, summed, so that every token
+    weighs alike in windows of any length. Until the backward pass ends, the activations of all layers are held.
+
+    Parameters
+    ----------
+    model, layers, sites, input_ids, attention_mask
+        As in `capture`. The weights get no gradient.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the model gives no logits.
+
+    References
+    ----------
+    arXiv:2401.18079, equation 7: the squares of these gradients are the weights of a key's or value's error.
+    """
+    vectors: Vectors = {}
+    sources: dict[Site, Tensor] = {}
+
+    def watcher(site: Site) -> Callable[[Tensor], Tensor | None]:
+        def watch(x: Tensor) -> Tensor | None:
+            vectors[site] = _real_rows(x.detach(), attention_mask)
+            if site.tensor == "query":
+                return None
+            # Nothing before the first keys needs a gradient, so that they and their values have none yet.
+            sources[site] = x if x.requires_grad else x.detach().requires_grad_()
+            return sources[site]
+
+        return watch
+
+    with _without_weight_gradients(model), torch.enable_grad():
+        with tapped(layers, {site: watcher(site) for site in sites}):
+            output = _run(model, input_ids, attention_mask)
+        loss = _summed_loss(output, input_ids, attention_mask)
+        found = torch.autograd.grad(loss, list(sources.values()))
+    return vectors, {site: _real_rows(g, attention_mask) for site, g in zip(sources, found, strict=True)}
+
+
+def _run(model: nn.Module, input_ids: Tensor, mask: Tensor | None) -> Any:
+    device = next(model.parameters()).device
+    padding = {} if mask is None else _padding_arguments(mask.to(device, torch.int64))
+    return model(input_ids=input_ids.to(device), use_cache=False, **padding)
+
+
+def _real_rows(x: Float[Tensor, "batch heads tokens head_dim"], mask: Tensor | None) -> Float[Tensor, "_ _"]:
+    rows = to_rows(x)
+    return (rows if mask is None else rows[mask.reshape(-1).to(rows.device)]).clone()
+
+
+@contextmanager
+def _without_weight_gradients(model: nn.Module) -> Iterator[None]:
+    """Autograd passes the weights by, which saves what their gradients would need."""
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    for weight in trained:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in trained:
+            weight.requires_grad_(True)
+
+
+def _summed_loss(output: Any, input_ids: Tensor, mask: Tensor | None) -> Float[Tensor, ""]:
+    """Negative log-likelihood of each real token that has a real one before it, in float32 or wider."""
+    logits = getattr(output, "logits", None)
+    if logits is None:
+        raise UnsupportedModelError(
+            f"calibrate: squared gradients need the logits of a causal language model; got {type(output).__name__} "
+            "without any. Pass the model with its output head, or calibrate without --fisher."
+        )
+    targets = input_ids[:, 1:]
+    if mask is not None:
+        targets = targets.masked_fill(~(mask[:, 1:] & mask[:, :-1]), _NO_TARGET)
+    wide = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
+    return nn.functional.cross_entropy(
+        wide.flatten(0, 1), targets.flatten().to(wide.device), reduction="sum", ignore_index=_NO_TARGET
+    )
 
 
 def collect(
@@ -85,13 +180,17 @@ def collect(
     Raises
     ------
     NonFiniteError
-        If the model gives NaN or infinity, with site, window and count.
+        If the model gives NaN or infinity, or a gradient is, with site, window and count.
     """
     number = len(statistics.windows)
     for input_ids, mask in batches:
         batch = token_batch(input_ids, mask, number)
+        arguments = (model, layers, statistics.sites, input_ids, mask)
         # Not bound to a name: it would live on through the next forward pass, and with it a second window's vectors.
-        statistics.update(batch, capture(model, layers, statistics.sites, input_ids, mask))
+        if statistics.fisher:
+            statistics.update(batch, *capture_with_gradients(*arguments))
+        else:
+            statistics.update(batch, capture(*arguments))
         number += len(input_ids)
 
 

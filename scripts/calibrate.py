@@ -48,6 +48,9 @@ def parser() -> argparse.ArgumentParser:
         "--statistics", choices=("basic", "full"), default="basic", help="what to gather (default: basic)"
     )
     parser.add_argument(
+        "--fisher", action="store_true", help="weigh by squared gradients: one backward pass per window"
+    )
+    parser.add_argument(
         "--save-statistics", type=Path, metavar="FILE", help="keep the statistics, to fit again or merge"
     )
     parser.add_argument(
@@ -72,7 +75,8 @@ def _main(argv: list[str]) -> int:
     from calib.recipe import load_recipe, shipped_recipes
 
     if args.list_recipes:
-        print("\n".join(f"{name:14} {load_recipe(name).source}" for name in shipped_recipes()))
+        width = max(map(len, shipped_recipes()))
+        print("\n".join(f"{name:{width}}  {load_recipe(name).source}" for name in shipped_recipes()))
         return 0
     recipe = load_recipe(args.recipe or "default")
     recipe = recipe.edited(options.recipe_changes(args, recipe.model_dump(mode="json")))
@@ -138,7 +142,9 @@ def _check_not_gathering(args: argparse.Namespace, source: str) -> None:
         If the command line says it nevertheless.
     """
     saved = () if args.merge else ("save_statistics",)
-    given = [name for name in ("model", "dataset", "seqlen", "nsamples", "shard", *saved) if getattr(args, name)]
+    given = [
+        name for name in ("model", "dataset", "seqlen", "nsamples", "shard", "fisher", *saved) if getattr(args, name)
+    ]
     if given:
         name = "MODEL" if given[0] == "model" else f"--{given[0]}".replace("_", "-")
         raise UsageError(
@@ -149,7 +155,9 @@ def _check_not_gathering(args: argparse.Namespace, source: str) -> None:
 def _gather(args: argparse.Namespace, recipe: "Recipe") -> "ModelStatistics":
     """Runs the model. After Ctrl-C the finished windows are kept where --save-statistics says so."""
     from calib.calibration import add_windows, gigabytes, new_statistics
+    from calib.capture import site_shapes
     from calib.corpus import check_dataset, load_corpus
+    from calib.layer_choice import check
     from calib.statistics.model_statistics import ModelStatistics
     from calib.windows import sample_windows
     from scripts.interrupt import between_items, remaining_windows
@@ -158,6 +166,8 @@ def _gather(args: argparse.Namespace, recipe: "Recipe") -> "ModelStatistics":
     n_windows = args.nsamples or NSAMPLES
     check_dataset(args.dataset)
     loaded = load_model(args)
+    layers = loaded.layers()
+    check(recipe, site_shapes(layers, recipe.stage))
     seqlen = loaded.window_tokens(args.seqlen)
     corpus = load_corpus(args.dataset, "calibration", loaded.encode, field=args.field)
     windows = sample_windows(corpus, n_windows=n_windows, seqlen=seqlen, seed=args.seed)
@@ -168,14 +178,15 @@ def _gather(args: argparse.Namespace, recipe: "Recipe") -> "ModelStatistics":
             raise UsageError(
                 f"--shard {number}/{total} of {n_windows} windows is empty; use at most {n_windows} shards"
             )
-    layers = loaded.layers()
     origin = {
         "model_id": loaded.model_id,
         "corpus": corpus.name,
         "seed": args.seed,
         "tokenizer_digest": loaded.tokenizer_digest,
     }
-    statistics = new_statistics(loaded.model, layers, stage=recipe.stage, tier=args.statistics, **origin)
+    statistics = new_statistics(
+        loaded.model, layers, stage=recipe.stage, tier=args.statistics, fisher=args.fisher, **origin
+    )
     say(f"statistics ({args.statistics}): {gigabytes(statistics.estimated_bytes())} at most")
     if args.resume:
         statistics.merge(ModelStatistics.load(args.resume))

@@ -28,10 +28,11 @@ import torch
 from torch import Tensor
 
 import artifacts
-from artifacts.affine import Affine, DynamicAffine
+from artifacts.affine import Affine
 from artifacts.artifact import FORMAT, Artifact, load, save
 from artifacts.codebook import Codebook, DynamicCodebook
 from artifacts.codes import Codes
+from artifacts.dynamic_affine import DynamicAffine
 from artifacts.errors import (
     ArtifactError,
     CorruptArtifactError,

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
-from artifacts.affine import DynamicAffine
 from artifacts.artifact import Artifact
+from artifacts.dynamic_affine import DynamicAffine
 from artifacts.identity import Identity
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site, Stage
@@ -286,7 +286,7 @@ def test_json_has_every_required_key(tiny_llama: LlamaForCausalLM, windows: Tens
     found = evaluate(tiny_llama, windows, everywhere(per_token)).to_json()
     assert set(found) >= REQUIRED
     assert found["fp"].keys() == found["quantized"].keys() == {"perplexity"}
-    assert set(found["bits"]) == {"key", "value", "static_bytes", "amortised"}
+    assert set(found["bits"]) == {"key", "value", "average", "static_bytes", "amortised"}
     assert set(found["bits"]["amortised"]) == {"2048", "32768", "131072"}
     assert "non_finite" not in found
     assert json.loads(json.dumps(found, allow_nan=False)) == found

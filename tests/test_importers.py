@@ -22,9 +22,10 @@ from foreign_files import (
 from safetensors.torch import load_file, save_file
 
 from artifacts import load, save
-from artifacts.affine import Affine, DynamicAffine
+from artifacts.affine import Affine
 from artifacts.artifact import Artifact
 from artifacts.codebook import Codebook, DynamicCodebook
+from artifacts.dynamic_affine import DynamicAffine
 from artifacts.errors import ArtifactError, CorruptArtifactError, MismatchError
 from artifacts.importers import Hints, open_artifact
 from artifacts.importers.tables import normal_float

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, PreTrainedModel
 
-from artifacts.affine import Affine, DynamicAffine
+from artifacts.affine import Affine
 from artifacts.artifact import Artifact
 from artifacts.attention import attention_layers, rotate, tapped
+from artifacts.dynamic_affine import DynamicAffine
 from artifacts.errors import MismatchError, NonFiniteError
 from artifacts.identity import Identity
 from artifacts.layout import to_rows

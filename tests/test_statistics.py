@@ -614,7 +614,11 @@ def test_query_energy_is_what_reads_a_key_channel(tiny_llama: LlamaForCausalLM, 
         for pair in range(4):
             expected[head, pair] = expected[head, pair + 4] = (own[pair] + own[pair + 4]) / 2
     torch.testing.assert_close(statistics.site(key, 2).query_energy, expected.view(-1))
-    assert statistics.site(Site(1, "value"), 2).query_energy is None
+    values = statistics.site(Site(1, "value"), 2)
+    assert values.query_energy is None
+    keys = statistics.site(key, 2)
+    scores = keys.rows.double().square() @ keys.query_energy
+    torch.testing.assert_close(values.token_weights, (scores / scores.mean()).float())
 
 
 # Memory

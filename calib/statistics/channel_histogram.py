@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int32, Int64
+from jaxtyping import Float, Float32, Float64, Int32, Int64, Shaped
 from torch import Tensor
 
 from calib.statistics.statistic import Statistic, adopt_device
@@ -12,7 +12,7 @@ _SIGNIFICANT_BITS = 28
 
 
 class ChannelHistogram(Statistic):
-    """Counts per channel in `bins` bins of one power-of-two width, edges at whole multiples of the width.
+    """Counts, or sums of weights, per channel in `bins` bins of one power-of-two width, edges at whole multiples of it.
 
     The width is the smallest that lets the bins span the channel's minimum and maximum, so it follows from the data
     alone; when it doubles, each two neighbouring bins add up exactly.
@@ -23,20 +23,24 @@ class ChannelHistogram(Statistic):
         Channels of a token.
     bins : int
         Bins per channel; between half and all of them lie within the range.
+    dtype : torch.dtype
+        int32 to count values, float64 to add up their weights; the bins are the same.
     """
 
     STATE = ("minimum", "maximum", "exponent", "first", "counts")
 
-    def __init__(self, channels: int, bins: int = 2048) -> None:
+    def __init__(self, channels: int, bins: int = 2048, dtype: torch.dtype = torch.int32) -> None:
         self.bins = bins
         self.minimum = torch.full((channels,), torch.inf)
         self.maximum = torch.full((channels,), -torch.inf)
         self.exponent = torch.full((channels,), -200, dtype=torch.int32)
         self.first = torch.zeros(channels, dtype=torch.int32)
-        self.counts = torch.zeros(channels, bins, dtype=torch.int32)
+        self.counts = torch.zeros(channels, bins, dtype=dtype)
 
-    def update(self, x: Float[Tensor, "tokens channels"]) -> None:
-        """Takes in finite tokens."""
+    def update(
+        self, x: Float[Tensor, "tokens channels"], weights: Float64[Tensor, "tokens channels"] | None = None
+    ) -> None:
+        """Takes in finite tokens; without weights every value counts as one."""
         if x.shape[0] == 0:
             return
         adopt_device(self, x.device)
@@ -46,7 +50,8 @@ class ChannelHistogram(Statistic):
         per_width = torch.ldexp(torch.ones_like(low), -self.exponent)
         rows = torch.arange(x.shape[1], dtype=torch.int32, device=x.device) * self.bins
         flat = (wide * per_width).floor_().int().add_(rows - self.first).view(-1)
-        self.counts += torch.bincount(flat, minlength=self.counts.numel()).view_as(self.counts).to(torch.int32)
+        flat_weights = None if weights is None else weights.reshape(-1)
+        self.counts += torch.bincount(flat, flat_weights, minlength=self.counts.numel()).view_as(self.counts)
 
     def merge(self, other: "ChannelHistogram") -> None:
         """Takes in what another statistic has seen."""
@@ -63,8 +68,8 @@ class ChannelHistogram(Statistic):
 
     def occupied(
         self,
-    ) -> tuple[Int64[Tensor, " occupied"], Float32[Tensor, " occupied"], Int32[Tensor, " occupied"]]:
-        """Channel, middle in units of x, and count of every bin that holds a value, ascending by channel and value."""
+    ) -> tuple[Int64[Tensor, " occupied"], Float32[Tensor, " occupied"], Shaped[Tensor, " occupied"]]:
+        """Channel, middle in units of x, and count of every bin that has one, ascending by channel and value."""
         where = torch.from_numpy(np.flatnonzero((self.counts > 0).cpu().numpy())).to(self.counts.device)
         channels = torch.arange(len(self.counts) + 1, device=where.device)
         per_channel = torch.searchsorted(where, channels * self.bins).diff()
@@ -79,7 +84,7 @@ class ChannelHistogram(Statistic):
 
     def quantiles(self, tail: float) -> tuple[Float32[Tensor, " channels"], Float32[Tensor, " channels"]]:
         """Each channel's quantiles `tail` and `1 - tail`, right to half a bin."""
-        cumulative = self.counts.long().cumsum(dim=1)
+        cumulative = self.counts.cumsum(dim=1)
         total = cumulative[:, -1:]
         centers = self.centers()
         found = []

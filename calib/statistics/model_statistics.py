@@ -3,18 +3,19 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from artifacts.errors import CorruptArtifactError, MismatchError
 from artifacts.manifest import Corpus
 from artifacts.sites import Site
 from artifacts.storage import Stored, read, write
+from calib.statistics.checks import Vectors, check_vectors
 from calib.statistics.moments import CrossMoments
+from calib.statistics.readers import logit_metric, query_energy, query_moment, score_weights
 from calib.statistics.row_sample import RowSample
 from calib.statistics.site_statistics import (
     HEAD_POSITIONS,
@@ -22,8 +23,6 @@ from calib.statistics.site_statistics import (
     SiteShape,
     SiteStatistics,
     Tier,
-    check_finite,
-    query_energy,
 )
 from calib.statistics.token_batch import TokenBatch
 from calib.windows import merge_sketches
@@ -67,11 +66,14 @@ class ModelStatistics:
         `full` adds whole-layer moments and moments between neighbouring sites.
     origin : Origin
         What they are taken from.
+    fisher : bool
+        Adds what is weighted by squared gradients; every update then brings gradients.
     """
 
-    def __init__(self, shapes: Sequence[SiteShape], tier: Tier, origin: Origin) -> None:
-        self.tier, self.origin = tier, origin
-        self.sites = {shape.site: SiteStatistics(shape, tier) for shape in sorted(shapes, key=lambda s: s.site)}
+    def __init__(self, shapes: Sequence[SiteShape], tier: Tier, origin: Origin, *, fisher: bool = False) -> None:
+        self.tier, self.origin, self.fisher = tier, origin, fisher
+        ordered = sorted(shapes, key=lambda shape: shape.site)
+        self.sites = {shape.site: SiteStatistics(shape, tier, fisher=fisher) for shape in ordered}
         self.cross = _cross_moments(self.sites) if tier == "full" else {}
         self.sample = RowSample(SAMPLE_TOKENS[tier])
         self.head = RowSample(SAMPLE_TOKENS[tier])
@@ -79,31 +81,38 @@ class ModelStatistics:
         self.seqlen = self.n_tokens = 0
         self.ngrams = torch.empty(0, dtype=torch.int64)
 
-    def update(self, batch: TokenBatch, vectors: Mapping[Site, Float[Tensor, "tokens channels"]]) -> None:
+    def update(self, batch: TokenBatch, vectors: Vectors, gradients: Vectors = MappingProxyType({})) -> None:
         """Takes in one forward pass: all of it or, after an error, none.
+
+        Parameters
+        ----------
+        batch : TokenBatch
+            Its tokens.
+        vectors : Mapping[Site, Float[Tensor, "tokens channels"]]
+            What every site gave.
+        gradients : Mapping[Site, Float[Tensor, "tokens channels"]]
+            Gradients of the loss at every key and value, if `fisher` is set.
 
         Raises
         ------
         NonFiniteError
-            If a vector holds NaN or infinity.
+            If a vector or a gradient holds NaN or infinity.
         ValueError
             If a site is missing.
         """
-        if set(vectors) != set(self.sites):
-            raise ValueError(
-                f"statistics: vectors missing or left over for {sorted(map(str, set(self.sites) ^ set(vectors)))}"
-            )
-        for site, x in vectors.items():
-            check_finite(site, x, batch.windows)
+        weighted = [site for site, statistics in self.sites.items() if statistics.fisher]
+        check_vectors("values", vectors, self.sites, batch.windows)
+        check_vectors("gradients", gradients, weighted, batch.windows)
         head = batch.positions < HEAD_POSITIONS
         rows = self.sample.choose(batch.token_priorities(), batch.positions)
         head_rows = self.head.choose(batch.window_priorities()[head], batch.positions[head])
         for site, statistics in self.sites.items():
-            x = vectors[site]
-            statistics.update(x[~head.to(x.device)])
-            statistics.keep_head_rows(x[head.to(x.device)], head_rows)
+            x, g = vectors[site], gradients.get(site)
+            first = head.to(x.device)
+            statistics.update(x[~first], None if g is None else g[~first])
+            statistics.keep_head_rows(x[first], head_rows, None if g is None else g[first])
             if statistics.keeps_rows:
-                statistics.keep_rows(x, rows)
+                statistics.keep_rows(x, rows, g)
         for (left, right), moments in self.cross.items():
             tail = ~head.to(vectors[left].device)
             moments.update(vectors[left][tail], vectors[right].to(vectors[left].device)[tail])
@@ -117,7 +126,7 @@ class ModelStatistics:
         Raises
         ------
         MismatchError
-            If it comes from another model, tier or version, or holds windows that are already in.
+            If it comes from another model, tier or version, only one has gradients, or windows are already in.
         """
         for name in ("model", "model_id", "tool_version"):
             own, theirs = getattr(self.origin, name), getattr(other.origin, name)
@@ -125,6 +134,11 @@ class ModelStatistics:
                 raise MismatchError(f"merge: the shards differ in {name}: {own!r:.300} and {theirs!r:.300}")
         if self.tier != other.tier:
             raise MismatchError(f"merge: the shards differ in tier: {self.tier} and {other.tier}")
+        if self.fisher != other.fisher:
+            raise MismatchError(
+                f"merge: the shards differ in fisher: {self.fisher} and {other.fisher}. Squared gradients are of all "
+                "shards or of none: calibrate every shard with --fisher, or every shard without."
+            )
         different = sorted(set(self.sites) ^ set(other.sites))
         if different:
             raise MismatchError(f"merge: {different[0]} is in one shard only; were keys taken at different stages?")
@@ -171,11 +185,25 @@ class ModelStatistics:
                 f"{site}: a fit needs tokens from position {sink_tokens} on; the {len(self.windows)} windows hold "
                 "none. Take longer windows, or fewer sink tokens."
             )
-        query = Site(site.layer, "query", site.stage) if site.stage else None
-        if query in self.sites:
-            queries = self.sites[query].from_position(sink_tokens, self.sample, self.head)
-            chosen.query_energy = query_energy(chosen.shape, queries)
+        self._add_readers(chosen, sink_tokens)
         return chosen
+
+    def _add_readers(self, chosen: SiteStatistics, sink_tokens: int) -> None:
+        """The queries that read a key; and those that find a value, by the key beside it."""
+        layer = [site for site in self.sites if site.layer == chosen.shape.site.layer]
+        key = next((site for site in layer if site.tensor == "key"), None)
+        query = next((site for site in layer if site.tensor == "query"), None)
+        if key is None or query is None:
+            return
+        queries = self.sites[query].from_position(sink_tokens, self.sample, self.head)
+        shape = self.sites[key].shape
+        moment = query_moment(shape, queries)
+        energy = query_energy(shape, moment)
+        if chosen.shape.site == key:
+            chosen.query_metric, chosen.query_energy = logit_metric(shape, moment, self.seqlen), energy
+        else:
+            rows = self.sites[key].rows[self.sample.positions >= sink_tokens]
+            chosen.token_weights = score_weights(rows, energy)
 
     @property
     def corpus(self) -> Corpus:
@@ -209,6 +237,7 @@ class ModelStatistics:
             If the suffix is unknown.
         """
         header = {
+            **({"fisher": True} if self.fisher else {}),  # absent otherwise: without gradients a file is as it was
             "tier": self.tier,
             "origin": {**asdict(self.origin), "model": dict(self.origin.model)},
             "shapes": [{**asdict(s.shape), "site": str(site)} for site, s in self.sites.items()],
@@ -249,7 +278,8 @@ class ModelStatistics:
         header = stored.header
         tensors = {name: torch.from_numpy(np.array(array)) for name, array in stored.arrays.items()}
         shapes = [SiteShape(**{**shape, "site": Site.parse(shape["site"])}) for shape in header["shapes"]]
-        statistics = cls(shapes, cast(Tier, header["tier"]), Origin(**header["origin"]))
+        origin, fisher = Origin(**header["origin"]), bool(header.get("fisher", False))
+        statistics = cls(shapes, cast(Tier, header["tier"]), origin, fisher=fisher)
         for site, own in statistics.sites.items():
             prefix = f"{site}/"
             own.restore({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})

@@ -1,14 +1,13 @@
 """All that is kept of one site."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float32, Float64
 from torch import Tensor
 
-from artifacts.errors import NonFiniteError
 from artifacts.sites import Site
 from calib.statistics.channel_histogram import ChannelHistogram
 from calib.statistics.moments import Moments
@@ -19,6 +18,7 @@ from calib.statistics.tails import Tails
 from calib.statistics.token_histogram import TokenHistogram
 
 S = TypeVar("S", bound=Statistic)
+Gradients = Float[Tensor, "tokens channels"] | None
 Tier = Literal["basic", "full"]
 
 HEAD_POSITIONS = 8
@@ -26,6 +26,11 @@ HEAD_POSITIONS = 8
 
 SAMPLE_TOKENS = {"basic": 1024, "full": 4096}
 """Capacity of the token reservoir, and of the sample of head positions, by tier."""
+
+FISHER = ("gradient_moments", "fisher_histogram", "fisher_token_histogram")
+"""Statistics that need gradients; the others are fed with vectors alone."""
+
+_RESERVOIR = ("rows", "row_gradients")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +47,10 @@ class SiteShape:
         Leading channels of a head that rotate; 0 where nothing does.
     interleaved : bool
         How the rotating channels pair up.
+    frequencies : tuple of float
+        Radians per position of each rotary pair.
+    module : str
+        Path of the attention module in the model, for recipes that name it; empty if it is not known.
     """
 
     site: Site
@@ -49,6 +58,11 @@ class SiteShape:
     head_dim: int
     rotary_dim: int = 0
     interleaved: bool = False
+    frequencies: tuple[float, ...] = ()
+    module: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "frequencies", tuple(self.frequencies))  # a list where it was read from a file
 
     @property
     def channels(self) -> int:
@@ -67,24 +81,35 @@ class SiteStatistics:
         Place and shape.
     tier : {'basic', 'full'}
         `full` adds the moments of the whole layer.
+    fisher : bool
+        Adds moments and rows of the gradients g of the loss, and histograms in which each value has the weight
+        F = g^2 (arXiv 2401.18079, equation 7); of keys and values only.
     """
 
-    def __init__(self, shape: SiteShape, tier: Tier) -> None:
+    def __init__(self, shape: SiteShape, tier: Tier, *, fisher: bool = False) -> None:
         self.shape, self.tier = shape, tier
-        channels = shape.channels
+        self.fisher = fisher and self.keeps_rows
+        channels, sampled = shape.channels, ["head_rows"]
         self.statistics: dict[str, Statistic] = {"moments": Moments(channels, shape.heads)}
         if shape.site.tensor != "query":
             self.statistics["tails"] = Tails(channels)
             self.statistics["histogram"] = ChannelHistogram(channels)
             self.statistics["token_histogram"] = TokenHistogram(channels)
+            sampled.append("rows")
             if tier == "full":
                 self.statistics["layer_moments"] = Moments(channels, 1)
         if shape.rotary_dim:
             pairs = rotary_pairs(shape.heads, shape.head_dim, shape.rotary_dim, interleaved=shape.interleaved)
             self.statistics["pair_norms"] = PairNorms(pairs)
+        if self.fisher:
+            self.statistics["gradient_moments"] = Moments(channels, shape.heads)
+            self.statistics["fisher_histogram"] = ChannelHistogram(channels, dtype=torch.float64)
+            self.statistics["fisher_token_histogram"] = TokenHistogram(channels, dtype=torch.float64)
+            sampled += ["head_gradients", "row_gradients"]
         self.query_energy: Float64[Tensor, " channels"] | None = None
-        self.head_rows = torch.empty(0, channels)
-        self.rows = torch.empty(0, channels)
+        self.query_metric: Float64[Tensor, "heads head_dim head_dim"] | None = None
+        self.token_weights: Float32[Tensor, " rows"] | None = None
+        self.samples = {name: torch.empty(0, channels) for name in sampled}
 
     @property
     def keeps_rows(self) -> bool:
@@ -111,35 +136,99 @@ class SiteStatistics:
         """Per-head moments."""
         return self._get("moments", Moments)
 
-    def update(self, x: Float[Tensor, "tokens channels"]) -> None:
+    @property
+    def layer_moments(self) -> Moments:
+        """Moments of the whole layer."""
+        return self._get("layer_moments", Moments)
+
+    @property
+    def gradient_moments(self) -> Moments:
+        """Per-head moments of the gradients: E[g g^T]."""
+        return self._get("gradient_moments", Moments)
+
+    @property
+    def fisher_histogram(self) -> ChannelHistogram:
+        """Sums of F in the bins of `histogram`."""
+        return self._get("fisher_histogram", ChannelHistogram)
+
+    @property
+    def fisher_token_histogram(self) -> TokenHistogram:
+        """Sums of F, and of F times the square of the token's half-range, in the bins of `token_histogram`."""
+        return self._get("fisher_token_histogram", TokenHistogram)
+
+    @property
+    def rows(self) -> Float32[Tensor, "rows channels"]:
+        """Vectors of the token reservoir; none of queries."""
+        return self.samples.get("rows", torch.empty(0, self.shape.channels))
+
+    @property
+    def row_gradients(self) -> Float32[Tensor, "rows channels"]:
+        """Gradients at the vectors in `rows`."""
+        if not self.fisher:
+            raise self._lacks("row_gradients")
+        return self.samples["row_gradients"]
+
+    @property
+    def head_rows(self) -> Float32[Tensor, "rows channels"]:
+        """Vectors of the sampled head positions."""
+        return self.samples["head_rows"]
+
+    def update(self, x: Float[Tensor, "tokens channels"], gradients: Gradients = None) -> None:
         """Takes in tokens beyond the head positions."""
-        for statistic in self.statistics.values():
-            statistic.update(x)
+        for name, statistic in self.statistics.items():
+            if name not in FISHER:
+                statistic.update(x)
+        if gradients is not None:
+            squares = gradients.double().square()
+            self.gradient_moments.update(gradients)
+            self.fisher_histogram.update(x, squares)
+            self.fisher_token_histogram.update(x, squares)
 
-    def keep_rows(self, x: Float[Tensor, "tokens channels"], choice: Choice) -> None:
+    def keep_rows(self, x: Float[Tensor, "tokens channels"], choice: Choice, gradients: Gradients = None) -> None:
         """Takes part in the token reservoir."""
-        self.rows = choice.apply(self.rows, x.float().cpu())
+        self._keep(choice, rows=x, row_gradients=gradients)
 
-    def keep_head_rows(self, x: Float[Tensor, "tokens channels"], choice: Choice) -> None:
+    def keep_head_rows(self, x: Float[Tensor, "tokens channels"], choice: Choice, gradients: Gradients = None) -> None:
         """Takes part in the sample of head positions."""
-        self.head_rows = choice.apply(self.head_rows, x.float().cpu())
+        self._keep(choice, head_rows=x, head_gradients=gradients)
 
     def merge(self, other: "SiteStatistics", rows: Choice, head_rows: Choice) -> None:
         """Takes in what another shard has seen."""
         for name, statistic in self.statistics.items():
             statistic.merge(other.statistics[name])
-        if self.keeps_rows:
-            self.rows = rows.apply(self.rows, other.rows)
-        self.head_rows = head_rows.apply(self.head_rows, other.head_rows)
+        self._keep(rows, **{name: t for name, t in other.samples.items() if name in _RESERVOIR})
+        self._keep(head_rows, **{name: t for name, t in other.samples.items() if name not in _RESERVOIR})
 
     def from_position(self, sink_tokens: int, sample: RowSample, head: RowSample) -> "SiteStatistics":
         """The statistics of all positions from `sink_tokens` on."""
-        chosen = SiteStatistics(self.shape, self.tier)
+        chosen = SiteStatistics(self.shape, self.tier, fisher=self.fisher)
         chosen.restore(self.state())
-        chosen.update(self.head_rows[head.positions >= sink_tokens].to(self.moments.sums.device))
-        if self.keeps_rows:
-            chosen.rows = self.rows[sample.positions >= sink_tokens]
+        first, device = head.positions >= sink_tokens, self.moments.sums.device
+        gradients = self.samples["head_gradients"][first].to(device) if self.fisher else None
+        chosen.update(self.head_rows[first].to(device), gradients)
+        for name in chosen.samples.keys() & set(_RESERVOIR):
+            chosen.samples[name] = self.samples[name][sample.positions >= sink_tokens]
         return chosen
+
+    def mapped(
+        self, rows: Float32[Tensor, "rows channels"], gradients: Float32[Tensor, "rows channels"] | None = None
+    ) -> "SiteStatistics":
+        """Statistics of what became of the tokens in the reservoir, for what a wrapper hands on.
+
+        Parameters
+        ----------
+        rows : Float32[Tensor, "rows channels"]
+            The tokens of `self.rows`, each mapped.
+        gradients : Float32[Tensor, "rows channels"] or None
+            Their gradients; without them what was mapped has none.
+        """
+        found = SiteStatistics(replace(self.shape, rotary_dim=0), self.tier, fisher=gradients is not None)
+        found.update(rows, gradients)
+        found.samples["rows"] = rows
+        if gradients is not None:
+            found.samples["row_gradients"] = gradients
+        found.token_weights = self.token_weights
+        return found
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor by name."""
@@ -148,7 +237,7 @@ class SiteStatistics:
             for name, statistic in self.statistics.items()
             for key, tensor in statistic.state().items()
         }
-        return {**found, "rows": self.rows, "head_rows": self.head_rows}
+        return {**found, "rows": self.rows, **self.samples}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Puts back what `state` gave.
@@ -160,56 +249,30 @@ class SiteStatistics:
         """
         for name, statistic in self.statistics.items():
             statistic.restore({key.split(".", 1)[1]: t for key, t in state.items() if key.startswith(f"{name}.")})
-        for name in ("rows", "head_rows"):
+        for name in self.samples:
             rows = state.get(name)
             if rows is None or rows.ndim != 2 or rows.shape[1] != self.shape.channels:
                 raise ValueError(f"{self.shape.site}: {name} must have {self.shape.channels} channels")
-            setattr(self, name, rows)
+            self.samples[name] = rows
 
     def estimated_bytes(self) -> int:
         """Memory when the samples are full."""
         fixed = sum(statistic.nbytes for statistic in self.statistics.values())
-        rows = SAMPLE_TOKENS[self.tier] * (2 if self.keeps_rows else 1)
-        return fixed + rows * self.shape.channels * 4
+        return fixed + len(self.samples) * SAMPLE_TOKENS[self.tier] * self.shape.channels * 4
+
+    def _keep(self, choice: Choice, **arriving: Gradients) -> None:
+        for name, rows in arriving.items():
+            if rows is not None:
+                self.samples[name] = choice.apply(self.samples[name], rows.float().cpu())
 
     def _get(self, name: str, kind: type[S]) -> S:
         statistic = self.statistics.get(name)
         if not isinstance(statistic, kind):
-            raise ValueError(
-                f"{self.shape.site}: the recipe needs {name}, which these statistics (tier {self.tier}) lack. "
-                "Calibrate again with --statistics full."
-            )
+            raise self._lacks(name)
         return statistic
 
-
-def query_energy(key: SiteShape, query: SiteStatistics) -> Float64[Tensor, " channels"]:
-    """Weight of an error in each key channel: E[q^2] of the queries that read it, alike for both of a rotary pair.
-
-    Averaged over relative positions, the squared error of a logit is the sum over pairs of E|q_pair|^2 / 2 times the
-    pair's squared key error.
-    """
-    squares = query.moments.second().diagonal(dim1=1, dim2=2)
-    energy = squares.reshape(key.heads, -1, key.head_dim).mean(dim=1).reshape(-1).cpu()
-    if key.rotary_dim:
-        first, second = rotary_pairs(key.heads, key.head_dim, key.rotary_dim, interleaved=key.interleaved)
-        energy[first] = energy[second] = (energy[first] + energy[second]) / 2
-    return energy
-
-
-def check_finite(site: Site, x: Float[Tensor, "tokens channels"], windows: Tensor) -> None:
-    """Every value is finite.
-
-    Raises
-    ------
-    NonFiniteError
-        With the site, the window and the count, if one is not.
-    """
-    if torch.isfinite(x.sum()):  # a sum over NaN or infinity is neither, and costs a third of the whole mask
-        return
-    bad = ~torch.isfinite(x)
-    if bad.any():
-        first = int(windows[bad.any(dim=1).to(windows.device)][0])
-        raise NonFiniteError(
-            f"{site}: {int(bad.sum())} of {x.numel()} values are NaN or infinite, first in window {first}. "
-            "The model itself overflows there: try --dtype float32 or bfloat16, or other calibration text."
-        )
+    def _lacks(self, name: str) -> ValueError:
+        needed = f"{name}, which these statistics (tier {self.tier}) lack. Calibrate again with --statistics full."
+        if name in (*FISHER, "row_gradients"):
+            needed = "squared gradients, which these statistics lack. Calibrate again with --fisher."
+        return ValueError(f"{self.shape.site}: the recipe needs {needed}")

@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Float64, Int64
+from jaxtyping import Float, Float32, Float64, Shaped
 from torch import Tensor
 
 from calib.statistics.statistic import Statistic, adopt_device
@@ -19,25 +19,30 @@ class TokenHistogram(Statistic):
         Channels of a token.
     bins : int
         Bins over [-1, 1].
+    dtype : torch.dtype
+        int64 to count values, float64 to add up their weights.
     """
 
     STATE = ("counts", "weights")
 
-    def __init__(self, channels: int, bins: int = 4096) -> None:
+    def __init__(self, channels: int, bins: int = 4096, dtype: torch.dtype = torch.int64) -> None:
         self.channels, self.bins = channels, bins
-        self.counts = torch.zeros(len(OUTLIER_FRACTIONS), bins, dtype=torch.int64)
+        self.counts = torch.zeros(len(OUTLIER_FRACTIONS), bins, dtype=dtype)
         self.weights = torch.zeros(len(OUTLIER_FRACTIONS), bins, dtype=torch.float64)
 
-    def update(self, x: Float[Tensor, "tokens channels"]) -> None:
-        """Takes in finite tokens."""
+    def update(
+        self, x: Float[Tensor, "tokens channels"], weights: Float64[Tensor, "tokens channels"] | None = None
+    ) -> None:
+        """Takes in finite tokens; without weights every value counts as one."""
         if x.shape[0] == 0:
             return
         adopt_device(self, x.device)
-        ordered = _ascending(x.float())
+        wide = x.float()
+        ordered = _ascending(wide)
         for row, fraction in enumerate(OUTLIER_FRACTIONS):
-            counts, weights = _histogram(ordered, _apart(ordered, fraction), self.bins)
+            counts, spread = _histogram(wide, weights, _inner_range(ordered, fraction), self.bins)
             self.counts[row] += counts
-            self.weights[row] += weights
+            self.weights[row] += spread
 
     def merge(self, other: "TokenHistogram") -> None:
         """Takes in what another statistic has seen."""
@@ -55,11 +60,16 @@ def bin_centers(bins: int, device: torch.device) -> Float64[Tensor, " bins"]:
 
 
 def token_histogram(
-    x: Float32[Tensor, "tokens channels"], fraction: float, bins: int
-) -> tuple[Int64[Tensor, " bins"], Float64[Tensor, " bins"]]:
-    """Counts, and counts weighted by the square of the token's half-range, of the values that are not kept apart."""
-    ordered = _ascending(x)
-    return _histogram(ordered, _apart(ordered, fraction), bins)
+    x: Float32[Tensor, "tokens channels"],
+    fraction: float,
+    bins: int,
+    weights: Float64[Tensor, "tokens channels"] | None = None,
+) -> tuple[Shaped[Tensor, " bins"], Float64[Tensor, " bins"]]:
+    """Counts, and counts times the square of the token's half-range, of the values that are not kept apart.
+
+    With weights, their sums in place of the counts.
+    """
+    return _histogram(x, weights, _inner_range(_ascending(x), fraction), bins)
 
 
 def _ascending(x: Float32[Tensor, "tokens channels"]) -> Float32[Tensor, "tokens channels"]:
@@ -67,31 +77,39 @@ def _ascending(x: Float32[Tensor, "tokens channels"]) -> Float32[Tensor, "tokens
     return x.sort(dim=1).values if x.is_cuda else torch.from_numpy(np.sort(x.numpy(), axis=1))
 
 
-def _apart(
+def _inner_range(
     ordered: Float32[Tensor, "tokens channels"], fraction: float
-) -> tuple[Int64[Tensor, "tokens 1"], Int64[Tensor, "tokens 1"]]:
-    """How many of each token's smallest and largest values the percentile rule keeps apart."""
+) -> tuple[Float32[Tensor, "tokens 1"], Float32[Tensor, "tokens 1"]]:
+    """Smallest and largest value of each token that the percentile rule does not keep apart.
+
+    Where it keeps all apart, the largest is not above the smallest.
+    """
+    last = ordered.shape[1] - 1
     if fraction == 0:
-        none = torch.zeros(len(ordered), 1, dtype=torch.int64, device=ordered.device)
-        return none, none
-    position = fraction / 2 * (ordered.shape[1] - 1)
+        return ordered[:, :1], ordered[:, last:]
+    position = fraction / 2 * last
     first, part = int(position), position - int(position)
-    second = min(first + 1, ordered.shape[1] - 1)
+    second = min(first + 1, last)
     lower = torch.lerp(ordered[:, first, None], ordered[:, second, None], part)
     upper = torch.lerp(ordered[:, -1 - first, None], ordered[:, -1 - second, None], part)
-    return (ordered <= lower).sum(dim=1, keepdim=True), (ordered >= upper).sum(dim=1, keepdim=True)
+    n_small = (ordered <= lower).sum(dim=1, keepdim=True)
+    n_large = (ordered >= upper).sum(dim=1, keepdim=True)
+    return ordered.gather(1, n_small.clamp(max=last)), ordered.gather(1, (last - n_large).clamp(min=0))
 
 
 def _histogram(
-    ordered: Float32[Tensor, "tokens channels"], apart: tuple[Tensor, Tensor], bins: int
-) -> tuple[Int64[Tensor, " bins"], Float64[Tensor, " bins"]]:
-    n_small, n_large = apart
-    last = ordered.shape[1] - 1
-    low, high = ordered.gather(1, n_small.clamp(max=last)), ordered.gather(1, (last - n_large).clamp(min=0))
-    half_range = torch.where(n_small + n_large <= last, (high - low) / 2, 0.0)
-    rank = torch.arange(last + 1, device=ordered.device)
-    left_out = (rank < n_small) | (rank > last - n_large) | (half_range <= 0)
-    index = ((ordered - low) * (bins / 2 / half_range)).clamp_(0, bins - 1).masked_fill_(left_out, bins).int().view(-1)
-    weights = half_range.double().square().expand_as(ordered).reshape(-1)
-    counts = torch.bincount(index, minlength=bins + 1)
-    return counts[:bins], torch.bincount(index, weights, minlength=bins + 1)[:bins]
+    x: Float32[Tensor, "tokens channels"],
+    weights: Float64[Tensor, "tokens channels"] | None,
+    inner: tuple[Tensor, Tensor],
+    bins: int,
+) -> tuple[Shaped[Tensor, " bins"], Float64[Tensor, " bins"]]:
+    low, high = inner
+    half_range = ((high - low) / 2).clamp_min(0)
+    left_out = (x < low) | (x > high) | (half_range <= 0)
+    index = ((x - low) * (bins / 2 / half_range)).clamp_(0, bins - 1).masked_fill_(left_out, bins).int().reshape(-1)
+    squares = half_range.double().square().expand_as(x)
+    flat = (None, squares) if weights is None else (weights, weights * squares)
+    counts, spread = (
+        torch.bincount(index, None if part is None else part.reshape(-1), minlength=bins + 1)[:bins] for part in flat
+    )
+    return counts, spread
