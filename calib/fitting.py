@@ -8,7 +8,8 @@ from joblib import Parallel, delayed
 from artifacts.artifact import Artifact
 from artifacts.manifest import Manifest, tool_version
 from artifacts.sites import Site
-from calib.estimators import Fit
+from calib.estimators import Estimator, Fit
+from calib.layer_choice import check
 from calib.recipe import Recipe
 from calib.statistics.model_statistics import ModelStatistics
 
@@ -31,14 +32,16 @@ def fit(statistics: ModelStatistics, recipe: Recipe, *, jobs: int = 1, progress:
 
     Raises
     ------
+    RecipeError
+        If the recipe does not go with the model's shape.
     ValueError
         If the statistics lack a site or a statistic that the recipe reads.
     """
-    sites = cached_sites(statistics, recipe)
+    estimators = check(recipe, [statistics.sites[site].shape for site in cached_sites(statistics, recipe)])
     fits = Parallel(n_jobs=jobs, prefer="threads", return_as="generator")(
-        delayed(_fit_site)(statistics, recipe, site) for site in sites
+        delayed(_fit_site)(statistics, estimator, site, recipe.sink_tokens) for site, estimator in estimators.items()
     )
-    found: dict[Site, Fit] = dict(zip(sites, progress(fits), strict=True))
+    found: dict[Site, Fit] = dict(zip(estimators, progress(fits), strict=True))
     quantizers = {site: fit.quantizer for site, fit in found.items()}
     head = "" if statistics.exact_head else "; first positions from a sample of the windows"
     manifest = Manifest(
@@ -55,7 +58,7 @@ def fit(statistics: ModelStatistics, recipe: Recipe, *, jobs: int = 1, progress:
 
 
 def cached_sites(statistics: ModelStatistics, recipe: Recipe) -> list[Site]:
-    """The sites that the recipe quantizes, in the order in which a cache fills.
+    """The sites that a recipe is about, in the order in which a cache fills.
 
     Raises
     ------
@@ -72,5 +75,5 @@ def cached_sites(statistics: ModelStatistics, recipe: Recipe) -> list[Site]:
     return cached
 
 
-def _fit_site(statistics: ModelStatistics, recipe: Recipe, site: Site) -> Fit:
-    return recipe.estimator(site).fit(statistics.site(site, recipe.sink_tokens))
+def _fit_site(statistics: ModelStatistics, estimator: Estimator, site: Site, sink_tokens: int) -> Fit:
+    return estimator.fit(statistics.site(site, sink_tokens))

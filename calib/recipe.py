@@ -1,31 +1,41 @@
-"""Recipes: which estimator for keys, which for values, and where keys are taken."""
+"""Recipes: which estimators for keys and for values of which layers, and where keys are taken."""
 
-import difflib
-import re
-from importlib import resources
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal, final
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from artifacts.sites import Site, Stage
+from artifacts.sites import Stage
 from calib.estimators import AnyEstimator, Estimator
+from calib.modelslim_recipe import from_modelslim, is_modelslim
+from calib.override import CachedTensor, Override, merged
+from calib.patterns import Patterns
+from calib.recipe_errors import Marks, RecipeError, mark, refusal
+from calib.recipe_file import Document, read_document, shipped_recipes
 
-_SHIPPED = resources.files("calib") / "recipes"
+__all__ = ["Recipe", "RecipeError", "load_recipe", "shipped_recipes"]
+
+_ENTRY: TypeAdapter[Estimator] = TypeAdapter(AnyEstimator)
+_OVERRIDES = TypeAdapter(dict[Literal["overrides"], list[dict[CachedTensor, AnyEstimator]]])
 
 
-class RecipeError(ValueError):
-    """A recipe cannot be read, or asks for what does not go together."""
+def _file_name(name: str) -> str:
+    if not name.strip(". ") or not name.isprintable() or {"/", "\\"} & set(name):
+        raise ValueError(f"files are named after it, so it has no / and no \\; got {name!r:.80}")
+    return name
 
 
+@final
 class Recipe(BaseModel):
     """How the quantizers of a model are found.
 
     Parameters
     ----------
     name : str
-        For file names and tables.
+        For file names and tables; in a file it may be left out and is the file's then.
     source : str
         What it reproduces, with its paper.
     stage : {'pre_rope', 'post_rope'}
@@ -34,120 +44,150 @@ class Recipe(BaseModel):
         Hyper-parameters of the estimators for all layers.
     sink_tokens : int
         First positions of a sequence that stay exact and take no part in the fit, 0 to 8.
+    include, exclude : tuple of str
+        Globs over paths of attention modules, layers and sites: a site is quantized if `include` names it and `exclude`
+        does not.
+    overrides : tuple of Override
+        What is different in some layers; a later one wins over an earlier one.
+
+    Examples
+    --------
+    More bits in the first and the last layer; the same entries stand in a file behind `extends: kvquant`.
+
+    >>> ends = {"layers": [0, -1], "key": {"bits": 8}, "value": {"bits": 8}}
+    >>> recipe = load_recipe("kvquant").edited({"overrides": [ends]})
+    >>> recipe.estimator("key").bits, recipe.estimator("key", recipe.overrides).bits
+    (4, 8)
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str
+    file_entries: ClassVar[tuple[str, ...]] = ("extends",)
+    """What a file may hold besides the fields."""
+
+    name: Annotated[str, AfterValidator(_file_name)]
     source: str = ""
     stage: Stage = "pre_rope"
     key: AnyEstimator
     value: AnyEstimator
     sink_tokens: int = Field(default=0, ge=0, le=8)
+    include: Annotated[Patterns, Field(min_length=1)] = ("*",)
+    exclude: Patterns = ()
+    overrides: tuple[Override, ...] = ()
 
-    def estimator(self, site: Site) -> Estimator:
-        """The estimator for a cached site."""
-        return self.key if site.tensor == "key" else self.value
+    @model_validator(mode="after")
+    def _possible(self) -> "Recipe":
+        """Every override goes with the entry that it changes."""
+        entries = [{tensor: self._entry(tensor, [one]) for tensor in one.tensors} for one in self.overrides]
+        _OVERRIDES.validate_json(json.dumps({"overrides": entries}), strict=True)
+        return self
 
-    def edited(self, changes: dict[str, Any]) -> "Recipe":
+    def estimator(self, tensor: CachedTensor, overrides: Iterable[Override] = ()) -> Estimator:
+        """The estimator for keys or values, with overrides one after another.
+
+        Raises
+        ------
+        RecipeError
+            If the overrides do not go together.
+        """
+        try:
+            return _ENTRY.validate_json(json.dumps(self._entry(tensor, overrides)), strict=True)
+        except ValidationError as error:
+            raise refusal(error, AnyEstimator, f"{self.name}: overrides of {tensor} together", {}) from error
+
+    @property
+    def needs_fisher(self) -> bool:
+        """Whether any site's estimator reads squared gradients."""
+        entries = [self.estimator(tensor, [one]) for one in self.overrides for tensor in one.tensors]
+        return any(entry.needs_fisher for entry in (self.key, self.value, *entries))
+
+    def edited(self, changes: Mapping[str, Any]) -> "Recipe":
         """The recipe with some entries changed, such as `{"key": {"bits": 3}}`, and checked again.
+
+        Keys or values that become exact, as with `{"key": {"method": "identity"}}`, are so in all layers.
 
         Raises
         ------
         RecipeError
             If the result is none.
         """
-        return self.parse(_merged(self.model_dump(mode="json"), changes), self.name)
+        exact = [name for name in ("key", "value") if changes.get(name) == {"method": "identity"}]
+        base = self.model_dump(mode="json")
+        rows = [{**one, **dict.fromkeys(exact)} for one in base["overrides"]]
+        base["overrides"] = [one for one in rows if one["key"] is not None or one["value"] is not None]
+        return self.parse(merged(base, changes), self.name)
 
     def to_yaml(self) -> str:
         """The recipe as the text of a recipe file."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
     @classmethod
-    def parse(cls, data: object, where: str) -> "Recipe":
-        """A recipe from plain values.
+    def parse(cls, data: object, where: str, marks: Marks | None = None) -> "Recipe":
+        """A recipe from plain values; `where` and `marks` say where they were written.
 
         Raises
         ------
         RecipeError
             With every entry that is wrong, what was expected, and the nearest known name.
         """
+        marks = marks or {}
         if not isinstance(data, dict):
-            got = "an empty file" if data is None else f"{data!r:.80}"
-            raise RecipeError(f"recipe {where}: expected entries; got {got}; start from `calibrate --print-recipe`")
+            got = {type(None): "an empty file", list: "a list"}.get(type(data), f"{data!r:.80}")
+            raise RecipeError(
+                f"recipe {mark((), where, marks)}: expected entries such as key: {{method: uniform}}; got {got}; "
+                "start from `calibrate --print-recipe`"
+            )
         try:
-            return cls.model_validate(data)
+            return cls.model_validate_json(json.dumps(data), strict=True)
         except ValidationError as error:
-            rows = [f"  {_place(row['loc'])}: {_advice(row)}" for row in error.errors()]
-            raise RecipeError(f"recipe {where}:\n" + "\n".join(rows)) from error
+            raise refusal(error, cls, where, marks) from error
+        except (TypeError, ValueError) as error:  # json holds no other types, and no circles
+            raise RecipeError(f"recipe {where}: expected numbers, texts, lists and entries; {error}") from error
+
+    def _entry(self, tensor: CachedTensor, overrides: Iterable[Override]) -> dict[str, Any]:
+        entry: dict[str, Any] = getattr(self, tensor).model_dump(mode="json")
+        for override in overrides:
+            entry = override.applied(tensor, entry)
+        return entry
 
 
-def shipped_recipes() -> list[str]:
-    """Names of the recipes that come with the package."""
-    return sorted(Path(entry.name).stem for entry in _SHIPPED.iterdir() if entry.name.endswith(".yaml"))
-
-
-def load_recipe(name: str) -> Recipe:
-    """A shipped recipe by name, or one from a `.yaml` file.
+def load_recipe(name: str | Path) -> Recipe:
+    """A shipped recipe by name, or one from a `.yaml` file, of kvcalib or of msModelSlim.
 
     Raises
     ------
     RecipeError
-        If there is none, or it is not well-formed.
+        If there is none, or it is not well-formed; with file and line.
     """
-    if name in shipped_recipes():
-        return Recipe.parse(yaml.safe_load((_SHIPPED / f"{name}.yaml").read_text(encoding="utf-8")), name)
-    path = Path(name)
-    if not path.is_file():
-        got = "no such file" if path.suffix in (".yaml", ".yml") else "no such recipe"
-        raise RecipeError(
-            f"recipe {name!r}: {got}; expected a .yaml file or one of {', '.join(shipped_recipes())}."
-            + _nearest(name, shipped_recipes())
-        )
+    return _load(read_document(str(name)), ())
+
+
+def _load(document: Document, heirs: tuple[str, ...]) -> Recipe:
+    """The recipe of a document; `heirs` are those that extend it, each the next."""
+    if is_modelslim(document.data):
+        document = from_modelslim(document)
+    data = document.data
+    if isinstance(data, dict):
+        data = {"name": Path(document.where).stem, **data}
+        base = _base(document, data.pop("extends"), (*heirs, document.where)) if "extends" in data else {}
+        data = merged(base, data)
+    return Recipe.parse(data, document.where, document.marks)
+
+
+def _base(document: Document, extends: object, heirs: tuple[str, ...]) -> dict[str, Any]:
+    """The entries of the recipe that a document extends, a shipped one or a file beside it, except who it is."""
+    place = f"recipe {mark(('extends',), document.where, document.marks)}: extends"
+    if not isinstance(extends, str):
+        raise RecipeError(f"{place}: expected the name of a recipe or a file; got {extends!r:.80}")
+    name = extends if extends in shipped_recipes() else str(Path(document.where).parent / extends)
+    if _identity(name) in map(_identity, heirs):
+        raise RecipeError(f"{place}: a circle, {' extends '.join((*heirs, name))}; extend another recipe")
     try:
-        return Recipe.parse(yaml.safe_load(path.read_text(encoding="utf-8")), name)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe {name}: not YAML: {error}") from error
+        base = read_document(name)
+    except RecipeError as error:
+        raise RecipeError(f"{place}: {error}") from error
+    return _load(base, heirs).model_dump(mode="json", exclude={"name", "source"})
 
 
-def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for name, change in changes.items():
-        old = merged.get(name)
-        fresh_method = isinstance(change, dict) and "method" in change
-        merged[name] = (
-            _merged(old, change) if isinstance(old, dict) and isinstance(change, dict) and not fresh_method else change
-        )
-    return merged
-
-
-def _place(location: tuple[int | str, ...]) -> str:
-    return ".".join(str(part) for part in location) or "(top)"
-
-
-def _advice(row: Any) -> str:
-    if row["type"] == "union_tag_invalid":
-        method, known = row["ctx"]["tag"], re.findall(r"'(\w+)'", row["ctx"]["expected_tags"])
-        return f"unknown method {method!r}; known: {', '.join(known)}." + _nearest(method, known)
-    message = f"{row['msg']}; got {row['input']!r:.80}"
-    if row["type"] != "extra_forbidden":
-        return message
-    known = _known_names(row["loc"])
-    return f"unknown entry; known: {', '.join(known)}." + _nearest(row["loc"][-1], known)
-
-
-def _nearest(word: object, known: list[str]) -> str:
-    near = difflib.get_close_matches(str(word), known, n=1)
-    return f" Did you mean {near[0]}?" if near else ""
-
-
-def _known_names(location: tuple[int | str, ...]) -> list[str]:
-    from calib.estimators import CodebookEstimator, IdentityEstimator, Outliers, UniformEstimator
-
-    around = location[:-1]
-    if "outliers" in around:
-        return list(Outliers.model_fields)
-    for kind in (CodebookEstimator, IdentityEstimator, UniformEstimator):
-        if kind.model_fields["method"].default in around:
-            return list(kind.model_fields)
-    return list(Recipe.model_fields)
+def _identity(name: str) -> str:
+    return name if name in shipped_recipes() else str(Path(name).resolve())

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from scripts import options
 from scripts.console import Parser, UsageError, bar, listing_of_runs, run, say, set_up_logging
+from scripts.protocol_options import add_protocol_options, protocol_settings
 
 if TYPE_CHECKING:
     from artifacts.artifact import Artifact
@@ -37,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
         "--quantizer-path", type=Path, metavar="FILE", help="what `calibrate` wrote; without it scales are dynamic"
     )
     options.add_normal_float(parser)
+    add_protocol_options(parser)
     parser.add_argument("--limit", type=options.positive, metavar="N", help="windows at most (default: all)")
     parser.add_argument(
         "--batch-size", type=options.positive, default=1, metavar="N", help="windows per forward pass (default: 1)"
@@ -89,7 +91,7 @@ def _evaluate(
     from artifacts.evidence import text_config
     from calib.corpus import load_corpus
     from calib.windows import check_vocabulary, split_windows
-    from simquant import CachePolicy, evaluate
+    from simquant import evaluate
 
     layers = loaded.layers()
     if artifact is not None:
@@ -104,11 +106,13 @@ def _evaluate(
     if args.first_few_fp16 is not None:
         sink_tokens = max(0, args.first_few_fp16)
     quantizers = artifact if artifact is not None else _dynamic(recipe, layers)
+    if artifact is None and args.protocol == "full":
+        _warn_of_later_tokens(quantizers)
     result = evaluate(
         loaded.model,
         windows,
         quantizers,
-        policy=CachePolicy(sink_tokens=sink_tokens),
+        **protocol_settings(args, quantizers, sink_tokens),
         batch_size=args.batch_size,
         normalization=args.normalization,
         progress=lambda batches: bar(batches, "evaluating"),
@@ -193,19 +197,21 @@ def _differences(name: str, held: Any, asked: Any) -> list[str]:
 
 
 def _dynamic(recipe: "Recipe | None", layers: Any) -> "dict[Site, Quantizer]":
-    from artifacts.sites import Site
+    from calib.capture import site_shapes
+    from calib.layer_choice import check
 
     assert recipe is not None
-    found: dict[Site, Quantizer] = {}
-    for layer in layers:
-        for site in (Site(layer.layer, "key", recipe.stage), Site(layer.layer, "value")):
-            found[site] = recipe.estimator(site).dynamic(layer.channels)
-    if any(quantizer.tokens_per_scale != 1 for quantizer in found.values()):
+    shapes = {shape.site: shape for shape in site_shapes(layers, recipe.stage)}
+    estimators = check(recipe, list(shapes.values()))
+    return {site: estimator.dynamic(shapes[site]) for site, estimator in estimators.items()}
+
+
+def _warn_of_later_tokens(quantizers: "Mapping[Site, Quantizer]") -> None:
+    if any(quantizer.tokens_per_scale != 1 for quantizer in quantizers.values()):
         say(
             "warning: a dynamic scale per channel is not causal: it looks at the later tokens of its window, which no "
             "cache can do, so the figures are too good. Calibrate for static scales, or use --pertoken k_proj v_proj."
         )
-    return found
 
 
 def _warn_of_overlap(artifact: "Artifact", windows: Any) -> None:

@@ -9,11 +9,12 @@ from typing import Any
 import matplotlib.pyplot as plt
 
 from artifacts.artifact import Artifact
-from artifacts.sites import Site
 from calib.calibration import calibrate
+from calib.capture import site_shapes
 from calib.corpus import load_corpus
 from calib.demo.tasks import TASKS
 from calib.demo.trials import is_solved, trials
+from calib.layer_choice import resolve
 from calib.recipe import load_recipe
 from calib.windows import sample_windows, split_windows
 from scripts.console import bar, run, set_up_logging
@@ -91,11 +92,9 @@ def key_losses(loaded: LoadedModel, n_windows: int | None = None) -> dict[str, A
     recipe = load_recipe("kvquant").edited({"value": {"method": "identity"}, "key": {"bits": 3}})
     static: Artifact = calibrate(loaded.model, sampled, recipe=recipe)
     per_token = recipe.edited({"key": {"per": "token"}})
-    dynamic = {
-        site: per_token.estimator(site).dynamic(layer.channels)
-        for layer in loaded.layers()
-        for site in (Site(layer.layer, "key", recipe.stage), Site(layer.layer, "value"))
-    }
+    shapes = {shape.site: shape for shape in site_shapes(loaded.layers(), recipe.stage)}
+    estimators = resolve(per_token, list(shapes.values()))
+    dynamic = {site: estimator.dynamic(shapes[site]) for site, estimator in estimators.items()}
     results = {
         "per_token": evaluate(loaded.model, held_out, dynamic),
         "per_channel": evaluate(loaded.model, held_out, static),

@@ -3,7 +3,7 @@
 import argparse
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from scripts.console import UsageError
 
@@ -18,8 +18,15 @@ def output_path(args: argparse.Namespace, recipe: "Recipe") -> Path:
     from scripts.models import short_name
 
     model = short_name(args.model) if args.model else "statistics"
-    key, value = (getattr(estimator, "bits", 16) for estimator in (recipe.key, recipe.value))
+    key, value = (_bits(entry) for entry in (recipe.key, recipe.value))
     return Path("runs") / f"{model}-{recipe.name}" / f"quantizers-k{key}v{value}.safetensors"
+
+
+def _bits(entry: Any) -> int:
+    """Code width of an estimator, or of what a wrapper holds; 16 where there is none."""
+    while not hasattr(entry, "bits") and hasattr(entry, "inner"):
+        entry = entry.inner
+    return int(getattr(entry, "bits", 16))
 
 
 def check_outputs(output: Path, statistics: Path | None, *, force: bool) -> None:

@@ -9,18 +9,21 @@ from pydantic import ValidationError
 from sklearn.cluster import KMeans
 from torch import Tensor
 
-from artifacts.affine import Affine, DynamicAffine
+from artifacts.affine import Affine
 from artifacts.codebook import Codebook, DynamicCodebook
+from artifacts.dynamic_affine import DynamicAffine
 from artifacts.identity import Identity
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
 from artifacts.sparse import PercentileSparse, RankSparse, ThresholdSparse
 from calib.estimators import CodebookEstimator, Estimator, Fit, IdentityEstimator, Outliers, UniformEstimator
+from calib.statistics.readers import query_energy, query_moment
 from calib.statistics.row_sample import RowSample, priorities
-from calib.statistics.site_statistics import SiteShape, SiteStatistics, query_energy
+from calib.statistics.site_statistics import SiteShape, SiteStatistics
 
 BITS = (2, 3, 4, 5, 8)
 CHANNELS = 16
+SHAPE = SiteShape(site=Site(0, "key", "pre_rope"), heads=2, head_dim=CHANNELS // 2)
 every_width = pytest.mark.parametrize("bits", BITS)
 
 
@@ -36,7 +39,8 @@ def statistics_of(*batches: Tensor, heads: int = 2, queries: Tensor | None = Non
     if queries is not None:
         reader = SiteStatistics(SiteShape(site=Site(0, "query", "pre_rope"), heads=heads, head_dim=8), "basic")
         reader.update(queries)
-        statistics.query_energy = query_energy(shape, reader)
+        statistics.query_metric = query_moment(shape, reader)
+        statistics.query_energy = query_energy(shape, statistics.query_metric)
     return statistics
 
 
@@ -367,18 +371,18 @@ def test_identity_keeps_everything() -> None:
     assert isinstance(fit, Fit)
     assert isinstance(fit.quantizer, Identity)
     assert torch.equal(fit.quantizer.simulate(x), x)
-    assert torch.equal(IdentityEstimator().dynamic(CHANNELS).simulate(x), x)
+    assert torch.equal(IdentityEstimator().dynamic(SHAPE).simulate(x), x)
 
 
 def test_dynamic_quantizers_need_no_statistics() -> None:
     x = normal(200)
     for per in ("channel", "token"):
-        quantizer = UniformEstimator(bits=8, per=per).dynamic(CHANNELS)
+        quantizer = UniformEstimator(bits=8, per=per).dynamic(SHAPE)
         assert isinstance(quantizer, DynamicAffine)
         assert error(quantizer, x) < 1e-2
-    assert isinstance(UniformEstimator(per="token", outliers=Outliers()).dynamic(CHANNELS), PercentileSparse)
+    assert isinstance(UniformEstimator(per="token", outliers=Outliers()).dynamic(SHAPE), PercentileSparse)
     with pytest.raises(ValueError, match="codebooks are fitted; calibrate first"):
-        CodebookEstimator().dynamic(CHANNELS)
+        CodebookEstimator().dynamic(SHAPE)
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,16 @@
 """Recipes: files, edits, errors that say what to write instead; and the flags that stand for edits."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pytest
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from artifacts.sites import Site
 from calib.estimators import CodebookEstimator, IdentityEstimator, UniformEstimator
+from calib.override import merged
 from calib.recipe import Recipe, RecipeError, load_recipe, shipped_recipes
+from calib.recipe_errors import refusal
 from scripts.calibrate import parser
 from scripts.console import UsageError, dashes
 from scripts.options import recipe_changes
@@ -22,26 +25,25 @@ PLAIN: dict[str, Any] = {
 
 
 def test_the_shipped_recipes() -> None:
-    assert shipped_recipes() == ["default", "kvquant", "kvquant-rank"]
+    assert {"default", "kvquant", "kvquant-rank"} <= set(shipped_recipes())
     for name in shipped_recipes():
         recipe = load_recipe(name)
         assert recipe.name == name
         assert recipe.source
-        assert recipe.stage == "pre_rope"
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_a_recipe_survives_yaml(name: str, tmp_path: Path) -> None:
     recipe, path = load_recipe(name), tmp_path / "r.yaml"
     path.write_text(recipe.to_yaml(), encoding="utf-8")
-    assert load_recipe(str(path)) == recipe
+    assert load_recipe(path) == recipe
     assert load_recipe(str(path)).to_yaml() == recipe.to_yaml()
 
 
 def test_keys_and_values_have_their_own_estimators() -> None:
     recipe = Recipe.parse(PLAIN, "plain")
-    assert recipe.estimator(Site(3, "key", "pre_rope")) == UniformEstimator(bits=4)
-    value = recipe.estimator(Site(0, "value"))
+    assert recipe.estimator("key") == UniformEstimator(bits=4)
+    value = recipe.estimator("value")
     assert isinstance(value, CodebookEstimator)
     assert value.outliers is not None
     assert (value.bits, value.per, value.outliers.rule) == (3, "token", "rank")
@@ -74,49 +76,136 @@ def test_an_edit_can_take_outliers_away() -> None:
     assert edited.model_dump()["value"]["outliers"] is None
 
 
+def test_exact_keys_are_so_in_every_layer() -> None:
+    ends = {"layers": [0, -1], "key": {"bits": 8}, "value": {"bits": 8}}
+    keys_only = {"layers": [1], "key": {"method": "codebook"}}
+    recipe = Recipe.parse({**PLAIN, "overrides": [ends, keys_only]}, "plain")
+    exact = recipe.edited({"key": {"method": "identity"}})
+    assert [(one.key, one.value) for one in exact.overrides] == [(None, {"bits": 8})]
+    assert recipe.edited({"key": {"bits": 2}}).overrides == recipe.overrides
+
+
+def test_overrides_survive_a_dump() -> None:
+    rows = [{"layers": [0], "key": {"bits": 16}}, {"sites": "*.value", "value": {"outliers": None}}]
+    recipe = Recipe.parse({**PLAIN, "overrides": rows, "include": "*", "exclude": ["layers.{1,2}"]}, "plain")
+    assert Recipe.parse(recipe.model_dump(mode="json"), "again") == recipe
+    assert Recipe.parse(yaml.safe_load(recipe.to_yaml()), "again") == recipe
+    assert (recipe.include, recipe.overrides[1].sites) == (("*",), ("*.value",))
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_an_override_of_nothing_changes_nothing(name: str) -> None:
+    recipe = load_recipe(name)
+    nothing = recipe.edited({"overrides": [{"sites": "*", "key": {}, "value": {}}]})
+    assert [nothing.estimator(t, nothing.overrides) for t in ("key", "value")] == [recipe.key, recipe.value]
+
+
+def test_what_a_wrapper_does_not_know_is_meant_for_what_it_holds() -> None:
+    grid = {"method": "uniform", "bits": 4, "outliers": None}
+    entry = {"method": "a", "seed": 1, "inner": {"method": "b", "mean": 0, "inner": grid}}
+    found = merged({"key": entry}, {"key": {"bits": 3, "seed": 2, "mean": 5, "colour": 7}})["key"]
+    inner = {"method": "b", "mean": 5, "inner": {**grid, "bits": 3}}
+    assert found == {"method": "a", "seed": 2, "inner": inner, "colour": 7}
+    assert merged(entry, {"inner": {"inner": {"method": "identity"}}})["inner"]["inner"] == {"method": "identity"}
+    assert entry["inner"]["inner"] is grid
+    assert grid["bits"] == 4
+
+
 # Errors
 
 WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
     "unknown key": ({"stagee": "pre_rope"}, ["stagee: unknown entry", "Did you mean stage?"]),
     "unknown hyper-parameter": (
         {"key": {"method": "uniform", "bitz": 3}},
-        ["key.uniform.bitz: unknown entry", "symmetric", "Did you mean bits?"],
+        ["key.bitz: unknown entry", "symmetric", "Did you mean bits?"],
     ),
     "of another method": (
         {"key": {"method": "codebook", "symmetric": True}},
-        ["key.codebook.symmetric: unknown entry", "tables"],
+        ["key.symmetric: unknown entry", "tables"],
     ),
     "of outliers": (
         {"value": {"method": "uniform", "outliers": {"fractoin": 0.1}}},
-        ["value.uniform.outliers.fractoin: unknown entry; known: fraction, rule.", "Did you mean fraction?"],
+        ["value.outliers.fractoin: unknown entry; known: fraction, rule.", "Did you mean fraction?"],
     ),
     "outliers of nothing": (
         {"key": {"method": "identity", "outliers": {}}},
-        ["key.identity.outliers: unknown entry; known: method."],
+        ["key.outliers: unknown entry; known: method."],
     ),
-    "unknown method": ({"key": {"method": "magic"}}, ["key: ", "'magic'", "identity, uniform, codebook"]),
+    "unknown method": ({"key": {"method": "magic"}}, ["key: unknown method 'magic'", "known: identity, uniform, "]),
     "misspelt method": ({"key": {"method": "codebok"}}, ["key: ", "Did you mean codebook?"]),
-    "too many bits": ({"key": {"method": "uniform", "bits": 9}}, ["key.uniform.bits: ", "equal to 8; got 9"]),
-    "no bits": ({"key": {"method": "codebook", "bits": 0}}, ["key.codebook.bits: ", "equal to 1; got 0"]),
+    "no method": ({"key": {"bits": 3}}, ["key: method is missing; known: identity, uniform, "]),
+    "too many bits": ({"key": {"method": "uniform", "bits": 9}}, ["key.bits: ", "equal to 8; got 9; use 8"]),
+    "exact bits": ({"key": {"method": "uniform", "bits": 16}}, ["key.bits: ", "got 16; use 8, or method: identity"]),
+    "no bits": ({"key": {"method": "codebook", "bits": 0}}, ["key.bits: ", "equal to 1; got 0; use 1"]),
+    "true bits": ({"key": {"method": "uniform", "bits": True}}, ["key.bits: must be a valid integer; got True"]),
+    "bits in quotes": ({"key": {"method": "uniform", "bits": "3"}}, ["key.bits: ", "got '3'; write 3"]),
+    "a number without a point": (
+        {"key": {"method": "codebook", "pooling": "1e-1"}},
+        ["key.pooling: must be a valid number; got '1e-1'; write 0.1"],
+    ),
+    "an entry that is a number": ({"key": 4}, ["key: must be entries, such as {method: uniform}; got 4"]),
     "tokens with channel tables": (
         {"key": {"method": "codebook", "per": "token", "tables": "channel"}},
-        ["key.codebook: ", "one table per site", "use tables: site"],
+        ["key: ", "one table per site", "use tables: site"],
     ),
     "tokens with query weights": (
         {"value": {"method": "codebook", "per": "token", "weights": "query"}},
-        ["value.codebook: ", "use weights: scale2 or none"],
+        ["value: ", "use weights: scale2 or none"],
     ),
     "one symmetric bit": (
         {"key": {"method": "uniform", "bits": 1, "symmetric": True}},
-        ["key.uniform: ", "use at least 2 bits"],
+        ["key: ", "use at least 2 bits"],
     ),
     "symmetric with a zero point": (
         {"key": {"method": "uniform", "symmetric": True, "whole_zero_point": True}},
-        ["drop symmetric or whole_zero_point"],
+        ["key: ", "drop symmetric or whole_zero_point"],
     ),
-    "too many sinks": ({"sink_tokens": 9}, ["sink_tokens: ", "equal to 8; got 9"]),
-    "unknown stage": ({"stage": "post"}, ["stage: ", "'post_rope'", "got 'post'"]),
-    "all outliers": ({"key": {"method": "uniform", "outliers": {"fraction": 0.5}}}, ["outliers.fraction: ", "got 0.5"]),
+    "too many sinks": ({"sink_tokens": 16}, ["sink_tokens: must be less than or equal to 8; got 16; use 8"]),
+    "unknown stage": ({"stage": "post"}, ["stage: ", "'post_rope'; got 'post'. Did you mean post_rope?"]),
+    "all outliers": (
+        {"key": {"method": "uniform", "outliers": {"fraction": 0.5}}},
+        ["key.outliers.fraction: ", "got 0.5"],
+    ),
+    "a name that is a path": ({"name": "../mine"}, ["name: files are named after it", "got '../mine'"]),
+    "nothing included": ({"include": []}, ["include: must not be empty"]),
+    "a number as pattern": ({"exclude": ["*", 3]}, ["exclude.1: must be a valid string; got 3"]),
+    "a pattern of thousands": ({"exclude": "{1..9999}"}, ["exclude.0: '{1..9999}' is no pattern", "limit"]),
+    "inside a wrapper": (
+        {"key": {"method": "hadamard", "inner": {"method": "centred", "inner": {"method": "uniform", "bitz": 3}}}},
+        ["key.inner.inner.bitz: unknown entry; known: method, bits", "Did you mean bits?"],
+    ),
+    "an unknown method inside a wrapper": (
+        {"key": {"method": "hadamard", "inner": {"method": "unifrom"}}},
+        ["key.inner: unknown method 'unifrom'; known: identity, ", "Did you mean uniform?"],
+    ),
+    "an override nowhere": ({"overrides": [{"key": {"bits": 3}}]}, ["overrides.0: say where, by either layers or"]),
+    "an override twice": ({"overrides": [{"layers": [0], "sites": "*", "key": {}}]}, ["overrides.0: say where, by"]),
+    "an override of neither": ({"overrides": [{"layers": [0]}]}, ["overrides.0: say what is different"]),
+    "an override of no layer": ({"overrides": [{"layers": [], "key": {}}]}, ["overrides.0.layers: must not be empty"]),
+    "a layer that is none": (
+        {"overrides": [{"layers": [0, True], "key": {}}]},
+        ["overrides.0.layers.1: must be a valid integer; got True"],
+    ),
+    "an override of bits": (
+        {"overrides": [{"layers": [0], "bits": 3}]},
+        ["overrides.0.bits: unknown entry; known: "],
+    ),
+    "an override to wrong bits": (
+        {"overrides": [{"layers": [0], "key": {}}, {"layers": [1], "key": {"bits": 12}}]},
+        ["overrides.1.key.bits: must be", "equal to 8; got 12; use 8"],
+    ),
+    "an override of what is not there": (
+        {"overrides": [{"layers": [0], "value": {"symetric": True}}]},
+        ["overrides.0.value.symetric: unknown entry; known: method, bits, "],
+    ),
+    "an override to the impossible": (
+        {"overrides": [{"layers": [0], "key": {"symmetric": True, "bits": 1}}]},
+        ["overrides.0.key: one bit leaves"],
+    ),
+    "an override to another method": (
+        {"overrides": [{"layers": [0], "key": {"method": "codebok"}}]},
+        ["overrides.0.key: unknown method 'codebok'", "Did you mean codebook?"],
+    ),
 }
 
 
@@ -124,8 +213,9 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
 def test_errors_name_the_place_and_what_to_write(change: dict[str, Any], expected: list[str]) -> None:
     with pytest.raises(RecipeError) as caught:
         Recipe.parse({**PLAIN, **change}, "plain")
-    message = str(caught.value)
-    assert message.startswith("recipe plain:\n  ")
+    [message] = str(caught.value).splitlines()
+    assert message.startswith(f"recipe plain: {expected[0]}")
+    assert ("identity, which keeps" in message) == (change == {"key": {"method": "uniform", "bits": 16}})
     for part in expected:
         assert part in message
 
@@ -133,37 +223,63 @@ def test_errors_name_the_place_and_what_to_write(change: dict[str, Any], expecte
 def test_all_errors_are_told_at_once() -> None:
     with pytest.raises(RecipeError) as caught:
         Recipe.parse({"nam": "x", "key": {"method": "uniform", "bits": 9}}, "two")
-    assert [line.split(":")[0].strip() for line in str(caught.value).splitlines()[1:]] == [
-        "name",
-        "key.uniform.bits",
-        "value",
-        "nam",
-    ]
+    rows = [line.removeprefix("recipe two: ").split(":")[0] for line in str(caught.value).splitlines()]
+    assert rows == ["name", "key.bits", "value", "nam"]
 
 
-@pytest.mark.parametrize(("name", "advice"), [("kvqant", r"Did you mean kvquant\?"), ("xyzzy", "kvquant-rank")])
-def test_an_unknown_recipe_lists_those_there_are(name: str, advice: str) -> None:
-    with pytest.raises(
-        RecipeError, match=rf"recipe '{name}': no such recipe; expected a \.yaml file or one of default, .*{advice}"
-    ):
-        load_recipe(name)
+def test_overrides_that_do_not_go_together_are_refused() -> None:
+    rows = [{"layers": [0], "key": {"bits": 16}}, {"sites": "layers.0", "key": {"bits": 4}}]
+    recipe = Recipe.parse({**PLAIN, "overrides": rows}, "plain")
+    with pytest.raises(RecipeError, match="plain: overrides of key together: bits: unknown entry; known: method"):
+        recipe.estimator("key", recipe.overrides)
+
+
+def test_a_value_that_no_file_can_hold_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"recipe plain: expected numbers, texts, lists and entries; .*complex"):
+        Recipe.parse({**PLAIN, "sink_tokens": 1j}, "plain")
+
+
+class Wrapper(BaseModel):
+    """Holds another entry, as deep as one likes."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    method: Literal["wrapper"] = "wrapper"
+    seed: int | Literal["none"] = 0
+    inner: "Annotated[Wrapper | Grid, Field(discriminator='method')]"
+
+
+class Grid(BaseModel):
+    """Holds nothing."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    method: Literal["grid"] = "grid"
+    bits: int = Field(default=4, le=8)
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("change", "message"),
     [
-        (b"key: [unclosed", "not YAML"),
-        (b"\xff\xfe\x00text", "not YAML"),
-        (b"just some words", "expected entries; got 'just some words'"),
-        (b"", "an empty file; start from"),
-        (b"!!python/object/apply:os.system ['true']", "not YAML"),
+        ({"bitz": 3}, "inner.inner.bitz: unknown entry; known: method, bits. Did you mean bits?"),
+        ({"bits": 9}, "inner.inner.bits: must be less than or equal to 8; got 9; use 8"),
+        ({"method": "gird"}, "inner.inner: unknown method 'gird'; known: wrapper, grid. Did you mean grid?"),
+        ({"method": "wrapper"}, "inner.inner.inner: missing; add it"),
     ],
 )
-def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
-    path = tmp_path / "r.yaml"
-    path.write_bytes(content)
-    with pytest.raises(RecipeError, match=rf"recipe .*r\.yaml:(?s:.*){message}"):
-        load_recipe(str(path))
+def test_errors_inside_wrappers_name_what_is_known_there(change: dict[str, Any], message: str) -> None:
+    entry = {"inner": {"method": "wrapper", "inner": {"method": "grid", **change}}}
+    with pytest.raises(ValidationError) as caught:
+        Wrapper.model_validate(entry)
+    marks = {(): "r.yaml, line 1", ("inner", "inner"): "r.yaml, line 7"}
+    assert str(refusal(caught.value, Wrapper, "r", marks)) == f"recipe r.yaml, line 7: {message}"
+
+
+def test_the_types_that_a_value_might_have_share_a_line() -> None:
+    with pytest.raises(ValidationError) as caught:
+        Wrapper.model_validate({"seed": [], "inner": {"method": "grid"}})
+    message = str(refusal(caught.value, Wrapper, "r", {}))
+    assert message == "recipe r: seed: must be a valid integer; got [] or must be 'none'; got []"
 
 
 # Flags

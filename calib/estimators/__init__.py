@@ -4,11 +4,57 @@ from typing import Annotated
 
 from pydantic import Field
 
+from calib.estimators.allotted import AllottedEstimator
+from calib.estimators.centred import CentredEstimator
 from calib.estimators.codebook import CodebookEstimator
-from calib.estimators.estimator import Estimator, Fit, Outliers
+from calib.estimators.compact import CompactSparseEstimator
+from calib.estimators.estimator import Estimator, Fit
+from calib.estimators.floats import BlockFloatEstimator, Float8Estimator
+from calib.estimators.hadamard import HadamardEstimator
 from calib.estimators.identity import IdentityEstimator
+from calib.estimators.normalised import NormalisedEstimator
+from calib.estimators.outliers import Outliers
+from calib.estimators.rotated import RotatedEstimator
+from calib.estimators.signed import SignedEstimator
+from calib.estimators.streaming import StreamingEstimator
 from calib.estimators.uniform import UniformEstimator
 
-AnyEstimator = Annotated[IdentityEstimator | UniformEstimator | CodebookEstimator, Field(discriminator="method")]
+AnyEstimator = Annotated[
+    IdentityEstimator
+    | UniformEstimator
+    | SignedEstimator
+    | CodebookEstimator
+    | AllottedEstimator
+    | Float8Estimator
+    | BlockFloatEstimator
+    | StreamingEstimator
+    | CompactSparseEstimator
+    | CentredEstimator
+    | NormalisedEstimator
+    | HadamardEstimator
+    | RotatedEstimator,
+    Field(discriminator="method"),
+]
 
-__all__ = ["AnyEstimator", "CodebookEstimator", "Estimator", "Fit", "IdentityEstimator", "Outliers", "UniformEstimator"]
+for _wrapping in (CompactSparseEstimator, CentredEstimator, NormalisedEstimator, HadamardEstimator, RotatedEstimator):
+    _wrapping.model_rebuild(_types_namespace={"AnyEstimator": AnyEstimator})
+
+__all__ = [
+    "AllottedEstimator",
+    "AnyEstimator",
+    "BlockFloatEstimator",
+    "CentredEstimator",
+    "CodebookEstimator",
+    "CompactSparseEstimator",
+    "Estimator",
+    "Fit",
+    "Float8Estimator",
+    "HadamardEstimator",
+    "IdentityEstimator",
+    "NormalisedEstimator",
+    "Outliers",
+    "RotatedEstimator",
+    "SignedEstimator",
+    "StreamingEstimator",
+    "UniformEstimator",
+]

@@ -1,45 +1,40 @@
-"""Tables of levels by exact one-dimensional k-means."""
+"""Tables of levels: by exact one-dimensional k-means, or fixed ones."""
 
-from typing import ClassVar, Literal, NamedTuple, final
+from typing import Literal, final
 
 import torch
-from jaxtyping import Float16, Float32, Float64, Int64
+from jaxtyping import Float16, Float64
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from artifacts.codebook import Codebook, DynamicCodebook
 from artifacts.quantizer import Quantizer
-from calib.estimators.estimator import EXACT, Estimator, Fit, Outliers
+from calib.estimators.codebook_levels import Levels, fitted, fixed
+from calib.estimators.estimator import EXACT, Estimator, Fit
+from calib.estimators.normal_values import (
+    Histogram,
+    exact_constants,
+    normal_values,
+    normalisation,
+    or_middle,
+    pooled,
+    rebin,
+)
+from calib.estimators.outliers import Outliers
 from calib.estimators.ranges import Ranges, ThresholdDtype, channel_ranges
-from calib.kmeans import kmeans_1d
-from calib.statistics.site_statistics import SiteStatistics
+from calib.statistics.site_statistics import SiteShape, SiteStatistics
 from calib.statistics.token_histogram import OUTLIER_FRACTIONS, bin_centers, token_histogram
 
+Weights = Literal["none", "scale2", "fisher", "fisher_scale2", "query", "query_scale2"]
+
 _SITE_BINS = 4096
-"""Bins over [-1, 1] for one table per site: within 1e-6 of the optimum for any number of values."""
+"""Bins over [-1, 1] for one table per site or head: within 1e-6 of the optimum for any number of values."""
 
 _CHANNEL_BINS = 512
 """Bins over [-1, 1] for a table per channel."""
 
 _FINEST_LEVEL_BINS = 4
 """Histogram bins per level, at least; coarser channels are fitted from the token reservoir."""
-
-_TINY = torch.finfo(torch.float64).tiny
-
-_ROUNDING = 1e-4
-"""Of a bin's middle, in half-ranges, where a channel lies far from zero."""
-
-
-_Histogram = tuple[Float64[Tensor, "tables bins"], Float64[Tensor, "tables bins"]]
-"""Centres and weights of bins over [-1, 1]."""
-
-
-class _Values(NamedTuple):
-    """Normalised values, each with its channel and with the weight that it stands for."""
-
-    channel: Int64[Tensor, " values"]
-    a: Float32[Tensor, " values"]
-    weights: Float64[Tensor, " values"]
 
 
 @final
@@ -50,49 +45,87 @@ class CodebookEstimator(Estimator):
     ----------
     bits : int
         Code width, 1 to 8.
-    per : {'channel', 'token'}
-        Normalised by static ranges of the channels, or by each token's own range.
-    tables : {'site', 'channel'}
-        One table for all channels, or one for each.
-    weights : {'none', 'scale2', 'query', 'query_scale2'}
-        Every normalised value alike; or by the square of its channel's or token's half-range, which makes the error
-        that of x itself; or by the energy of the queries that read the key channel, without gradients what Fisher
-        weights measure; or by both.
+    n_levels : int or None
+        Number of levels, 2 to 256, where it shall not be 2^bits; `bits` is then what tells them apart.
+    levels : {'fitted', 'normal_float', 'gaussian', 'laplace'}
+        By k-means; or NormalFloat over the ranges; or the best for a known distribution, over mean and deviation.
+    per : {'channel', 'token', 'unit'}
+        Normalised by static ranges of the channels, by each token's own range, or not at all: a fixed table for values
+        that are of variance 1 already.
+    tables : {'site', 'head', 'channel'}
+        One fitted table for all channels, or one for each head or channel.
+    weights : {'none', 'scale2', 'fisher', 'fisher_scale2', 'query', 'query_scale2'}
+        Every normalised value alike; by the square of its channel's or token's half-range, which makes the error
+        that of x itself; by its squared gradients; by the energy of the queries that read the key channel, without
+        gradients what those measure; or by one of these and the square of the half-range.
     pooling : float
         With a table for each channel: weight of the site's average histogram relative to the channel's own, which
         gives rare values a say that few calibration tokens may not have shown.
+    qnorm : bool
+        Moves and stretches the levels that are read back, so that decoded values have the mean and deviation of the
+        normalised ones (Q-Norm, arXiv 2401.18079, section 3.5). Codes are chosen as without it.
     outliers : Outliers or None
         Values kept apart.
     threshold_dtype : {'float32', 'float16'}
         Precision of the static range's ends.
     """
 
-    needs: ClassVar[tuple[str, ...]] = ("tails", "histogram", "token_histogram")
-
     method: Literal["codebook"] = "codebook"
     bits: int = Field(default=4, ge=1, le=8)
-    per: Literal["channel", "token"] = "channel"
-    tables: Literal["site", "channel"] = "site"
-    weights: Literal["none", "scale2", "query", "query_scale2"] = "scale2"
+    n_levels: int | None = Field(default=None, ge=2, le=256)
+    levels: Levels = "fitted"
+    per: Literal["channel", "token", "unit"] = "channel"
+    tables: Literal["site", "head", "channel"] = "site"
+    weights: Weights = "scale2"
     pooling: float = Field(default=0.1, ge=0, le=1)
+    qnorm: bool = False
     outliers: Outliers | None = None
     threshold_dtype: ThresholdDtype = "float32"
 
     @model_validator(mode="after")
     def _possible(self) -> "CodebookEstimator":
-        if self.per == "token" and self.tables == "channel":
+        if self.per == "token" and self.tables != "site":
             raise ValueError("a range per token goes with one table per site; use tables: site, or per: channel")
         if self.per == "token" and self.weights.startswith("query"):
             raise ValueError("query weights belong to key channels; with per: token use weights: scale2 or none")
+        if self.per == "token" and self.levels in ("gaussian", "laplace"):
+            raise ValueError(f"{self.levels} levels go with mean and deviation; with per: token use normal_float")
+        if self.per == "unit" and self.levels not in ("gaussian", "laplace"):
+            raise ValueError("per: unit leaves values as they are; use levels: gaussian or laplace")
+        if self.n_levels is not None and not 2 ** (self.bits - 1) < self.n_levels <= 2**self.bits:
+            needed = (self.n_levels - 1).bit_length()
+            raise ValueError(f"{self.n_levels} levels need {needed} bits; use bits: {needed}, or drop n_levels")
+        if self.qnorm and self.levels != "fitted":
+            raise ValueError("qnorm adjusts fitted levels; drop it, or use levels: fitted")
         return self
+
+    @property
+    def needs_fisher(self) -> bool:
+        """Whether values are weighted by squared gradients."""
+        return self.weights.startswith("fisher")
 
     def fit(self, statistics: SiteStatistics) -> Fit:
         """Reads ranges and histograms; the token reservoir where those are too coarse."""
+        if self.per == "unit" or (self.per == "token" and self.levels != "fitted"):
+            return Fit(self.dynamic(statistics.shape), EXACT)
         return self._fit_tokens(statistics) if self.per == "token" else self._fit_channels(statistics)
 
-    def dynamic(self, channels: int) -> Quantizer:
-        """There is none: levels are fitted."""
-        raise ValueError("codebooks are fitted; calibrate first: calibrate MODEL --nuq --quantizer-path q.safetensors")
+    def dynamic(self, shape: SiteShape) -> Quantizer:
+        """Fixed levels over each token's range, or over values that need no normalisation."""
+        if self.levels == "fitted" or self.per == "channel":
+            raise ValueError(
+                "codebooks are fitted; calibrate first: calibrate MODEL --nuq --quantizer-path q.safetensors"
+            )
+        channels, table = shape.channels, fixed(self.levels, self._n_levels)
+        inner: Quantizer = DynamicCodebook(channels=channels, bits=self.bits, levels=table)
+        if self.per == "unit":
+            one = torch.ones(channels)
+            inner = Codebook(channels=channels, bits=self.bits, scale=one, offset=0 * one, levels=table)
+        return self.outliers.wrap(inner, None) if self.outliers else inner
+
+    @property
+    def _n_levels(self) -> int:
+        return self.n_levels or 2**self.bits
 
     @property
     def _fraction(self) -> float:
@@ -100,58 +133,57 @@ class CodebookEstimator(Estimator):
 
     def _fit_tokens(self, statistics: SiteStatistics) -> Fit:
         channels = statistics.shape.channels
-        histogram = statistics.token_histogram
-        if self._fraction in OUTLIER_FRACTIONS:
-            row = OUTLIER_FRACTIONS.index(self._fraction)
-            counts, weighted, source = histogram.counts[row], histogram.weights[row], EXACT
-        else:
-            rows = statistics.rows
-            counts, weighted = token_histogram(rows, self._fraction, histogram.bins)
-            source = f"reservoir of {len(rows)} tokens"
-        weights = weighted if self.weights == "scale2" else counts.double()
+        weights, source = self._token_weights(statistics)
         if not weights.any():  # every token is a constant: any levels do
             weights = torch.ones_like(weights)
-        levels = _levels(bin_centers(histogram.bins, weights.device)[None], weights[None], self.bits)
-        inner = DynamicCodebook(channels=channels, bits=self.bits, levels=levels)
+        table = fitted((bin_centers(len(weights), weights.device)[None], weights[None]), self._n_levels, self.qnorm)
+        inner = DynamicCodebook(channels=channels, bits=self.bits, **table)
         return Fit(self.outliers.wrap(inner, None) if self.outliers else inner, source)
+
+    def _token_weights(self, statistics: SiteStatistics) -> tuple[Float64[Tensor, " bins"], str]:
+        """Histogram over each token's range, and where it comes from."""
+        histogram = statistics.fisher_token_histogram if self.needs_fisher else statistics.token_histogram
+        if self._fraction in OUTLIER_FRACTIONS:
+            row = OUTLIER_FRACTIONS.index(self._fraction)
+            counts, squared, source = histogram.counts[row], histogram.weights[row], EXACT
+        else:
+            rows = statistics.rows
+            squares = statistics.row_gradients.double().square() if self.needs_fisher else None
+            counts, squared = token_histogram(rows, self._fraction, histogram.bins, squares)
+            source = f"reservoir of {len(rows)} tokens"
+        return squared if self.weights.endswith("scale2") else counts.double(), source
 
     def _fit_channels(self, statistics: SiteStatistics) -> Fit:
         ranges = channel_ranges(statistics, self._fraction, self.threshold_dtype)
-        scale, offset = _normalisation(ranges, self.threshold_dtype)
-        values, n_coarse = self._normal_values(statistics, ranges, scale, offset)
-        if self.tables == "site":
-            weights = values.weights * _take(self._channel_weights(statistics, scale), values.channel)
-            histogram = _or_middle(_rebin(_Values(torch.zeros_like(values.channel), values.a, weights), 1, _SITE_BINS))
+        if self.levels in ("gaussian", "laplace"):
+            scale_offset, source = _spread(statistics), EXACT
         else:
-            histogram = _pooled(_rebin(values, len(scale), _CHANNEL_BINS), self.pooling)
-        levels = _levels(*histogram, self.bits)
-        scale, offset = _exact_constants(scale, offset, levels, ranges)
-        inner = Codebook(channels=len(scale), bits=self.bits, scale=scale, offset=offset, levels=levels)
-        source = ranges.source if not n_coarse else f"{ranges.source}; reservoir for {n_coarse} channels"
+            scale_offset, source = normalisation(ranges, self.threshold_dtype), ranges.source
+        if self.levels == "fitted":
+            histogram, n_coarse = self._histogram(statistics, ranges, scale_offset)
+            table = fitted(histogram, self._n_levels, self.qnorm)
+            source += f"; reservoir for {n_coarse} channels" if n_coarse else ""
+        else:
+            table = {"levels": fixed(self.levels, self._n_levels)}
+        scale, offset = exact_constants(scale_offset, _nearest_zero(table["levels"], len(ranges.low)), ranges)
+        inner = Codebook(channels=len(scale), bits=self.bits, scale=scale, offset=offset, **table)
         return Fit(self.outliers.wrap(inner, ranges) if self.outliers else inner, source)
 
-    def _normal_values(
-        self, statistics: SiteStatistics, ranges: Ranges, scale: Tensor, offset: Tensor
-    ) -> tuple[_Values, int]:
-        """(x - offset) / scale within the ranges, and how many channels came from the reservoir.
+    def _histogram(
+        self, statistics: SiteStatistics, ranges: Ranges, scale_offset: tuple[Tensor, Tensor]
+    ) -> tuple[Histogram, int]:
+        """What each table is fitted to, and how many channels came from the reservoir."""
+        step = 2 / (self._n_levels * _FINEST_LEVEL_BINS)
+        values, n_coarse = normal_values(statistics, ranges, scale_offset, step, fisher=self.needs_fisher)
+        channels, shape = len(ranges.low), statistics.shape
+        if self.tables == "channel":
+            return pooled(rebin(values, channels, _CHANNEL_BINS), self.pooling), n_coarse
+        tables = shape.heads if self.tables == "head" else 1
+        weights = values.weights * self._channel_weights(statistics, scale_offset[0])[values.channel]
+        table = torch.div(values.channel, channels // tables, rounding_mode="floor")
+        return or_middle(rebin(values._replace(channel=table, weights=weights), tables, _SITE_BINS)), n_coarse
 
-        Constant channels have none. The middle of a bin that holds an end of the range may lie beyond it: what is in
-        the bin counts at the end.
-        """
-        width = statistics.histogram.width().cpu()
-        coarse = (width * 2**self.bits * _FINEST_LEVEL_BINS > 2 * scale) & ~ranges.constant
-        channel, x, counts = (part.cpu() for part in statistics.histogram.occupied())
-        a = (x - _take(offset, channel)) / _take(scale, channel)
-        slack = (width / (2 * scale) + _ROUNDING).masked_fill(coarse | ranges.constant, -torch.inf)
-        values = _inside(channel, a, counts, slack)
-        if coarse.any():
-            rows = ((statistics.rows.cpu() - offset) / scale).T[coarse]
-            channel = coarse.nonzero().expand_as(rows).flatten()
-            more = _inside(channel, rows.flatten(), torch.ones(rows.numel()), torch.zeros_like(slack))
-            values = _Values(*(torch.cat(parts) for parts in zip(values, more, strict=True)))
-        return values, int(coarse.sum())
-
-    def _channel_weights(self, statistics: SiteStatistics, scale: Float32[Tensor, " channels"]) -> Tensor:
+    def _channel_weights(self, statistics: SiteStatistics, scale: Tensor) -> Float64[Tensor, " channels"]:
         weights = torch.ones(len(scale), dtype=torch.float64)
         if self.weights.startswith("query"):
             if statistics.query_energy is None:
@@ -163,70 +195,14 @@ class CodebookEstimator(Estimator):
         return weights * scale.double().square() if self.weights.endswith("scale2") else weights
 
 
-def _normalisation(
-    ranges: Ranges, dtype: ThresholdDtype
-) -> tuple[Float32[Tensor, " channels"], Float32[Tensor, " channels"]]:
-    """Half-range and middle of each channel, in the arithmetic of the thresholds."""
-    low, high = (end.half() if dtype == "float16" else end for end in (ranges.low, ranges.high))
-    scale, offset = ((high - low) / 2).float(), ((high + low) / 2).float()
-    return torch.where(scale > 0, scale, torch.ones_like(scale)), offset
+def _spread(statistics: SiteStatistics) -> tuple[Tensor, Tensor]:
+    """Deviation and mean of each channel; deviation 1 where it never changes."""
+    mean = statistics.moments.mean()
+    deviation = (statistics.moments.second().diagonal(dim1=1, dim2=2).flatten() - mean.square()).clamp_min(0).sqrt()
+    return torch.where(deviation > 0, deviation, 1.0).float().cpu(), mean.float().cpu()
 
 
-def _exact_constants(
-    scale: Float32[Tensor, " channels"],
-    offset: Float32[Tensor, " channels"],
-    levels: Float16[Tensor, "tables levels"],
-    ranges: Ranges,
-) -> tuple[Float32[Tensor, " channels"], Float32[Tensor, " channels"]]:
-    """Scale and offset with which the level nearest zero gives a constant channel back without rounding.
-
-    The scale is a power of two far below the constant's last bit, so that scale * level is exact and vanishes beside
-    it; for the constant zero the offset cancels it.
-    """
-    nearest = levels.float().gather(1, levels.float().abs().argmin(dim=1, keepdim=True))[:, 0].expand_as(scale)
-    _, exponent = torch.frexp(ranges.low)
-    tiny = torch.ldexp(torch.ones_like(scale), (exponent - 40).clamp_min(-100))
-    offset = torch.where(ranges.constant, torch.where(ranges.low == 0, -tiny * nearest, ranges.low), offset)
-    return torch.where(ranges.constant, tiny, scale), offset
-
-
-def _inside(channel: Tensor, a: Tensor, weights: Tensor, slack: Float32[Tensor, " channels"]) -> _Values:
-    """What lies in [-1, 1]; beyond by no more than its channel's slack, at the end."""
-    inside = a.abs() <= 1 + _take(slack, channel)
-    return _Values(channel, a.clamp(-1, 1), weights.double() * inside)
-
-
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    return x.index_select(0, index)
-
-
-def _rebin(values: _Values, tables: int, bins: int) -> _Histogram:
-    """One histogram over [-1, 1] for each table, with the mean of what fell into a bin as its centre."""
-    index = ((values.a + 1) * (bins / 2)).clamp_(0, bins - 1).long() + values.channel * bins
-    total = torch.bincount(index, values.weights, minlength=tables * bins).view(tables, bins)
-    sums = torch.bincount(index, values.weights * values.a, minlength=tables * bins).view(tables, bins)
-    return torch.where(total > 0, sums / total.clamp_min(_TINY), bin_centers(bins, total.device)), total
-
-
-def _or_middle(histogram: _Histogram) -> _Histogram:
-    """The histogram; one value at the middle where it is empty, because all channels are constant."""
-    centers, total = histogram
-    total[:, total.shape[1] // 2] += total.sum(dim=1) == 0
-    return centers, total
-
-
-def _pooled(histogram: _Histogram, pooling: float) -> _Histogram:
-    """Each channel's histogram with a share of the average shape added; constant channels get the average."""
-    centers, weights = histogram
-    mass = weights.sum(dim=1, keepdim=True)
-    shape = (weights / mass.clamp_min(1.0)).sum(dim=0) / (mass > 0).sum().clamp_min(1)
-    shape[len(shape) // 2] += float(shape.sum() == 0)
-    added = shape * torch.where(mass > 0, pooling * mass, 1.0)
-    total = weights + added
-    middles = bin_centers(weights.shape[1], weights.device)
-    means = (centers * weights + middles * added) / total.clamp_min(_TINY)
-    return torch.where(total > 0, means, middles), total
-
-
-def _levels(centers: Float64[Tensor, "tables bins"], weights: Float64[Tensor, "tables bins"], bits: int) -> Tensor:
-    return kmeans_1d(centers, weights, 2**bits).cpu().half()
+def _nearest_zero(levels: Float16[Tensor, "tables levels"], channels: int) -> Float16[Tensor, " channels"]:
+    """The level of each channel that lies nearest zero."""
+    nearest = levels.gather(1, levels.float().abs().argmin(dim=1, keepdim=True))[:, 0]
+    return nearest.repeat_interleave(channels // len(nearest))

@@ -5,17 +5,17 @@ in it, and `fit` is a pure function of the statistics.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import final
 
-from pydantic import BaseModel, ConfigDict, Field
+import torch
+from pydantic import BaseModel, ConfigDict
 
 from artifacts.quantizer import Quantizer
-from artifacts.sparse import PercentileSparse, RankSparse, ThresholdSparse
-from calib.estimators.ranges import Ranges
-from calib.statistics.site_statistics import SiteStatistics
+from calib.statistics.site_statistics import SiteShape, SiteStatistics
 
 EXACT = "exact statistics"
+_TRIAL_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -26,50 +26,17 @@ class Fit:
     source: str
 
 
-class Outliers(BaseModel):
-    """Values that are kept in 16 bits beside the codes.
-
-    Parameters
-    ----------
-    fraction : float
-        Share of a token's values, half on each side.
-    rule : {'percentile', 'rank'}
-        Beyond percentiles (static for each channel, or of each token), or exactly so many of each token.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    fraction: float = Field(default=0.01, gt=0, lt=0.5)
-    rule: Literal["percentile", "rank"] = "percentile"
-
-    def per_token(self, channels: int) -> int:
-        """Outliers of each token under the rule 'rank': the share rounded, at least one."""
-        return max(1, round(self.fraction * channels))
-
-    def wrap(self, inner: Quantizer, thresholds: Ranges | None) -> Quantizer:
-        """`inner` with its outliers kept apart; `thresholds` are static ones, None for those of each token."""
-        channels = inner.channels
-        if self.rule == "rank":
-            return RankSparse(channels=channels, inner=inner, outliers_per_token=self.per_token(channels))
-        if thresholds is None:
-            return PercentileSparse(channels=channels, inner=inner, outlier_fraction=self.fraction)
-        return ThresholdSparse(channels=channels, inner=inner, lower=thresholds.low, upper=thresholds.high)
-
-
 class Estimator(BaseModel, ABC):
     """Hyper-parameters of a quantizer, and the way from statistics to it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-    needs: ClassVar[tuple[str, ...]] = ()
-    """Statistics that the fit reads, by their names in `SiteStatistics`."""
 
     @abstractmethod
     def fit(self, statistics: SiteStatistics) -> Fit:
         """The quantizer for a site."""
 
     @abstractmethod
-    def dynamic(self, channels: int) -> Quantizer:
+    def dynamic(self, shape: SiteShape) -> Quantizer:
         """The quantizer that finds every parameter when it encodes, where there is one.
 
         Raises
@@ -77,3 +44,33 @@ class Estimator(BaseModel, ABC):
         ValueError
             If the method cannot do without calibration.
         """
+
+    @property
+    def needs_fisher(self) -> bool:
+        """Whether the fit reads squared gradients."""
+        return False
+
+    @final
+    def check(self, shape: SiteShape) -> None:
+        """Fits made-up tokens of this shape, so that what does not go with it is found before a model runs.
+
+        Raises
+        ------
+        ValueError
+            If the hyper-parameters do not go with the shape.
+        """
+        self.fit(trial_statistics(shape))
+
+
+def trial_statistics(shape: SiteShape) -> SiteStatistics:
+    """Statistics of a few made-up tokens, with everything that an estimator can read."""
+    x = torch.randn(_TRIAL_TOKENS, shape.channels, generator=torch.Generator().manual_seed(0))
+    statistics = SiteStatistics(replace(shape, rotary_dim=0), "full", fisher=True)
+    statistics.update(x, x)
+    statistics.samples |= {"rows": x, "row_gradients": x}
+    if shape.site.tensor == "key":
+        statistics.query_metric = torch.eye(shape.head_dim, dtype=torch.float64).expand(shape.heads, -1, -1)
+        statistics.query_energy = torch.ones(shape.channels, dtype=torch.float64)
+    else:
+        statistics.token_weights = torch.ones(len(x))
+    return statistics

@@ -5,7 +5,7 @@ from typing import Literal, final
 from artifacts.identity import Identity
 from artifacts.quantizer import Quantizer
 from calib.estimators.estimator import EXACT, Estimator, Fit
-from calib.statistics.site_statistics import SiteStatistics
+from calib.statistics.site_statistics import SiteShape, SiteStatistics
 
 
 @final
@@ -18,6 +18,6 @@ class IdentityEstimator(Estimator):
         """The identity; nothing is read."""
         return Fit(Identity(channels=statistics.shape.channels), EXACT)
 
-    def dynamic(self, channels: int) -> Quantizer:
+    def dynamic(self, shape: SiteShape) -> Quantizer:
         """The identity."""
-        return Identity(channels=channels)
+        return Identity(channels=shape.channels)

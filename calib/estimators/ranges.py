@@ -33,6 +33,18 @@ class Ranges:
         """Channels that never change."""
         return self.low == self.high
 
+    def shared(self, sharing: int) -> "Ranges":
+        """One range for each `sharing` neighbouring channels, which holds theirs."""
+        low, high = (end.view(-1, sharing) for end in (self.low, self.high))
+        low, high = low.amin(dim=1).repeat_interleave(sharing), high.amax(dim=1).repeat_interleave(sharing)
+        return Ranges(low, high, self.source)
+
+    def shrunk(self, ratios: Float32[Tensor, " channels"]) -> "Ranges":
+        """The same ranges, narrower around their middles; what is not narrowed stays to the last bit."""
+        middle, half = (self.low + self.high) / 2, (self.high - self.low) / 2 * ratios
+        low, high = torch.where(ratios < 1, middle - half, self.low), torch.where(ratios < 1, middle + half, self.high)
+        return Ranges(low, high, self.source)
+
 
 def channel_ranges(statistics: SiteStatistics, outlier_fraction: float, dtype: ThresholdDtype = "float32") -> Ranges:
     """Minimum and maximum, or the percentiles that leave out `outlier_fraction`, half on each side.

@@ -1,15 +1,20 @@
 """Uniform grids."""
 
-from typing import ClassVar, Literal, final
+from typing import Literal, final
 
 import torch
+from jaxtyping import Float32
 from pydantic import Field, model_validator
+from torch import Tensor
 
-from artifacts.affine import Affine, DynamicAffine
+from artifacts.affine import Affine
+from artifacts.dynamic_affine import DynamicAffine
 from artifacts.quantizer import Quantizer
-from calib.estimators.estimator import EXACT, Estimator, Fit, Outliers
+from calib.estimators.estimator import EXACT, Estimator, Fit
+from calib.estimators.outliers import Outliers
+from calib.estimators.range_search import best_ratios
 from calib.estimators.ranges import Ranges, ThresholdDtype, channel_ranges, constant_step
-from calib.statistics.site_statistics import SiteStatistics
+from calib.statistics.site_statistics import SiteShape, SiteStatistics
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -22,25 +27,42 @@ class UniformEstimator(Estimator):
     ----------
     bits : int
         Code width, 1 to 8.
-    per : {'channel', 'token'}
-        One static range per channel, or each token's own range.
+    per : {'tensor', 'head', 'channel', 'token'}
+        What shares a scale. All but `token` are static unless `static` says otherwise; a dynamic scale per head is one
+        of each token and head.
+    group_size : int or None
+        Channels of a token, or consecutive tokens of a channel, that share a scale; always dynamic.
+    static : bool or None
+        Scales from calibration (True) or from the values that are encoded (False); None for what is usual.
     symmetric : bool
         Range centred on zero.
     whole_zero_point : bool
         Zero point rounded to an integer within the code range.
+    range : {'minmax', 'percentile', 'mse', 'attention'}
+        Ends of a static range: smallest and largest value; percentiles that leave out `clip_fraction`; or, of either
+        kind, the share of the range with the least squared error over the token reservoir, plain or weighted by what it
+        does to attention in first order: by the energy of the queries for keys (methods of arXiv 2605.17757), by the
+        expected squared logit of the token's key for values.
+    clip_fraction : float
+        For percentiles, half on each side.
+    clip_ratio : float
+        Share of a dynamic range that is kept.
     outliers : Outliers or None
         Values kept apart.
     threshold_dtype : {'float32', 'float16'}
         Precision of the static range's ends.
     """
 
-    needs: ClassVar[tuple[str, ...]] = ("tails", "histogram")
-
     method: Literal["uniform"] = "uniform"
     bits: int = Field(default=4, ge=1, le=8)
-    per: Literal["channel", "token"] = "channel"
+    per: Literal["tensor", "head", "channel", "token"] = "channel"
+    group_size: int | None = Field(default=None, ge=1)
+    static: bool | None = None
     symmetric: bool = False
     whole_zero_point: bool = False
+    range: Literal["minmax", "percentile", "mse", "attention"] = "minmax"
+    clip_fraction: float = Field(default=0.001, gt=0, lt=0.5)
+    clip_ratio: float = Field(default=1.0, gt=0, le=1)
     outliers: Outliers | None = None
     threshold_dtype: ThresholdDtype = "float32"
 
@@ -50,28 +72,86 @@ class UniformEstimator(Estimator):
             raise ValueError("a symmetric range has no zero point to round; drop symmetric or whole_zero_point")
         if self.symmetric and self.bits == 1:
             raise ValueError("one bit leaves a symmetric grid with the level 0 alone; use at least 2 bits")
+        if self.group_size and self.per in ("tensor", "head"):
+            raise ValueError(f"per: {self.per} has no groups; use per: token (of channels) or per: channel (of tokens)")
+        if self.static and (self.per == "token" or self.group_size):
+            raise ValueError(
+                "a static scale of single tokens cannot be fitted, they are not known yet; drop static: true, or use "
+                "per: channel without group_size"
+            )
+        if self._is_dynamic and self.range == "percentile":
+            raise ValueError("percentiles are of static ranges; for a dynamic one use clip_ratio, or range: mse")
+        if not self._is_dynamic and self.clip_ratio != 1:
+            raise ValueError("clip_ratio is of dynamic ranges; for a static one use range: percentile or mse")
         return self
 
     def fit(self, statistics: SiteStatistics) -> Fit:
-        """Reads the ranges of the channels; a per-token grid needs nothing."""
-        channels = statistics.shape.channels
-        if self.per == "token":
-            return Fit(self.dynamic(channels), EXACT)
+        """Reads the ranges of the channels; a dynamic grid needs at most the share of its range to keep."""
+        if self._is_dynamic:
+            return self._fit_dynamic(statistics)
         fraction = self.outliers.fraction if self.outliers else 0.0
-        ranges = channel_ranges(statistics, fraction, self.threshold_dtype)
+        outer = channel_ranges(statistics, fraction, self.threshold_dtype)
+        clipped = outer if self.range != "percentile" else self._percentiles(statistics, fraction)
+        ranges, source = clipped.shared(self._sharing(statistics.shape)), clipped.source
+        if self.range in ("mse", "attention"):
+            rows = torch.minimum(torch.maximum(statistics.rows, outer.low), outer.high)
+            weights = self._weights(statistics)
+            sharing = self._sharing(statistics.shape)
+            ranges = ranges.shrunk(best_ratios(lambda r: self._grid(ranges.shrunk(r)), rows, weights, sharing))
+            source = f"{source}; reservoir of {len(rows)} tokens"
         inner = self._grid(ranges)
-        return Fit(self.outliers.wrap(inner, ranges) if self.outliers else inner, ranges.source)
+        return Fit(self.outliers.wrap(inner, outer) if self.outliers else inner, source)
 
-    def dynamic(self, channels: int) -> Quantizer:
-        """Ranges of the values that are encoded: of each token, or of each channel over the whole call."""
-        inner = DynamicAffine(
-            channels=channels,
+    def dynamic(self, shape: SiteShape) -> Quantizer:
+        """Ranges of the values that are encoded: of each token or group, or of each channel over the whole call."""
+        return self._wrapped(self._dynamic(shape, self.clip_ratio))
+
+    @property
+    def _is_dynamic(self) -> bool:
+        return self.per == "token" or self.group_size is not None or self.static is False
+
+    def _fit_dynamic(self, statistics: SiteStatistics) -> Fit:
+        if self.range == "minmax":
+            return Fit(self.dynamic(statistics.shape), EXACT)
+        rows, shape = statistics.rows, statistics.shape
+        ratios = best_ratios(
+            lambda r: self._wrapped(self._dynamic(shape, round(float(r[0]), 2))),
+            rows,
+            self._weights(statistics),
+            shape.channels,
+        )
+        inner = self._dynamic(shape, round(float(ratios[0]), 2))
+        return Fit(self._wrapped(inner), f"reservoir of {len(rows)} tokens")
+
+    def _dynamic(self, shape: SiteShape, clip_ratio: float) -> DynamicAffine:
+        by_head = self.per == "head"
+        return DynamicAffine(
+            channels=shape.channels,
             bits=self.bits,
-            per=self.per,
+            per="token" if self.per in ("token", "head") else "channel" if self.per == "channel" else "tensor",
+            group_size=shape.head_dim if by_head else self.group_size,
             symmetric=self.symmetric,
             whole_zero_point=self.whole_zero_point,
+            clip_ratio=clip_ratio,
         )
+
+    def _wrapped(self, inner: Quantizer) -> Quantizer:
         return self.outliers.wrap(inner, None) if self.outliers else inner
+
+    def _sharing(self, shape: SiteShape) -> int:
+        """Neighbouring channels with one static scale."""
+        return {"tensor": shape.channels, "head": shape.head_dim}.get(self.per, 1)
+
+    def _percentiles(self, statistics: SiteStatistics, outlier_fraction: float) -> Ranges:
+        return channel_ranges(statistics, outlier_fraction + self.clip_fraction, self.threshold_dtype)
+
+    def _weights(self, statistics: SiteStatistics) -> Float32[Tensor, "rows channels"]:
+        weights = torch.ones_like(statistics.rows)
+        if self.range == "attention" and statistics.query_energy is not None:
+            weights = weights * statistics.query_energy.float()
+        if self.range == "attention" and statistics.token_weights is not None:
+            weights = weights * statistics.token_weights[:, None]
+        return weights
 
     def _grid(self, ranges: Ranges) -> Affine:
         low, high, steps = ranges.low, ranges.high, 2**self.bits - 1

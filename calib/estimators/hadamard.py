@@ -1,0 +1,68 @@
+"""Rotations that need no data."""
+
+from typing import Literal, final
+
+import torch
+from jaxtyping import Int8
+from pydantic import Field
+from torch import Tensor
+
+from artifacts.hadamard import Hadamard
+from artifacts.identity import Identity
+from artifacts.quantizer import Quantizer
+from calib.estimators.estimator import Fit
+from calib.estimators.wrapping import WrappingEstimator
+from calib.statistics.site_statistics import SiteShape, SiteStatistics
+
+_SIGN_SEED = 0
+
+
+@final
+class HadamardEstimator(WrappingEstimator):
+    """A Walsh-Hadamard transform of each token, which spreads outliers over the channels (arXiv 2404.00456).
+
+    Parameters
+    ----------
+    heads : int
+        Neighbouring heads that are transformed together, at most as many as there are; blocks are as wide as the
+        largest power of two that divides their channels.
+    random_signs : bool
+        Flips the signs of half of the channels first, always of the same ones.
+    """
+
+    method: Literal["hadamard"] = "hadamard"
+    heads: int = Field(default=1, ge=1)
+    random_signs: bool = False
+
+    def fit(self, statistics: SiteStatistics) -> Fit:
+        """Fits what is wrapped to the transformed reservoir."""
+        shape = statistics.shape
+        transform = self._around(Identity(channels=shape.channels), shape).transform
+        gradients = transform(statistics.row_gradients) if statistics.fisher else None
+        mapped = statistics.mapped(transform(statistics.rows), gradients)
+        if statistics.query_energy is not None:  # a block mixes its channels alike
+            width = self._width(shape)
+            mapped.query_energy = statistics.query_energy.view(-1, width).mean(dim=1).repeat_interleave(width)
+        inner = self.fit_inner(mapped)
+        return Fit(self._around(inner.quantizer, shape), inner.source)
+
+    def dynamic(self, shape: SiteShape) -> Quantizer:
+        """The transform around a quantizer that needs no calibration."""
+        return self._around(self.inner.dynamic(shape), shape)
+
+    def _around(self, inner: Quantizer, shape: SiteShape) -> Hadamard:
+        signs = _signs(shape.channels) if self.random_signs else None
+        return Hadamard(channels=shape.channels, inner=inner, group_size=self._width(shape), signs=signs)
+
+    def _width(self, shape: SiteShape) -> int:
+        heads = min(self.heads, shape.heads)
+        width = heads * shape.head_dim
+        if shape.heads % heads:
+            raise ValueError(f"heads must divide the {shape.heads} heads; got {self.heads}; use 1")
+        return width & -width
+
+
+def _signs(channels: int) -> Int8[Tensor, " channels"]:
+    """Half of them -1."""
+    order = torch.randperm(channels, generator=torch.Generator().manual_seed(_SIGN_SEED))
+    return torch.where(order < channels // 2, -1, 1).to(torch.int8)

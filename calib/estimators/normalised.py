@@ -1,0 +1,51 @@
+"""Tokens, or their heads, without their norm."""
+
+from typing import Literal, final
+
+import torch
+
+from artifacts.normalised import Normalised
+from artifacts.quantizer import Quantizer
+from calib.estimators.estimator import Fit
+from calib.estimators.wrapping import WrappingEstimator
+from calib.statistics.site_statistics import SiteShape, SiteStatistics
+
+_TINY = torch.finfo(torch.float32).tiny
+
+
+@final
+class NormalisedEstimator(WrappingEstimator):
+    """Divides each token by its root mean square, which is kept in 16 bits.
+
+    Parameters
+    ----------
+    per : {'token', 'head'}
+        One norm for the whole token, or one for each of its heads.
+    correct : bool
+        Keeps the number that gives the decoded vector the norm of the original (norm correction).
+    """
+
+    method: Literal["normalised"] = "normalised"
+    per: Literal["token", "head"] = "head"
+    correct: bool = False
+
+    def fit(self, statistics: SiteStatistics) -> Fit:
+        """Fits what is wrapped to the normalised reservoir."""
+        shape, rows = statistics.shape, statistics.rows
+        groups = rows.view(len(rows), -1, self._group_size(shape) or shape.channels)
+        sizes = groups.square().mean(dim=2, keepdim=True).sqrt().clamp_min(_TINY).expand_as(groups).flatten(1)
+        mapped = statistics.mapped(rows / sizes, statistics.row_gradients * sizes if statistics.fisher else None)
+        mapped.query_energy, mapped.query_metric = statistics.query_energy, statistics.query_metric
+        inner = self.fit_inner(mapped)
+        return Fit(self._around(inner.quantizer, shape), inner.source)
+
+    def dynamic(self, shape: SiteShape) -> Quantizer:
+        """Norms around a quantizer that needs no calibration."""
+        return self._around(self.inner.dynamic(shape), shape)
+
+    def _around(self, inner: Quantizer, shape: SiteShape) -> Normalised:
+        group_size = self._group_size(shape)
+        return Normalised(channels=shape.channels, inner=inner, group_size=group_size, correct=self.correct)
+
+    def _group_size(self, shape: SiteShape) -> int | None:
+        return shape.head_dim if self.per == "head" else None

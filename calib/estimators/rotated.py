@@ -1,0 +1,126 @@
+"""Bases in which the components of a token hardly depend on one another, and errors count alike."""
+
+from typing import Literal, final
+
+import torch
+from jaxtyping import Float64
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from artifacts.identity import Identity
+from artifacts.quantizer import Quantizer
+from artifacts.rotated import Rotated
+from calib.estimators.estimator import Fit
+from calib.estimators.wrapping import WrappingEstimator
+from calib.statistics.site_statistics import SiteShape, SiteStatistics
+
+_FLOOR = 1e-6
+"""Of the mean eigenvalue of a metric: what no query reads still has some weight, so that the basis can be inverted."""
+
+
+@final
+class RotatedEstimator(WrappingEstimator):
+    """The eigenbasis of the covariance of what matters: z = x M, with M = G^(1/2) U.
+
+    G says what an error costs, e^T G e; U are the eigenvectors of the covariance of x G^(1/2), so that the components
+    of z are uncorrelated and the squared error of z is the cost of that of x.
+
+    Parameters
+    ----------
+    metric : {'none', 'query', 'fisher'}
+        G: the identity; what an error does to the logits of the queries that read a key, averaged over the distances
+        between them (`calib.statistics.readers.logit_metric`); or what it does to the loss, E[g g^T] with the gradients
+        g, in which a share of the query metric is mixed.
+    tokens : {'alike', 'score', 'queries'}
+        Whose covariance: of all tokens alike; for values, each weighted by the expected squared logit of its key; or,
+        for keys, of the queries that read them (arXiv 2605.17757).
+    scope : {'head', 'layer'}
+        A basis of each head, or one of all heads together, which needs statistics of the tier `full`.
+    query_share : float
+        Of the query metric in the metric 'fisher', both having the same trace: a few tokens carry most of a gradient.
+    """
+
+    method: Literal["rotated"] = "rotated"
+    metric: Literal["none", "query", "fisher"] = "none"
+    tokens: Literal["alike", "score", "queries"] = "alike"
+    scope: Literal["head", "layer"] = "head"
+    query_share: float = Field(default=0.3, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _possible(self) -> "RotatedEstimator":
+        if self.tokens == "queries" and self.scope == "layer":
+            raise ValueError("queries read one head each; with tokens: queries use scope: head")
+        return self
+
+    @property
+    def needs_fisher(self) -> bool:
+        """Whether the metric or what is wrapped reads squared gradients."""
+        return self.metric == "fisher" or self.inner.needs_fisher
+
+    def fit(self, statistics: SiteStatistics) -> Fit:
+        """Reads moments; what is wrapped is fitted to the rotated reservoir."""
+        root, covariance = _root(self._metric(statistics)), self._covariance(statistics)
+        if self.scope == "layer":
+            root = torch.block_diag(*root)[None]
+        basis = (root @ _eigenvectors(root @ covariance @ root)).float()
+        channels = statistics.shape.channels
+        transform = Rotated(channels=channels, inner=Identity(channels=channels), basis=basis).transform
+        inner = self.fit_inner(statistics.mapped(transform(statistics.rows)))
+        return Fit(Rotated(channels=channels, inner=inner.quantizer, basis=basis), inner.source)
+
+    def dynamic(self, shape: SiteShape) -> Quantizer:
+        """There is none: bases are fitted."""
+        raise ValueError("a basis is fitted; calibrate first, or use method: hadamard")
+
+    def _metric(self, statistics: SiteStatistics) -> Float64[Tensor, "heads head_dim head_dim"]:
+        shape = statistics.shape
+        if self.metric == "none":
+            return torch.eye(shape.head_dim, dtype=torch.float64).expand(shape.heads, -1, -1)
+        if self.metric == "query":
+            return _query_metric(statistics)
+        fisher = statistics.gradient_moments.second().cpu()
+        if self.query_share == 0 or statistics.query_metric is None:
+            return fisher
+        query = _query_metric(statistics)
+        traces = [metric.diagonal(dim1=1, dim2=2).sum(dim=1)[:, None, None] for metric in (fisher, query)]
+        return (1 - self.query_share) * fisher + self.query_share * query * (traces[0] / traces[1].clamp_min(1e-300))
+
+    def _covariance(self, statistics: SiteStatistics) -> Float64[Tensor, "groups width width"]:
+        if self.tokens == "score":
+            return self._weighted_covariance(statistics)
+        if self.tokens == "queries":
+            return _query_metric(statistics)
+        moments = statistics.layer_moments if self.scope == "layer" else statistics.moments
+        mean = moments.mean().cpu().view(moments.groups, -1)
+        return moments.second().cpu() - mean[:, :, None] * mean[:, None, :]
+
+    def _weighted_covariance(self, statistics: SiteStatistics) -> Float64[Tensor, "groups width width"]:
+        if statistics.token_weights is None:
+            raise ValueError(f"{statistics.shape.site}: tokens: score is for values, found by keys; use tokens: alike")
+        groups = 1 if self.scope == "layer" else statistics.shape.heads
+        weights = statistics.token_weights.double() / statistics.token_weights.double().sum()
+        rows = statistics.rows.double()
+        centred: Tensor = (rows - weights @ rows).unflatten(1, (groups, -1)).transpose(0, 1)
+        return centred.mT @ (weights[:, None] * centred)
+
+
+def _query_metric(statistics: SiteStatistics) -> Float64[Tensor, "heads head_dim head_dim"]:
+    if statistics.query_metric is None:
+        raise ValueError(f"{statistics.shape.site}: no query reads this site; use metric: none for values")
+    return statistics.query_metric
+
+
+def _root(metric: Float64[Tensor, "heads head_dim head_dim"]) -> Float64[Tensor, "heads head_dim head_dim"]:
+    """Symmetric square root, with every eigenvalue at least a small share of their mean."""
+    values, vectors = torch.linalg.eigh(metric)
+    floor = (_FLOOR * values.mean(dim=1, keepdim=True)).clamp_min(torch.finfo(torch.float64).tiny)
+    values = torch.where(values.sum(dim=1, keepdim=True) > 0, values.maximum(floor), 1.0)
+    root: Tensor = vectors * values.sqrt()[:, None, :] @ vectors.mT
+    return root
+
+
+def _eigenvectors(covariance: Float64[Tensor, "groups width width"]) -> Float64[Tensor, "groups width width"]:
+    """As columns, from the largest eigenvalue on; the largest entry of each is positive."""
+    vectors: Tensor = torch.linalg.eigh(covariance).eigenvectors.flip(-1)
+    largest = vectors.gather(1, vectors.abs().argmax(dim=1, keepdim=True))
+    return vectors * largest.sign()
