@@ -1,0 +1,116 @@
+"""Which values share a scale, as one address computation for every quantizer that the kernels know.
+
+The scale of channel c of row t stands at ``(t // span) * per_row + c // group`` of what the quantizer stores.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from artifacts.affine import Affine, top_code
+from artifacts.codebook import Codebook
+from artifacts.codes import Codes
+from artifacts.dynamic_affine import DynamicAffine
+from artifacts.quantizer import Quantizer
+
+
+class Sharing(NamedTuple):
+    """How many values share a scale.
+
+    Parameters
+    ----------
+    span : int
+        Consecutive tokens with one scale; 1 where scales are static.
+    per_row : int
+        Scales of one row of them; 0 where they are static: all rows read the same.
+    group : int
+        Consecutive channels with one scale.
+    """
+
+    span: int
+    per_row: int
+    group: int
+
+    @classmethod
+    def of(cls, quantizer: Quantizer, n_tokens: int) -> "Sharing":
+        """That of a quantizer.
+
+        Raises
+        ------
+        NotImplementedError
+            If there is no kernel for its kind.
+        """
+        if isinstance(quantizer, Affine | Codebook):
+            return cls(span=1, per_row=0, group=1)
+        if isinstance(quantizer, DynamicAffine) and quantizer.per == "token":
+            group = quantizer.group_size or quantizer.channels
+            return cls(span=1, per_row=quantizer.channels // group, group=group)
+        if isinstance(quantizer, DynamicAffine) and quantizer.per == "channel":
+            return cls(span=quantizer.tokens_per_scale or max(1, n_tokens), per_row=quantizer.channels, group=1)
+        raise NotImplementedError(
+            f"{quantizer.label}: kernels know affine, codebook and dynamic_affine per token or per channel; got "
+            f"{quantizer.spec}. Use the quantizer itself, which runs on every device."
+        )
+
+
+class Side(NamedTuple):
+    """What a program reads of the packed keys or of the packed values; missing tensors are None.
+
+    Parameters
+    ----------
+    codes : Tensor
+        As stored; as words of 32 bits unless `bits` is 3.
+    scale, offset : Tensor or None
+        As stored: float32 where static, else float16.
+    levels : Tensor or None
+        Tables of a codebook, `level_stride` (0: one for all channels) values from one channel's to the next.
+    bits, centre, span, per_row, group, level_stride : constexpr
+        Code width, the code that stands for zero (0 beside an offset), `Sharing`, and the stride of the tables.
+    """
+
+    codes: Any
+    scale: Any
+    offset: Any
+    levels: Any
+    bits: Any
+    centre: Any
+    span: Any
+    per_row: Any
+    group: Any
+    level_stride: Any
+
+
+def side(quantizer: Quantizer, codes: Codes, constexpr: Any) -> Side:
+    """What the programs read of some tokens that `quantizer` encoded."""
+    sharing = Sharing.of(quantizer, codes.shape[0])
+    found = {**quantizer.tensors(), **codes.tensors}
+    levels, offset = found.get("levels"), found.get("offset")
+    settings = {
+        "bits": quantizer.spec.options["bits"],
+        "centre": centre(quantizer),
+        "level_stride": 0 if levels is None or len(levels) == 1 else levels.shape[1],
+        **sharing._asdict(),
+    }
+    packed = found["codes"].contiguous()
+    return Side(
+        codes=packed if settings["bits"] == 3 else words(packed),
+        scale=found["scale"].contiguous(),
+        offset=None if offset is None else offset.contiguous(),
+        levels=None if levels is None else levels.contiguous(),
+        **{name: constexpr(value) for name, value in settings.items()},
+    )
+
+
+def words(packed: Tensor) -> Tensor:
+    """The same bytes, four by four."""
+    return packed.view(torch.int32)
+
+
+def centre(quantizer: Quantizer) -> int:
+    """The code that stands for zero in a symmetric range; 0 where an offset is stored instead."""
+    if isinstance(quantizer, Codebook) or (isinstance(quantizer, Affine) and quantizer.offset is not None):
+        return 0
+    if isinstance(quantizer, DynamicAffine) and not quantizer.symmetric:
+        return 0
+    return top_code(int(quantizer.spec.options["bits"]), symmetric=True) // 2
