@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 
@@ -81,6 +82,42 @@ class Codes:
             inner=None if self.inner is None else self.inner.first(n_tokens),
         )
 
+    def select(self, kept: Bool[Tensor, " tokens"]) -> "Codes":
+        """The codes of the tokens where `kept` is true, in memory of their own unless it is so everywhere.
+
+        Raises
+        ------
+        ValueError
+            If that would divide a group of tokens, or a list whose entries cannot be told apart by token.
+        """
+        if kept.all():
+            return self
+        return replace(
+            self,
+            tensors={name: tensor[self._of_tokens(name, kept)] for name, tensor in self.tensors.items()},
+            shape=(int(kept.sum()), self.shape[1]),
+            inner=None if self.inner is None else self.inner.select(kept),
+        )
+
+    def _of_tokens(self, name: str, kept: Bool[Tensor, " tokens"]) -> Bool[Tensor, " entries"]:
+        """Which entries of a tensor belong to the tokens."""
+        tensor, counts = self.tensors[name], self.tensors.get("counts")
+        n_tokens, n_entries = len(kept), len(tensor)
+        if counts is not None and name != "counts":
+            return kept.repeat_interleave(counts.long())
+        if not kept.any():
+            return kept[:1].expand(n_entries)
+        told_apart = tensor.ndim > 1 or not self._in_groups
+        if told_apart and n_entries % n_tokens == 0:
+            return kept.repeat_interleave(n_entries // n_tokens)
+        groups = kept.view(n_entries, -1) if told_apart and n_tokens % n_entries == 0 else kept[None]
+        if (groups != groups[:, :1]).any():
+            raise ValueError(
+                f"Codes: {name} of shape {tuple(tensor.shape)} holds {n_tokens} tokens and cannot lose "
+                f"{n_tokens - int(kept.sum())} of these, which share it with others"
+            )
+        return groups[:, 0]
+
     def _n_entries(self, name: str, n_tokens: int) -> int:
         """How far into a tensor the first tokens reach."""
         total, tensor, counts = self.shape[0], self.tensors[name], self.tensors.get("counts")
@@ -88,9 +125,13 @@ class Codes:
             return len(tensor)
         if counts is not None and name != "counts":
             return int(counts[:n_tokens].sum())
-        shared = any(other.ndim > 1 and len(other) < total for other in self.tensors.values())
-        if n_tokens * len(tensor) % total or (tensor.ndim == 1 and shared):
+        if n_tokens * len(tensor) % total or (tensor.ndim == 1 and self._in_groups):
             raise ValueError(
                 f"Codes: {name} of shape {tuple(tensor.shape)} holds {total} tokens and cannot be cut after {n_tokens}"
             )
         return n_tokens * len(tensor) // total
+
+    @property
+    def _in_groups(self) -> bool:
+        """Whether some tensor has one row for several tokens."""
+        return any(tensor.ndim > 1 and len(tensor) < self.shape[0] for tensor in self.tensors.values())

@@ -83,7 +83,7 @@ class QuantSpec:
         bits = _FORMAT_BITS.get(self.options.get("format"), self.options.get("bits", 16))
         if isinstance(bits, bool | str) or not 0 <= bits <= 16:
             raise ValueError(f"{self.kind}: bits must be a number from 0 to 16; got {bits!r:.60}")
-        return bits
+        return float(bits)
 
     def describe(self) -> str:
         """One phrase for tables, such as `percentile_sparse(outlier_fraction=0.01) of codebook(bits=3)`."""

@@ -20,7 +20,8 @@ from calib.capture import collect, single_windows, site_shapes
 from calib.fitting import fit
 from calib.layer_choice import check
 from calib.recipe import Recipe, load_recipe
-from calib.statistics.model_statistics import ModelStatistics, Origin
+from calib.statistics.model_statistics import ModelStatistics
+from calib.statistics.origin import Origin
 from calib.statistics.site_statistics import Tier
 from calib.windows import NGRAM_TOKENS, check_vocabulary, merge_sketches, ngram_sketch
 
@@ -51,7 +52,7 @@ def calibrate(
     tier : {'basic', 'full'}
         Which statistics to take.
     fisher : bool
-        Take squared gradients too: one backward pass for each window.
+        Take squared gradients too: one backward pass for each window. Recipes that read them turn it on.
 
     Returns
     -------
@@ -72,7 +73,7 @@ def calibrate(
         chosen = chosen.edited({"key": with_bits(bits), "value": with_bits(bits)})
     layers = attention_layers(model)
     check(chosen, site_shapes(layers, chosen.stage))
-    statistics = new_statistics(model, layers, stage=chosen.stage, tier=tier, fisher=fisher)
+    statistics = new_statistics(model, layers, stage=chosen.stage, tier=tier, fisher=fisher or chosen.needs_fisher)
     add_windows(model, layers, statistics, windows)
     return fit(statistics, chosen)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 from artifacts.sites import Site
 from calib.estimators import Estimator, IdentityEstimator
@@ -55,17 +56,20 @@ def check(recipe: Recipe, shapes: Sequence[SiteShape]) -> dict[Site, Estimator]:
         If one does not, with the site and the reason; and as `resolve` does.
     """
     estimators = resolve(recipe, shapes)
-    first: dict[tuple[str, str], SiteShape] = {}  # a check takes a moment: one for all sites that are alike
-    for shape in shapes:
-        if shape.site in estimators:
-            anywhere = replace(shape, site=replace(shape.site, layer=0), module="")
-            first.setdefault((repr(estimators[shape.site]), repr(anywhere)), shape)
-    for shape in first.values():
+    for shape in (shape for shape in shapes if shape.site in estimators):
+        alike = replace(shape, site=replace(shape.site, layer=0), module="")
         try:
-            estimators[shape.site].check(shape)
+            _check(estimators[shape.site], alike)
         except ValueError as error:
-            raise RecipeError(f"recipe {recipe.name}: {shape.site}: {error}") from error
+            reason = str(error).removeprefix(f"{alike.site}: ")
+            raise RecipeError(f"recipe {recipe.name}: {shape.site}: {reason}") from error
     return estimators
+
+
+@lru_cache
+def _check(estimator: Estimator, shape: SiteShape) -> None:
+    """Once for all sites that are alike, before the model runs and again before the fit: it takes as long as a fit."""
+    estimator.check(shape)
 
 
 def _sites(override: Override, cached: Sequence[SiteShape], where: str) -> set[Site]:

@@ -4,6 +4,8 @@ Run on an idle machine, from the checkout: ``python -m scripts.bench_simulate``;
 """
 
 import argparse
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from artifacts.attention import attention_layers
-from calib import calibrate, fit, load_recipe
+from calib import calibrate, fit, load_recipe, shipped_recipes
 from calib.recipe import Recipe
 from scripts.benchmark import HEADER, hardware, row, seconds
 from scripts.synthetic import model_statistics, site_values
@@ -33,8 +35,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--windows", type=int, default=16, help="windows of 512 tokens (default: 16)")
     args = parser.parse_args(argv)
     print(hardware(), HEADER, sep="\n")
-    for line in (*quantize_sites(args.tokens, args.heads), *evaluate_model(args.windows)):
-        print(line, flush=True)
+    for lines in (
+        quantize_sites(args.tokens, args.heads),
+        simulate_recipes(args.tokens, args.heads),
+        evaluate_model(args.windows),
+    ):
+        for line in lines:
+            print(line, flush=True)
     return 0
 
 
@@ -59,6 +66,21 @@ def quantize_sites(tokens: int, heads: int) -> list[str]:
         row(f"{what} / limit", ours, 0.1, at_most=1),
         row(f"{what} / all distances", ours, baseline),
     ]
+
+
+@torch.no_grad()
+def simulate_recipes(tokens: int, heads: int) -> Iterator[str]:
+    """A row for each shipped recipe: the slower of a key and a value site, through codes and back, against all distances
+    to eight levels."""
+    x = site_values(tokens, heads * 128, seed=7)
+    baseline = seconds(lambda: nearest_by_distance(x, n_levels=8), repeats=3)
+    for stage in ("pre_rope", "post_rope"):
+        statistics = model_statistics(tokens, heads, layers=1, stage=stage)
+        for recipe in (load_recipe(name) for name in shipped_recipes()):
+            if recipe.stage == stage:
+                slowest = max(seconds(partial(q.simulate, x), repeats=3) for q in fit(statistics, recipe).values())
+                limit = f"{tokens} x {heads * 128}, {recipe.name} / 0.15 s; all distances {baseline:.3f} s"
+                yield row(limit, slowest, 0.15, at_most=1)
 
 
 def nearest_by_distance(x: Float[Tensor, "tokens channels"], n_levels: int) -> Float[Tensor, "tokens channels"]:

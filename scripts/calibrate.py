@@ -184,9 +184,10 @@ def _gather(args: argparse.Namespace, recipe: "Recipe") -> "ModelStatistics":
         "seed": args.seed,
         "tokenizer_digest": loaded.tokenizer_digest,
     }
-    statistics = new_statistics(
-        loaded.model, layers, stage=recipe.stage, tier=args.statistics, fisher=args.fisher, **origin
-    )
+    if recipe.needs_fisher and not args.fisher:
+        say(f"recipe {recipe.name} reads squared gradients: taking them, as with --fisher")
+    fisher = args.fisher or recipe.needs_fisher
+    statistics = new_statistics(loaded.model, layers, stage=recipe.stage, tier=args.statistics, fisher=fisher, **origin)
     say(f"statistics ({args.statistics}): {gigabytes(statistics.estimated_bytes())} at most")
     if args.resume:
         statistics.merge(ModelStatistics.load(args.resume))

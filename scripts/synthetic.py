@@ -4,8 +4,9 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from artifacts.sites import Site
-from calib.statistics.model_statistics import ModelStatistics, Origin
+from artifacts.sites import Site, Stage
+from calib.statistics.model_statistics import ModelStatistics
+from calib.statistics.origin import Origin
 from calib.statistics.site_statistics import SiteShape, SiteStatistics
 from calib.statistics.token_batch import TokenBatch
 
@@ -13,25 +14,29 @@ WINDOW_TOKENS = 512
 """Tokens of a calibration window."""
 
 
-def model_statistics(tokens: int, heads: int, layers: int) -> ModelStatistics:
-    """Statistics of a model of which only the first two layers' were gathered: the others have copies of them."""
+def model_statistics(tokens: int, heads: int, layers: int, stage: Stage = "pre_rope") -> ModelStatistics:
+    """Statistics of a model of which only the first two layers' were gathered: the others have copies of them.
+
+    Every query head reads a key head of its own, and what has to be a gradient is a copy of the vectors.
+    """
     shapes = [
         SiteShape(site=site, heads=heads, head_dim=128)
         for layer in range(layers)
-        for site in (Site(layer, "key", "pre_rope"), Site(layer, "value"))
+        for site in (Site(layer, "key", stage), Site(layer, "value"), Site(layer, "query", stage))
     ]
     origin = Origin(model={}, model_id=None, corpus="synthetic", seed=0, tool_version="benchmark")
-    gathered = ModelStatistics(shapes[:4], "basic", origin)
+    gathered = ModelStatistics(shapes[:6], "basic", origin, fisher=True)
     positions = torch.arange(tokens) % WINDOW_TOKENS
     windows = torch.arange(tokens) // WINDOW_TOKENS
     batch = TokenBatch(positions, windows, [f"{number:032x}" for number in range(int(windows.max()) + 1)])
-    gathered.update(batch, {s.site: site_values(tokens, s.channels, seed=n) for n, s in enumerate(shapes[:4])})
-    whole = ModelStatistics([], "basic", origin)
+    vectors = {s.site: site_values(tokens, s.channels, seed=n) for n, s in enumerate(shapes[:6])}
+    gathered.update(batch, vectors, {site: x for site, x in vectors.items() if site.tensor != "query"})
+    whole = ModelStatistics([], "basic", origin, fisher=True)
     whole.sample, whole.head, whole.windows = gathered.sample, gathered.head, gathered.windows
     whole.n_tokens, whole.seqlen = gathered.n_tokens, gathered.seqlen
     for shape in shapes:
         source = Site(shape.site.layer % 2, shape.site.tensor, shape.site.stage)
-        whole.sites[shape.site] = SiteStatistics(shape, "basic")
+        whole.sites[shape.site] = SiteStatistics(shape, "basic", fisher=True)
         whole.sites[shape.site].restore(gathered.sites[source].state())
     return whole
 

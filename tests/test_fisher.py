@@ -200,21 +200,26 @@ def test_the_model_is_as_it_was(tiny_llama: LlamaForCausalLM, fails: bool, monke
 
 def test_no_gradient_outlives_its_window(tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[weakref.ref[Tensor]] = []
-    grad, alive = torch.autograd.grad, []
+    grad, capturing, alive = torch.autograd.grad, capture_with_gradients, []
 
-    def watched(loss: Tensor, sources: list[Tensor]) -> tuple[Tensor, ...]:
-        alive.append(sum(tensor() is not None for tensor in seen))
+    def watched_grad(loss: Tensor, sources: list[Tensor]) -> tuple[Tensor, ...]:
         found = grad(loss, sources)
         seen.extend(map(weakref.ref, [loss, *sources, *found]))
         return found
 
-    monkeypatch.setattr(torch.autograd, "grad", watched)
+    def watched(*arguments: Any) -> tuple[Vectors, Vectors]:
+        alive.append(sum(tensor() is not None for tensor in seen))
+        captured = capturing(*arguments)
+        seen.extend(weakref.ref(tensor) for part in captured for tensor in part.values())
+        return captured
+
+    monkeypatch.setattr(torch.autograd, "grad", watched_grad)
+    monkeypatch.setattr(calib.capture, "capture_with_gradients", watched)
     gc.disable()  # freed at once, not when a cycle happens to be collected
     try:
-        gathered(tiny_llama, windows_of(4))
-        assert alive == [0, 0, 0, 0]
-        assert len(seen) == 4 * (1 + 2 * 4)
-        assert all(tensor() is None for tensor in seen)
+        gathered(tiny_llama, windows_of(3))
+        assert alive == [0, 0, 0]
+        assert len(seen) == 3 * (1 + 4 + 4 + 6 + 4)
     finally:
         gc.enable()
 

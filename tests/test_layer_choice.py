@@ -17,7 +17,7 @@ from calib.calibration import add_windows, new_statistics
 from calib.capture import site_shapes
 from calib.estimators import CodebookEstimator, IdentityEstimator, UniformEstimator
 from calib.fitting import fit
-from calib.layer_choice import check, resolve
+from calib.layer_choice import _check, check, resolve
 from calib.patterns import names
 from calib.recipe import Recipe, RecipeError, load_recipe
 from calib.statistics.model_statistics import ModelStatistics
@@ -189,16 +189,23 @@ def test_what_does_not_go_with_a_shape_is_refused_with_the_site(monkeypatch: pyt
     seen = []
 
     def reject(self: UniformEstimator, shape: SiteShape) -> None:
-        seen.append(str(shape.site))
+        seen.append(f"{self.bits} bits {shape.site}")
         if shape.head_dim % self.bits:
             raise ValueError(f"{self.bits} bits do not divide {shape.head_dim}; use 4")
 
     monkeypatch.setattr(UniformEstimator, "check", reject)
-    assert check(recipe(), shapes(2)) == resolve(recipe(), shapes(2))
-    assert seen == ["layers.0.key.pre_rope", "layers.0.value"]  # sites that are alike are looked at once
+    _check.cache_clear()
+    assert check(recipe(), shapes(2)) == check(recipe(), shapes(2)) == resolve(recipe(), shapes(2))
+    assert seen == ["4 bits layers.0.key.pre_rope", "4 bits layers.0.value"]  # sites that are alike are looked at once
     odd = recipe(overrides=[{"layers": [1], "value": {"bits": 3}}])
     with pytest.raises(RecipeError, match=r"recipe r: layers\.1\.value: 3 bits do not divide 8; use 4"):
         check(odd, shapes(2))
+
+
+def test_the_site_is_named_once_and_is_the_one() -> None:
+    wrong = recipe(overrides=[{"layers": [1], "value": {"method": "codebook", "weights": "query"}}])
+    with pytest.raises(RecipeError, match=r"recipe r: layers\.1\.value: weights: query needs the queries that read"):
+        check(wrong, shapes(2))
 
 
 def test_an_impossible_recipe_is_refused_before_the_model_runs(
@@ -251,10 +258,9 @@ def test_a_recipe_needs_gradients_if_any_of_its_entries_does(monkeypatch: pytest
 def test_the_listing_is_aligned(capsys: pytest.CaptureFixture[str]) -> None:
     assert calibrate.main(["--list-recipes"]) == 0
     rows = capsys.readouterr().out.splitlines()
-    sources = {load_recipe(name).source: name for name in calib.shipped_recipes()}
-    assert len(rows) == len(sources)
-    assert len({row.index(source) for row, source in zip(rows, sources, strict=True)}) == 1
-    assert [row.split()[0] for row in rows] == list(sources.values())
+    sources = {name: load_recipe(name).source for name in calib.shipped_recipes()}
+    assert [row.split()[0] for row in rows] == list(sources)
+    assert len({row.rindex(source) for row, source in zip(rows, sources.values(), strict=True)}) == 1
 
 
 def test_a_printed_recipe_is_the_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

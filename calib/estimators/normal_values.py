@@ -80,8 +80,9 @@ def rebin(values: NormalValues, tables: int, bins: int) -> Histogram:
     `values.channel` holds the table of each value.
     """
     index = ((values.a + 1) * (bins / 2)).clamp_(0, bins - 1).long() + values.channel * bins
-    total = torch.bincount(index, values.weights, minlength=tables * bins).view(tables, bins)
-    sums = torch.bincount(index, values.weights * values.a, minlength=tables * bins).view(tables, bins)
+    size = tables * bins
+    total = torch.bincount(index, values.weights, minlength=size).double().view(tables, bins)  # integers where empty
+    sums = torch.bincount(index, values.weights * values.a, minlength=size).view(tables, bins)
     return torch.where(total > 0, sums / total.clamp_min(_TINY), bin_centers(bins, total.device)), total
 
 

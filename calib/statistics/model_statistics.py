@@ -1,10 +1,10 @@
 """Sufficient statistics of a whole model: fed window by window, merged over shards, kept in a file, fitted from."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from artifacts.sites import Site
 from artifacts.storage import Stored, read, write
 from calib.statistics.checks import Vectors, check_vectors
 from calib.statistics.moments import CrossMoments
+from calib.statistics.origin import Origin
 from calib.statistics.readers import logit_metric, query_energy, query_moment, score_weights
 from calib.statistics.row_sample import RowSample
 from calib.statistics.site_statistics import (
@@ -28,31 +29,6 @@ from calib.statistics.token_batch import TokenBatch
 from calib.windows import merge_sketches
 
 FORMAT = "kvcalib.statistics"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Origin:
-    """What the statistics were taken from.
-
-    Parameters
-    ----------
-    model : Mapping[str, Any]
-        Fingerprint of the model.
-    model_id : str or None
-        Hub id, where it came from the hub.
-    corpus : str
-        Name of the text.
-    seed : int or None
-        Seed of the window sampling.
-    tool_version : str
-        The kvcalib that took them.
-    """
-
-    model: Mapping[str, Any]
-    model_id: str | None
-    corpus: str
-    seed: int | None
-    tool_version: str
 
 
 class ModelStatistics:
@@ -128,10 +104,7 @@ class ModelStatistics:
         MismatchError
             If it comes from another model, tier or version, only one has gradients, or windows are already in.
         """
-        for name in ("model", "model_id", "tool_version"):
-            own, theirs = getattr(self.origin, name), getattr(other.origin, name)
-            if own != theirs:
-                raise MismatchError(f"merge: the shards differ in {name}: {own!r:.300} and {theirs!r:.300}")
+        self.origin.check_same(other.origin)
         if self.tier != other.tier:
             raise MismatchError(f"merge: the shards differ in tier: {self.tier} and {other.tier}")
         if self.fisher != other.fisher:
@@ -157,10 +130,7 @@ class ModelStatistics:
         self.n_tokens += other.n_tokens
         self.seqlen = max(self.seqlen, other.seqlen)
         self.ngrams = merge_sketches(self.ngrams, other.ngrams)
-        if self.origin.corpus != other.origin.corpus or self.origin.seed != other.origin.seed:
-            names = sorted({*self.origin.corpus.split("+"), *other.origin.corpus.split("+")})
-            seed = self.origin.seed if self.origin.seed == other.origin.seed else None
-            self.origin = replace(self.origin, corpus="+".join(names), seed=seed)
+        self.origin = self.origin.joined(other.origin)
 
     def site(self, site: Site, sink_tokens: int) -> SiteStatistics:
         """The statistics of a site's positions from `sink_tokens` on.

@@ -1,6 +1,6 @@
 """All that is kept of one site."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
@@ -47,7 +47,7 @@ class SiteShape:
         Leading channels of a head that rotate; 0 where nothing does.
     interleaved : bool
         How the rotating channels pair up.
-    frequencies : tuple of float
+    frequencies : sequence of float
         Radians per position of each rotary pair.
     module : str
         Path of the attention module in the model, for recipes that name it; empty if it is not known.
@@ -58,7 +58,7 @@ class SiteShape:
     head_dim: int
     rotary_dim: int = 0
     interleaved: bool = False
-    frequencies: tuple[float, ...] = ()
+    frequencies: Sequence[float] = ()
     module: str = ""
 
     def __post_init__(self) -> None:
