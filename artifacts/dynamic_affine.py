@@ -40,8 +40,9 @@ class DynamicAffine(Quantizer):
     whole_zero_point : bool
         Offset rounded to a whole number of steps within the code range, as integer kernels want it. Ranges that do
         not contain zero lose their far end.
-    clip_ratio : float
-        Share of the range that is kept, around its middle, above 0; what lies beyond saturates (arXiv 2405.06219).
+    clip_ratio : float or None
+        Share of the range that is kept, around its middle, above 0 and below 1; what lies beyond saturates (arXiv
+        2405.06219). None keeps all.
     """
 
     kind: ClassVar[str] = "dynamic_affine"
@@ -51,7 +52,7 @@ class DynamicAffine(Quantizer):
     group_size: int | None = None
     symmetric: bool = False
     whole_zero_point: bool = False
-    clip_ratio: float = 1.0
+    clip_ratio: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,8 +65,8 @@ class DynamicAffine(Quantizer):
             raise ValueError(f"{self.kind}: one scale for everything has no groups; use per token or per channel")
         if self.symmetric and self.whole_zero_point:
             raise ValueError(f"{self.kind}: a symmetric range has no zero point to round")
-        if not 0 < self.clip_ratio <= 1:
-            raise ValueError(f"{self.kind}: clip_ratio must be above 0 and at most 1; got {self.clip_ratio!r}")
+        if self.clip_ratio is not None and not 0 < self.clip_ratio < 1:
+            raise ValueError(f"{self.kind}: clip_ratio must be above 0 and below 1; got {self.clip_ratio!r}")
 
     @property
     def tokens_per_scale(self) -> int | None:
@@ -106,7 +107,7 @@ class DynamicAffine(Quantizer):
     def _parameters(self, low: Tensor, high: Tensor) -> dict[str, Float16[Tensor, "..."]]:
         """Rounded outwards, so that the range of the stored parameters holds every value that is not clipped."""
         steps = 2**self.bits - 1
-        if self.clip_ratio < 1:
+        if self.clip_ratio is not None:
             middle, half = (low + high) / 2, (high - low) / 2 * self.clip_ratio
             low, high = middle - half, middle + half
         if self.symmetric:

@@ -102,7 +102,7 @@ def _tables(tensors: dict[str, Array]) -> list[Array]:
 
 def _range(tensors: dict[str, Array], tables: list[Array], spec: QuantSpec) -> list[float] | None:
     """Smallest and largest value that static parameters can give back, over all channels; None where none say so."""
-    if "bits" not in _innermost(spec).options or "scale" not in tensors or {"basis", "mean"} & set(tensors):
+    if "scale" not in tensors or not _in_units_of_x(spec):
         return None
     scale = tensors["scale"].astype(np.float64)
     if "offset" not in tensors:  # symmetric: one code less, zero in the middle
@@ -115,8 +115,11 @@ def _range(tensors: dict[str, Array], tables: list[Array], spec: QuantSpec) -> l
     return [float((offset + scale * low).min()), float((offset + scale * high).max())]
 
 
-def _innermost(spec: QuantSpec) -> QuantSpec:
-    return spec if spec.inner is None else _innermost(spec.inner)
+def _in_units_of_x(spec: QuantSpec) -> bool:
+    """Whether the innermost scale is that of the values themselves: a grid or a codebook behind no transform."""
+    if spec.inner is not None:
+        return spec.kind.endswith("_sparse") and _in_units_of_x(spec.inner)
+    return "bits" in spec.options
 
 
 def _level_lines(site: dict[str, Any]) -> list[str]:

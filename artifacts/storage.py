@@ -28,7 +28,7 @@ Array = NDArray[Any]
 FORMAT_VERSION = 1
 SUFFIXES = (".safetensors", ".pkl")
 _METADATA_KEY = "kvcalib"
-_DTYPES = ("bool", "uint8", "int16", "int32", "int64", "float16", "float32", "float64")
+_DTYPES = ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64")
 _INSTRUCTIONS = (
     *("PROTO", "FRAME", "STOP", "MARK"),
     *("EMPTY_DICT", "SETITEM", "SETITEMS", "EMPTY_LIST", "APPEND", "APPENDS"),

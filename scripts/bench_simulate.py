@@ -70,8 +70,7 @@ def quantize_sites(tokens: int, heads: int) -> list[str]:
 
 @torch.no_grad()
 def simulate_recipes(tokens: int, heads: int) -> Iterator[str]:
-    """A row for each shipped recipe: the slower of a key and a value site, through codes and back, against all distances
-    to eight levels."""
+    """A row for each shipped recipe: the slower of a key and a value site, through codes and back."""
     x = site_values(tokens, heads * 128, seed=7)
     baseline = seconds(lambda: nearest_by_distance(x, n_levels=8), repeats=3)
     for stage in ("pre_rope", "post_rope"):

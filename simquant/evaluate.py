@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -16,9 +16,12 @@ from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
 from artifacts.taps import evaluating
 from simquant.policy import CachePolicy
+from simquant.protocols import Protocol, ProtocolName
+from simquant.report import protocol_line, stored_bits
 from simquant.result import EvalResult
-from simquant.simulate import simulate
-from simquant.usage import CONTEXT_TOKENS, Usage
+from simquant.simulate import own_policy
+from simquant.steps import Steps
+from simquant.usage import Usage
 
 Normalization = Literal["targets", "gptq"]
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
@@ -77,11 +80,13 @@ def evaluate(
     quantizers: Artifact | Mapping[Site, Quantizer],
     *,
     policy: CachePolicy | None = None,
+    protocol: ProtocolName = "full",
+    steps: Steps | None = None,
     batch_size: int = 1,
     normalization: Normalization = "targets",
     progress: Progress = iter,
 ) -> EvalResult:
-    """What quantizing the cache costs, under the fully quantized protocol.
+    """What quantizing the cache costs.
 
     Parameters
     ----------
@@ -93,6 +98,11 @@ def evaluate(
         See `simulate`.
     policy : CachePolicy or None
         Which tokens stay exact; None takes what the artifact says.
+    protocol : {'full', 'decode', 'cache'}
+        Every token quantized before it is read; each query sees what a cache holds at its step, in one pass; or step by
+        step through a packed cache, the reference for 'decode'.
+    steps : Steps or None
+        How the text enters the cache under 'decode' and 'cache'; None is token by token.
     batch_size : int
         Windows per forward pass.
     normalization : {'targets', 'gptq'}
@@ -105,35 +115,66 @@ def evaluate(
     NothingQuantizedError
         If a quantizer has fewer than 16 bits and no token went through it.
     """
-    _check_windows(windows)
-    start = time.perf_counter()
-    if policy is None:
-        policy = CachePolicy(sink_tokens=quantizers.manifest.sink_tokens if isinstance(quantizers, Artifact) else 0)
-    layers = attention_layers(model)
-    with evaluating(model):
-        batches = progress(windows.split(batch_size))
-        scores, usage = _score_all(model, batches, quantizers, policy=policy, layers=layers)
-    if usage.quantized_fraction == 0 and any(q.spec.bits < 16 for q in quantizers.values()):
-        raise NothingQuantizedError(
-            f"evaluate: fewer than 16 bits were asked for and no token was quantized ({policy.describe()}, windows of "
-            f"{windows.shape[1]} tokens). Use longer windows or a smaller first_few_fp16."
-        )
-    loss, stderr = clustered_mean(scores.nll - scores.fp_nll)
-    return EvalResult(
-        fp_perplexity=_perplexity(scores.fp_nll, normalization),
-        perplexity=_perplexity(scores.nll, normalization),
-        loss_nats=loss,
-        loss_nats_stderr=stderr,
-        kl_mean=float(scores.kl.mean()),
-        kl_p999=float(np.quantile(scores.kl.numpy(), 0.999, method="higher")),  # defined for infinite values too
-        top1_agreement=float(scores.agrees.double().mean()),
-        bits=_bits(usage, policy),
-        quantized_fraction=usage.quantized_fraction,
-        protocol=_protocol(quantizers, policy, windows, normalization),
-        n_targets=scores.nll.numel(),
-        n_windows=len(windows),
-        seconds=time.perf_counter() - start,
+    [result] = evaluate_each(
+        model,
+        windows,
+        [quantizers],
+        policy=policy,
+        protocol=protocol,
+        steps=steps,
+        batch_size=batch_size,
+        normalization=normalization,
+        progress=progress,
     )
+    return result
+
+
+@torch.no_grad()
+def evaluate_each(
+    model: nn.Module,
+    windows: Int64[Tensor, "windows tokens"],
+    candidates: Sequence[Artifact | Mapping[Site, Quantizer]],
+    *,
+    policy: CachePolicy | None = None,
+    protocol: ProtocolName = "full",
+    steps: Steps | None = None,
+    batch_size: int = 1,
+    normalization: Normalization = "targets",
+    progress: Progress = iter,
+) -> list[EvalResult]:
+    """What `evaluate` finds for each of several sets of quantizers, from one full-precision pass over the windows.
+
+    Parameters
+    ----------
+    candidates : sequence of Artifact or of mappings from Site to Quantizer
+        See `simulate`. The results are in their order.
+    model, windows, policy, protocol, steps, batch_size, normalization, progress
+        See `evaluate`.
+
+    Raises
+    ------
+    NothingQuantizedError
+        After the first batch, if a quantizer of a candidate has fewer than 16 bits and no token went through it.
+    """
+    _check_windows(windows)
+    layers = attention_layers(model)
+    runs = [
+        _Run(
+            quantizers,
+            Protocol(name=protocol, policy=policy or own_policy(quantizers), steps=steps or Steps()),
+            Usage(quantizers),
+        )
+        for quantizers in candidates
+    ]
+    with evaluating(model):
+        for batch in progress(windows.split(batch_size)):
+            start = time.perf_counter()
+            fp = _logits(model, batch)
+            fp_seconds = time.perf_counter() - start
+            for run in runs:
+                run.add(model, layers, batch, fp)
+                run.seconds += fp_seconds
+    return [run.result(windows, normalization) for run in runs]
 
 
 def clustered_mean(differences: Float64[Tensor, "windows targets"]) -> tuple[float, float]:
@@ -146,24 +187,51 @@ def clustered_mean(differences: Float64[Tensor, "windows targets"]) -> tuple[flo
     return mean, float((sums.square().sum() * n_windows / (n_windows - 1)).sqrt() / differences.numel())
 
 
-def _score_all(
-    model: nn.Module,
-    batches: Iterable[Tensor],
-    quantizers: Artifact | Mapping[Site, Quantizer],
-    *,
-    policy: CachePolicy,
-    layers: Sequence[AttentionLayer],
-) -> tuple[Scores, Usage]:
-    found: list[Scores] = []
-    usage = Usage(quantizers)
-    for batch in batches:
-        fp = _logits(model, batch)
-        with simulate(model, quantizers, policy=policy, layers=layers) as used:
-            quantized = _logits(model, batch)
-        usage.include(used)
-        found.append(_score(fp, quantized, batch))
-    names = ("fp_nll", "nll", "kl", "agrees")
-    return Scores(*(torch.cat([getattr(scores, name) for scores in found]) for name in names)), usage
+@dataclass
+class _Run:
+    """One set of quantizers while the batches pass: their scores, what was stored, and the time spent."""
+
+    quantizers: Artifact | Mapping[Site, Quantizer]
+    protocol: Protocol
+    usage: Usage
+    scores: list[Scores] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def add(self, model: nn.Module, layers: Sequence[AttentionLayer], batch: Tensor, fp: Tensor) -> None:
+        """Scores a batch whose full-precision logits are `fp`."""
+        start = time.perf_counter()
+        on_device = batch.to(next(model.parameters()).device)
+        quantized, used = self.protocol.run(model, on_device, self.quantizers, layers, logits=_logits)
+        self.usage.include(used)
+        self.scores.append(_score(fp, quantized, batch))
+        if self.usage.quantized_fraction == 0 and any(q.spec.bits < 16 for q in self.quantizers.values()):
+            raise NothingQuantizedError(
+                "evaluate: fewer than 16 bits were asked for and no token was quantized "
+                f"({self.protocol.policy.describe()}, windows of {batch.shape[1]} tokens). "
+                "Use longer windows or keep fewer tokens exact."
+            )
+        self.seconds += time.perf_counter() - start
+
+    def result(self, windows: Tensor, normalization: Normalization) -> EvalResult:
+        """The figures over all batches."""
+        names = ("fp_nll", "nll", "kl", "agrees")
+        scores = Scores(*(torch.cat([getattr(batch, name) for batch in self.scores]) for name in names))
+        loss, stderr = clustered_mean(scores.nll - scores.fp_nll)
+        return EvalResult(
+            fp_perplexity=_perplexity(scores.fp_nll, normalization),
+            perplexity=_perplexity(scores.nll, normalization),
+            loss_nats=loss,
+            loss_nats_stderr=stderr,
+            kl_mean=float(scores.kl.mean()),
+            kl_p999=float(np.quantile(scores.kl.numpy(), 0.999, method="higher")),  # defined for infinite values too
+            top1_agreement=float(scores.agrees.double().mean()),
+            bits=stored_bits(self.usage, self.protocol.policy),
+            quantized_fraction=self.usage.quantized_fraction,
+            protocol=protocol_line(self.quantizers, self.protocol, windows, normalization),
+            n_targets=scores.nll.numel(),
+            n_windows=len(windows),
+            seconds=self.seconds,
+        )
 
 
 def _logits(model: nn.Module, batch: Int64[Tensor, "windows tokens"]) -> Float[Tensor, "windows tokens vocab"]:
@@ -206,38 +274,6 @@ def _target_nll(logits: Tensor, batch: Int64[Tensor, "windows tokens"]) -> Float
 def _perplexity(nll: Float64[Tensor, "windows targets"], normalization: Normalization) -> float:
     mean = nll.mean() if normalization == "targets" else nll.mean(dim=1).mean()
     return float(mean.exp())
-
-
-def _bits(usage: Usage, policy: CachePolicy) -> dict[str, Any]:
-    tensors = ("key", "value")
-    amortised = {
-        str(n): {tensor: usage.amortised_bits(tensor, n, policy.sink_tokens) for tensor in tensors}
-        for n in CONTEXT_TOKENS
-    }
-    return {
-        **{tensor: usage.bits(tensor) for tensor in tensors},
-        "static_bytes": {tensor: usage.static_bytes(tensor) for tensor in tensors},
-        "amortised": amortised,
-    }
-
-
-def _protocol(
-    quantizers: Mapping[Site, Quantizer], policy: CachePolicy, windows: Tensor, normalization: Normalization
-) -> str:
-    stages = sorted({site.stage.replace("_rope", "-RoPE") for site in quantizers if site.stage})
-    causal = all(quantizer.tokens_per_scale == 1 for quantizer in quantizers.values())
-    return "; ".join(
-        [
-            "fully quantized: every query, its own token included, reads decoded keys and values",
-            f"keys {', '.join(stages)}",
-            policy.describe(),
-            f"{len(windows)} windows of {windows.shape[1]} tokens, all but the first of each scored",
-            "perplexity = exp(mean over targets)"
-            if normalization == "targets"
-            else "perplexity as GPTQ: exp(mean of the windows' means)",
-            *([] if causal else ["NOT CAUSAL: scales look at later tokens"]),
-        ]
-    )
 
 
 def _check_windows(windows: Tensor) -> None:

@@ -1,6 +1,37 @@
 """Which tokens stay exact, and when the others are encoded."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from simquant.eviction import Eviction
+
+TENSORS: tuple[Literal["key"], Literal["value"]] = ("key", "value")
+"""What is cached."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """How the recent tokens of a sequence leave full precision.
+
+    Parameters
+    ----------
+    residual_tokens : int
+        Most recent tokens that stay exact, a step's own among them.
+    block_tokens : int
+        How many tokens leave at once, counted from the first that is no sink; 1 is token by token. Up to
+        `block_tokens - 1` more than `residual_tokens` are exact meanwhile.
+    """
+
+    residual_tokens: int = 0
+    block_tokens: int = 1
+
+    def __post_init__(self) -> None:
+        _check_counts(self)
+
+    def encoded_end(self, n_tokens: int, sink_tokens: int) -> int:
+        """Where the encoded tokens of a sequence of `n_tokens` end; they begin after the sinks."""
+        leaving = max(0, n_tokens - self.residual_tokens - sink_tokens)
+        return sink_tokens + leaving - leaving % self.block_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -11,15 +42,64 @@ class CachePolicy:
     ----------
     sink_tokens : int
         First positions of each sequence that stay exact, counted from its first real token.
+    residual_tokens, block_tokens : int
+        See `Window`: the recent tokens that stay exact, and how many leave at once.
+    values : Window or None
+        Another window for the values; None is that of the keys. KIVI, which encodes after a step has read, keeps
+        keys by `residual_tokens=1, block_tokens=R` and values by `Window(residual_tokens=R + 1)`.
+    exact_prefill : bool
+        The step that fills an empty cache reads exact keys and values, whatever is stored; otherwise it reads what
+        later steps will read.
+    eviction : Eviction or None
+        Which encoded tokens are dropped for good; in a packed cache only.
     """
 
     sink_tokens: int = 0
+    residual_tokens: int = 0
+    block_tokens: int = 1
+    values: Window | None = None
+    exact_prefill: bool = False
+    eviction: Eviction | None = None
 
     def __post_init__(self) -> None:
-        if type(self.sink_tokens) is not int or self.sink_tokens < 0:
-            raise ValueError(f"CachePolicy: sink_tokens must be an integer from 0; got {self.sink_tokens!r}")
+        _check_counts(self)
+
+    def window(self, tensor: Literal["key", "value", "query"]) -> Window:
+        """The window of keys or of values."""
+        if tensor == "value" and self.values is not None:
+            return self.values
+        return Window(residual_tokens=self.residual_tokens, block_tokens=self.block_tokens)
+
+    def exact_tokens(self, tensor: Literal["key", "value"], n_tokens: int) -> int:
+        """How many of `n_tokens` stay exact."""
+        return n_tokens - max(0, self.window(tensor).encoded_end(n_tokens, self.sink_tokens) - self.sink_tokens)
+
+    @property
+    def encodes_at_once(self) -> bool:
+        """Whether every token but the sinks is encoded before any query reads it."""
+        windows = {self.window("key"), self.window("value")}
+        return windows == {Window()} and not self.exact_prefill and self.eviction is None
 
     def describe(self) -> str:
         """One phrase for reports."""
-        exact = "first token exact" if self.sink_tokens == 1 else f"first {self.sink_tokens} tokens exact"
-        return exact if self.sink_tokens else "no token exempt"
+        sinks = "first token exact" if self.sink_tokens == 1 else f"first {self.sink_tokens} tokens exact"
+        key, value = (self._describe(self.window(tensor)) for tensor in TENSORS)
+        windows = [key] if key == value else [f"keys: {key or 'no recent'}", f"values: {value or 'no recent'}"]
+        parts = [*([sinks] if self.sink_tokens else []), *(part for part in windows if part)]
+        kept = ", ".join(parts) if parts else "no token exempt"
+        return kept if self.eviction is None else f"{kept}; {self.eviction.describe()}"
+
+    @staticmethod
+    def _describe(window: Window) -> str:
+        n = window.residual_tokens
+        recent = "last token exact" if n == 1 else f"last {n} tokens exact" if n else ""
+        blocks = f"encoded in blocks of {window.block_tokens}" if window.block_tokens > 1 else ""
+        return " and ".join(part for part in (recent, blocks) if part)
+
+
+def _check_counts(policy: CachePolicy | Window) -> None:
+    for field in fields(policy):
+        value, least = getattr(policy, field.name), 1 if field.name == "block_tokens" else 0
+        if field.name.endswith("_tokens") and (type(value) is not int or value < least):
+            who = type(policy).__name__
+            raise ValueError(f"{who}: {field.name} must be an integer from {least}; got {value!r}")

@@ -55,19 +55,42 @@ def simulate(
         If the artifact was made for another model, or covers only some layers.
     """
     layers = attention_layers(model) if layers is None else layers
-    if isinstance(quantizers, Artifact):
-        quantizers.check_model(model_fingerprint(model, layers, None))
-        policy = policy or CachePolicy(sink_tokens=quantizers.manifest.sink_tokens)
-    check_coverage(quantizers, layers)
+    policy = check_fit(model, quantizers, policy, layers)
+    if not policy.encodes_at_once:
+        raise ValueError(
+            f"simulate: every token but the sinks is quantized before it is read; got a policy with {policy.describe()}"
+            ". Use decode_exact or packed_cache (the protocols 'decode' and 'cache')."
+        )
     usage = Usage(quantizers)
     with ExitStack() as stack:
         tokens = stack.enter_context(watch_tokens(model))
-        handlers = {
-            site: _handler(site, quantizer, policy or CachePolicy(), tokens, usage)
-            for site, quantizer in quantizers.items()
-        }
+        handlers = {site: _handler(site, quantizer, policy, tokens, usage) for site, quantizer in quantizers.items()}
         stack.enter_context(tapped(layers, handlers))
         yield usage
+
+
+def check_fit(
+    model: nn.Module,
+    quantizers: Artifact | Mapping[Site, Quantizer],
+    policy: CachePolicy | None,
+    layers: Sequence[AttentionLayer],
+) -> CachePolicy:
+    """The policy to use, that of the artifact where none is given, for quantizers that fit the model.
+
+    Raises
+    ------
+    MismatchError
+        If the artifact was made for another model, or covers only some layers.
+    """
+    if isinstance(quantizers, Artifact):
+        quantizers.check_model(model_fingerprint(model, layers, None))
+    check_coverage(quantizers, layers)
+    return policy or own_policy(quantizers)
+
+
+def own_policy(quantizers: Artifact | Mapping[Site, Quantizer]) -> CachePolicy:
+    """What an artifact says about tokens that stay exact; nothing for quantizers without one."""
+    return CachePolicy(sink_tokens=quantizers.manifest.sink_tokens if isinstance(quantizers, Artifact) else 0)
 
 
 def check_coverage(quantizers: Mapping[Site, Quantizer], layers: Sequence[AttentionLayer]) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from artifacts.codes import Codes
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
+from simquant.token_store import TokenStore
 
 CONTEXT_TOKENS = (2048, 32768, 131072)
 """Context lengths over which static bytes are spread in reports."""
@@ -47,6 +48,12 @@ class Usage:
         self.sites[site].n_exact += n_tokens
         self.sites[site].exact_bytes += nbytes
 
+    def add_store(self, site: Site, store: TokenStore) -> None:
+        """Counts what a cache holds for a sequence."""
+        for codes in store.blocks:
+            self.add(site, codes)
+        self.add_exact(site, store.n_exact, store.exact_bytes)
+
     def include(self, other: "Usage") -> None:
         """Adds what another simulation has counted."""
         for site, use in other.sites.items():
@@ -68,18 +75,25 @@ class Usage:
         elements = sum(use.n_encoded * self.quantizers[site].channels for site, use in chosen.items())
         return 8 * sum(use.encoded_bytes for use in chosen.values()) / elements if elements else 0.0
 
+    @property
+    def average_bits(self) -> float:
+        """Stored bits per element over all keys and values, exact tokens included, static bytes left out."""
+        stored = sum(use.encoded_bytes + use.exact_bytes for use in self.sites.values())
+        elements = sum((use.n_encoded + use.n_exact) * self.quantizers[s].channels for s, use in self.sites.items())
+        return 8 * stored / elements if elements else 0.0
+
     def static_bytes(self, tensor: str) -> int:
         """Bytes of scales, codebooks and thresholds, stored once for any number of tokens."""
         return sum(self.quantizers[site].static_bytes for site in self._chosen(tensor))
 
-    def amortised_bits(self, tensor: str, context_tokens: int, sink_tokens: int) -> float:
+    def amortised_bits(self, tensor: str, context_tokens: int, exact_tokens: int) -> float:
         """Bits per element of a cache of `context_tokens` tokens: codes, exact tokens and static bytes."""
         chosen = self._chosen(tensor)
         total = 0.0
         for site, use in chosen.items():
             per_exact = use.exact_bytes / use.n_exact if use.n_exact else 0.0
             per_encoded = use.encoded_bytes / use.n_encoded if use.n_encoded else per_exact
-            total += (context_tokens - sink_tokens) * per_encoded + sink_tokens * per_exact
+            total += (context_tokens - exact_tokens) * per_encoded + exact_tokens * per_exact
             total += self.quantizers[site].static_bytes
         channels = sum(self.quantizers[site].channels for site in chosen)
         return 8 * total / (context_tokens * channels) if channels else 0.0

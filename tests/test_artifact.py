@@ -558,17 +558,17 @@ WRONG: dict[str, tuple[Callable[[Header, Arrays], None], type[ArtifactError], st
     "levels-few": (
         set_array(f"{V0}/inner.levels", [[0.0, 1.0]], "float16"),
         CorruptArtifactError,
-        "levels must be float16 of shape (1, 4)",
+        "levels must be float16, more than 2 and at most 4 of them",
     ),
     "levels-flat": (
         set_array(f"{V0}/inner.levels", [0.0, 1.0, 2.0, 3.0], "float16"),
         CorruptArtifactError,
-        "levels must be float16 of shape (1, 4)",
+        "levels must be float16, more than 2 and at most 4 of them",
     ),
     "levels-single": (
         set_array(f"{V0}/inner.levels", LEVELS),
         CorruptArtifactError,
-        "levels must be float16 of shape (1, 4)",
+        "levels must be float16, more than 2 and at most 4 of them",
     ),
     "thresholds-crossed": (set_array(f"{K0}/lower", [9.0] * 8), CorruptArtifactError, "lower must not exceed upper"),
     "array-extra": (set_array(f"{K1}/shift", [0.0] * 8), CorruptArtifactError, "shift"),

@@ -59,7 +59,7 @@ def test_inspect_prints_a_table(capsys: Capture, path: Path) -> None:
     for site, quantizer in golden.items():
         (row,) = [line for line in out.splitlines() if line.startswith(f"{site} ")]
         assert quantizer.spec.describe() in row
-        assert row.split()[1:3] == [str(quantizer.spec.bits), str(quantizer.static_bytes)]
+        assert row.split()[1:3] == [f"{quantizer.spec.bits:.3g}", str(quantizer.static_bytes)]
     assert golden.digest[:16] in out
     assert "demo (llama, 3 layers)" in out
     assert "4 windows of 16 tokens, seed 0" in out

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from artifacts.sites import Site
-from calib import fit, load_recipe
+from calib import fit, load_recipe, shipped_recipes
 from scripts import bench_calibrate, bench_fit, bench_simulate
 from scripts.benchmark import HEADER, hardware, row, seconds
 from scripts.synthetic import model_statistics
@@ -47,8 +47,10 @@ def test_bench_fit_prints_a_row_for_every_target(capsys: pytest.CaptureFixture[s
         "at least 30",
         "at most 1",
         "at most 1",
+        "at most 1",
     ]
-    assert lines[5].startswith("6 sites of 128 channels")
+    assert lines[5].startswith("6 sites of 128 channels, recipe default")
+    assert lines[6].startswith("6 sites of 128 channels, recipe eigen")
 
 
 def test_bench_calibrate_prints_a_row_for_every_target(capsys: pytest.CaptureFixture[str]) -> None:
@@ -69,6 +71,7 @@ def test_bench_simulate_prints_a_row_for_every_target(capsys: pytest.CaptureFixt
     assert [line.rsplit("  ", 1)[1].partition(":")[0] for line in lines[2:]] == [
         "at most 1",
         "none",
+        *["at most 1"] * len(shipped_recipes()),
         "at most 1.3",
         "at most 1.3",
     ]

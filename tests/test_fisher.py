@@ -133,8 +133,12 @@ def test_norms_and_fused_projections_have_the_gradients_of_a_bare_backward_pass(
             assert_close(gradients[site], to_rows(tap.read(outputs[tap.module].grad)), rtol=1e-5)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])  # in eager, padding on the left reads what comes after it
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_padded_window_has_the_gradients_that_it_has_alone(tiny_llama: LlamaForCausalLM, side: str) -> None:
+def test_a_padded_window_has_the_gradients_that_it_has_alone(
+    tiny_llama: LlamaForCausalLM, side: str, attention: str
+) -> None:
+    tiny_llama.set_attn_implementation(attention)
     windows, layers = [windows_of(1, n, seed=n)[0] for n in (5, 17, 12)], attention_layers(tiny_llama)
     ids, mask = torch.full((3, 17), 63), torch.zeros(3, 17, dtype=torch.bool)
     for row, window in enumerate(windows):

@@ -18,12 +18,15 @@ from calib.calibration import add_windows, new_statistics
 from calib.capture import capture
 from calib.corpus import CorpusError
 from calib.fitting import cached_sites, fit
-from calib.recipe import Recipe, load_recipe, shipped_recipes
+from calib.recipe import Recipe, load_recipe
 from calib.statistics.model_statistics import ModelStatistics
 from calib.statistics.site_statistics import SAMPLE_TOKENS, Tier
 
 WINDOWS = torch.randint(0, 64, (4, 40), generator=torch.Generator().manual_seed(0))
-every_recipe = pytest.mark.parametrize("name", shipped_recipes())
+FITTED = ["default", "kvquant", "kvquant-rank", "kvquant-3-compact", "eigen"]
+"""One recipe for each way in which estimators read statistics; all of them are fitted in `test_shipped_recipes.py`."""
+
+every_recipe = pytest.mark.parametrize("name", FITTED)
 
 
 def gathered(model: LlamaForCausalLM, windows: Tensor = WINDOWS, tier: Tier = "basic") -> ModelStatistics:
@@ -162,7 +165,7 @@ def test_first_tokens_take_no_part_in_a_fit(tiny_llama: LlamaForCausalLM) -> Non
 @every_recipe
 def test_calibrate_save_load(tiny_llama: LlamaForCausalLM, tmp_path: Path, name: str) -> None:
     artifact = calib.calibrate(tiny_llama, WINDOWS, name, bits=3)
-    assert {q.spec.bits for q in artifact.values()} == {3}
+    assert all(2.9 < q.spec.bits <= 3 for q in artifact.values())
     path = tmp_path / "q.safetensors"
     artifacts.save(artifact, path)
     loaded = artifacts.load(path)

@@ -427,7 +427,7 @@ def test_error_in_range_is_half_a_step(name: str, bits: int, size: float) -> Non
     rounding = 4 * torch.finfo(torch.float32).eps * torch.maximum(x.abs(), low.abs())
     inside = (x >= low - rounding) & (x <= high + rounding)
     assert ((x - quantizer.decode(codes)).abs() <= scale / 2 + rounding)[inside].all()
-    if isinstance(quantizer, DynamicAffine) and not quantizer.whole_zero_point and quantizer.clip_ratio == 1:
+    if isinstance(quantizer, DynamicAffine) and not quantizer.whole_zero_point and quantizer.clip_ratio is None:
         assert inside.all(), "the stored range must hold every value"
 
 
@@ -700,7 +700,7 @@ def wrong_levels(*values: float) -> Callable[[], Quantizer]:
         (lambda: dynamic(24, 3, group_size=7), "must divide the 24 channels; got 7. Nearest that does: 6"),
         (lambda: dynamic(24, 3, group_size=0), "group_size must be an integer from 1; got 0"),
         (lambda: dynamic(24, 3, per="tensor", group_size=4), "has no groups"),
-        (lambda: dynamic(24, 3, clip_ratio=0.0), "clip_ratio must be above 0 and at most 1; got 0.0"),
+        (lambda: dynamic(24, 3, clip_ratio=0.0), "clip_ratio must be above 0 and below 1; got 0.0"),
         (lambda: mixed_codebook(24, 3).replace(bits=2.0), "as n_levels says; got 2.0"),
         (
             lambda: mixed_codebook(24, 3).replace(levels=normal_levels(3)[0]),

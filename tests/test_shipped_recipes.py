@@ -1,11 +1,15 @@
 """Every shipped recipe on made-up activations: it fits, stays finite, counts the bits it says, and is told apart."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
+from artifacts.storage import Stored, read, write
 from calib.estimators.estimator import trial_statistics
 from calib.recipe import load_recipe, shipped_recipes
 from calib.statistics.site_statistics import SiteShape
@@ -107,6 +111,20 @@ def test_eigen_keeps_its_budget(name: str, bits: float) -> None:
         statistics.token_weights = torch.ones(len(x))
         stored = recipe.estimator(tensor).fit(statistics).quantizer.encode(x)
         assert bits - 8 / CHANNELS <= stored.nbytes * 8 / x.numel() <= bits
+
+
+@every_recipe
+def test_what_is_fitted_can_be_stored_and_read_again(name: str, tmp_path: Path) -> None:
+    """A dtype that the reader refuses was once written."""
+    path = tmp_path / "q.safetensors"
+    arrays = {
+        f"{tensor}.{part}": array.numpy()
+        for tensor, quantizer in quantizers(name, activations()).items()
+        for part, array in quantizer.tensors().items()
+    }
+    write(path, Stored(format="test", header={}, arrays=arrays))
+    again = read(path, "test").arrays
+    assert all(np.array_equal(again[part], array) for part, array in arrays.items())
 
 
 def test_recipes_that_read_gradients_say_so() -> None:

@@ -8,6 +8,7 @@ from pydantic import Field
 from artifacts.compact_sparse import CompactSparse
 from artifacts.float8 import largest_float8
 from artifacts.quantizer import Quantizer
+from artifacts.sparse import move_to_edge
 from calib.estimators.estimator import Fit
 from calib.estimators.wrapping import WrappingEstimator
 from calib.statistics.site_statistics import SiteShape, SiteStatistics
@@ -30,11 +31,16 @@ class CompactSparseEstimator(WrappingEstimator):
     fraction: float = Field(default=0.01, gt=0, lt=0.5)
 
     def fit(self, statistics: SiteStatistics) -> Fit:
-        """Fits what is wrapped to all values, and the unit of the residuals to the reservoir."""
-        inner, shape, rows = self.inner.fit(statistics), statistics.shape, statistics.rows
-        largest = float((rows - inner.quantizer.simulate(rows)).abs().max())
+        """Fits what is wrapped to the reservoir without its outliers, and the unit to what is then missed of them."""
+        shape, rows = statistics.shape, statistics.rows
+        first = self._around(self.inner.fit(statistics).quantizer, shape, 1.0)
+        rest = move_to_edge(rows, first.mask(rows))
+        mapped = statistics.mapped(rest, statistics.row_gradients if statistics.fisher else None)
+        mapped.query_energy, mapped.query_metric = statistics.query_energy, statistics.query_metric
+        inner = self.fit_inner(mapped)
+        largest = float((rows - inner.quantizer.simulate(rest)).abs().max())
         unit = _HEADROOM * largest / largest_float8("e4m3") if largest > 0 else 1.0
-        return Fit(self._around(inner.quantizer, shape, unit), f"{inner.source}; reservoir for the unit of residuals")
+        return Fit(self._around(inner.quantizer, shape, unit), inner.source)
 
     def dynamic(self, shape: SiteShape) -> Quantizer:
         """There is none: the unit of the residuals is fitted."""

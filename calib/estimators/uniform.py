@@ -132,7 +132,7 @@ class UniformEstimator(Estimator):
             group_size=shape.head_dim if by_head else self.group_size,
             symmetric=self.symmetric,
             whole_zero_point=self.whole_zero_point,
-            clip_ratio=clip_ratio,
+            clip_ratio=clip_ratio if clip_ratio < 1 else None,
         )
 
     def _wrapped(self, inner: Quantizer) -> Quantizer:

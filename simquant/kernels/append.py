@@ -58,7 +58,7 @@ def _dynamic_parameters(quantizer: DynamicAffine, x: Tensor, sharing: Sharing) -
         x,
         stored["scale"],
         stored.get("offset"),
-        quantizer.clip_ratio,
+        quantizer.clip_ratio or 1.0,
         len(x),
         CHANNELS=quantizer.channels,
         SPAN=sharing.span,

@@ -1,0 +1,128 @@
+"""All recipes on the same windows of one model: counted bits, losses, errors of single layers, and a Pareto plot.
+
+Run it from the checkout: `python -m scripts.compare_recipes MODEL --dataset FILE`.
+"""
+
+import argparse
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scripts import evaluate, options
+from scripts.calibrate import NSAMPLES
+from scripts.console import Parser, UsageError, run, say, set_up_logging
+
+if TYPE_CHECKING:
+    from calib.recipe import Recipe
+    from scripts.compared_recipe import ComparedRecipe
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    return run("compare_recipes", _main, argv)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of `compare_recipes`."""
+    parser = Parser("compare_recipes", __doc__)
+    options.add_model_options(parser)
+    options.add_text_options(parser)
+    parser.add_argument("--calibration-dataset", metavar="NAME|FILE", help="text to calibrate on (default: --dataset)")
+    parser.add_argument("--recipes", metavar="A,B,...", help="names or .yaml files (default: all that are shipped)")
+    parser.add_argument(
+        "--statistics", choices=("basic", "full"), default="full", help="what to gather (default: full)"
+    )
+    for name, default, what in (
+        ("nsamples", NSAMPLES, f"calibration windows (default: {NSAMPLES})"),
+        ("limit", None, "windows to evaluate at most (default: all)"),
+        ("batch-size", 1, "windows per forward pass (default: 1)"),
+        ("error-windows", 4, "windows for the errors of single layers (default: 4)"),
+    ):
+        parser.add_argument(f"--{name}", type=options.positive, default=default, metavar="N", help=what)
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="for the results (default: runs/compare-MODEL)")
+    return parser
+
+
+def _main(argv: list[str]) -> int:
+    args = parser().parse_args(argv)
+    set_up_logging(args.verbose)
+    options.choose_defaults(args)
+    recipes = _recipes(args.recipes)
+    folder = _folder(args)
+    from scripts.comparison_report import write_report
+
+    try:
+        about, rows = _compare(args, recipes)
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt("Nothing was written: no recipe is finished before the last window.") from error
+    write_report(folder, {"command": shlex.join(["python", "-m", "scripts.compare_recipes", *argv]), **about}, rows)
+    print((folder / "table.md").read_text(encoding="utf-8"), end="")
+    say(f"{folder}: results.json, table.md, pareto.png")
+    return 0
+
+
+def _recipes(names: str | None) -> "list[Recipe]":
+    from calib import load_recipe, shipped_recipes
+
+    recipes = [load_recipe(name) for name in (shipped_recipes() if names is None else names.split(","))]
+    found = [recipe.name for recipe in recipes]
+    twice = [name for name in found if found.count(name) > 1]
+    if twice:
+        raise UsageError(f"--recipes: several are called {twice[0]}; name each once, and files by `name:` of their own")
+    return recipes
+
+
+def _folder(args: argparse.Namespace) -> Path:
+    from scripts.models import short_name
+
+    folder: Path = args.output or Path("runs") / f"compare-{short_name(args.model)}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output {folder}: no folder can be made there ({error.strerror}); name another") from error
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"--output {folder}: you may not write there; name another folder")
+    return folder
+
+
+def _compare(args: argparse.Namespace, recipes: "list[Recipe]") -> "tuple[dict[str, Any], list[ComparedRecipe]]":
+    """What was compared on what, and the recipes in order."""
+    from artifacts.evidence import text_config
+    from calib.corpus import check_dataset, load_corpus
+    from calib.windows import check_vocabulary, sample_windows, split_windows
+    from scripts.compared_recipe import in_order
+    from scripts.comparison import Comparison
+    from scripts.models import load_model
+
+    sources = (args.calibration_dataset or args.dataset, args.dataset)
+    for source in sources:
+        check_dataset(source)
+    loaded = load_model(args)
+    seqlen = loaded.window_tokens(args.seqlen)
+    text = load_corpus(sources[0], "calibration", loaded.encode, field=args.field)
+    sampled = sample_windows(text, n_windows=args.nsamples, seqlen=seqlen, seed=args.seed)
+    held_out = load_corpus(sources[1], "evaluation", loaded.encode, field=args.field)
+    windows = split_windows(held_out, seqlen=seqlen, limit=args.limit)
+    check_vocabulary(windows, text_config(loaded.model).vocab_size, held_out.name)
+    comparison = Comparison(loaded.model, loaded.layers(), recipes)
+    origin = {"model_id": loaded.model_id, "seed": args.seed, "tokenizer_digest": loaded.tokenizer_digest}
+    comparison.calibrate(sampled, args.statistics, corpus=text.name, **origin)
+    comparison.measure_layers(windows[: args.error_windows])
+    rows = in_order(comparison.evaluate(windows, args.batch_size))
+    evaluate._warn_of_overlap(rows[0].artifact, windows)
+    about = {
+        "model": args.model,
+        "perplexity": rows[0].result.fp_perplexity,
+        "window_tokens": seqlen,
+        "calibration": {"text": text.name, "n_windows": len(sampled), "seed": args.seed, "tier": args.statistics},
+        "evaluation": {"text": held_out.name, "n_windows": len(windows), "batch_size": args.batch_size},
+        "error_windows": min(args.error_windows, len(windows)),
+        "skipped": comparison.skipped,
+    }
+    return about, rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,258 @@
+"""What a packed cache keeps of one layer: a stream of keys and one of values for each sequence of the batch."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from artifacts.attention import AttentionLayer
+from artifacts.errors import MismatchError
+from artifacts.layout import to_rows
+from artifacts.quantizer import Quantizer
+from artifacts.sites import Site
+from simquant.block_attention import BlockAttention, Scoring
+from simquant.cacheable import group_tokens
+from simquant.errors import CacheStateError
+from simquant.policy import CachePolicy
+from simquant.rotary_tables import RotaryTables
+from simquant.survivors import Survivors
+from simquant.token_store import TokenStore
+
+BLOCK_TOKENS = 512
+"""Tokens that are decoded at a time, or the next whole number of groups: few enough to stay in a processor's cache."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One sequence at one layer.
+
+    Parameters
+    ----------
+    key, value : TokenStore
+        Its tokens, padding left out.
+    n_padding : int
+        Columns of the batch before its first token.
+    survivors : Survivors or None
+        Which tokens are held; None where none is ever evicted.
+    """
+
+    key: TokenStore
+    value: TokenStore
+    n_padding: int = 0
+    survivors: Survivors | None = None
+
+    def stores(self) -> tuple[TokenStore, TokenStore]:
+        """Both."""
+        return self.key, self.value
+
+    def spans(self) -> Iterator[tuple[int, int]]:
+        """Ranges of tokens that are read together, from the first that both still have."""
+        return max(self.stores(), key=lambda store: store.first_token).spans()
+
+    def columns(self, tokens: slice) -> slice | Int64[Tensor, " tokens"]:
+        """Where held tokens stand in the batch."""
+        if self.survivors is not None:
+            return self.survivors.columns(tokens, self.n_padding)
+        return slice(self.n_padding + tokens.start, self.n_padding + tokens.stop)
+
+    def appended(self, key: Float[Tensor, "tokens channels"], value: Float[Tensor, "tokens channels"]) -> "Stream":
+        """With the tokens that follow."""
+        self.key.append(key)
+        self.value.append(value)
+        return self if self.survivors is None else replace(self, survivors=self.survivors.extended(len(key)))
+
+    def to(self, device: torch.device) -> "Stream":
+        """On another device."""
+        survivors = None if self.survivors is None else self.survivors.to(device)
+        return replace(self, key=self.key.to(device), value=self.value.to(device), survivors=survivors)
+
+    def keep(self, kept: Bool[Tensor, " held"]) -> "Stream":
+        """With the tokens alone where `kept` is true."""
+        for store in self.stores():
+            store.keep(kept)
+        return self if self.survivors is None else replace(self, survivors=self.survivors.without(kept))
+
+    def after_prompt(self) -> "Stream":
+        """At the end of the first step; unchanged at that of another."""
+        if self.survivors is None or self.survivors.n_prompt:
+            return self
+        return replace(self, survivors=self.survivors.after_prompt())
+
+
+class LayerStore:
+    """The streams of one layer; all sequences have the same number of columns.
+
+    Parameters
+    ----------
+    layer : AttentionLayer
+        Where keys and values come from.
+    quantizers : mapping from Site to Quantizer
+        Those of the layer's keys and values, among others.
+    policy : CachePolicy
+        Which tokens stay exact.
+    """
+
+    def __init__(self, layer: AttentionLayer, quantizers: Mapping[Site, Quantizer], policy: CachePolicy) -> None:
+        self.layer, self.policy = layer, policy
+        [self.key_site] = (site for site in quantizers if (site.layer, site.tensor) == (layer.layer, "key"))
+        self.value_site = Site(layer.layer, "value")
+        self._quantizers = {site: quantizers[site] for site in (self.key_site, self.value_site)}
+        self.n_columns = 0
+        self.streams: list[Stream] = []
+
+    @property
+    def rotates(self) -> bool:
+        """Whether keys are rotated when they are read."""
+        return self.key_site.stage == "pre_rope" and self.layer.rotation != "none"
+
+    def append(
+        self,
+        key: Float[Tensor, "batch kv_heads tokens head_dim"],
+        value: Float[Tensor, "batch kv_heads tokens head_dim"],
+        real: Bool[Tensor, "batch tokens"] | None,
+    ) -> None:
+        """Takes in the columns that follow; `real` says which are no padding, None that all are."""
+        batch, _, tokens, _ = key.shape
+        self.streams = self.streams or [self._new_stream(key.device) for _ in range(batch)]
+        if len(self.streams) != batch:
+            raise MismatchError(
+                f"layers.{self.layer.layer}: the cache holds {len(self.streams)} sequences; got {batch}. Use a new "
+                "cache for other text."
+            )
+        self._forget()
+        rows = zip(to_rows(key).view(batch, tokens, -1), to_rows(value).view(batch, tokens, -1), strict=True)
+        for index, (key_rows, value_rows) in enumerate(rows):
+            n_padding = 0 if real is None else self._padding(self.streams[index], real[index])
+            stream = self.streams[index].appended(key_rows[n_padding:], value_rows[n_padding:])
+            self.streams[index] = replace(stream, n_padding=stream.n_padding + n_padding)
+        self.n_columns += tokens
+
+    def attend(
+        self,
+        query: Float[Tensor, "batch q_heads queries head_dim"],
+        visible: Bool[Tensor, "#batch queries columns"],
+        scoring: Scoring,
+        tables: RotaryTables,
+    ) -> Float[Tensor, "batch queries q_heads head_dim"]:
+        """Attention of the last columns' queries, decoding one block at a time."""
+        rows = []
+        for row, stream in enumerate(self.streams):
+            attention = BlockAttention(query[row], self.layer.kv_heads, scoring)
+            seen = visible[min(row, len(visible) - 1)]
+            for start, end in stream.spans():
+                tokens = slice(start, end)
+                own = seen[:, stream.columns(tokens)]
+                if own.any():
+                    attention.add(*self.read(stream, row, tokens, tables), own)
+            rows.append(attention.result())
+        return torch.stack(rows)
+
+    def read(self, stream: Stream, row: int, tokens: slice, tables: RotaryTables) -> tuple[Tensor, Tensor]:
+        """Keys and values "kv_heads tokens head_dim" of some tokens of a sequence, as attention reads them."""
+        value = self._heads(stream.value.read(tokens.start, tokens.stop))
+        return self._key(stream, row, tokens, tables), value
+
+    def key_blocks(
+        self, row: int, visible: Bool[Tensor, "queries columns"], tables: RotaryTables
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The keys of a sequence block by block, and which of them are visible."""
+        stream = self.streams[row]
+        for start, end in stream.spans():
+            tokens = slice(start, end)
+            yield self._key(stream, row, tokens, tables), visible[:, stream.columns(tokens)]
+
+    def crop(self, n_columns: int) -> None:
+        """Keeps the first columns only.
+
+        Raises
+        ------
+        CacheStateError
+            If that would divide a group of tokens, or needs tokens that a sliding window has passed; nothing has
+            changed then.
+        """
+        self.streams = [self._cropped(stream, n_columns) for stream in self.streams]
+        self.n_columns = min(self.n_columns, n_columns)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keeps these sequences of the batch, in this order; repeated ones share what is stored so far."""
+        self.streams = [
+            replace(self.streams[row], key=self.streams[row].key.copy(), value=self.streams[row].value.copy())
+            for row in rows
+        ]
+
+    def to(self, device: torch.device) -> None:
+        """Moves everything to another device."""
+        self.streams = [stream.to(device) for stream in self.streams]
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        self.streams, self.n_columns = [], 0
+
+    def stores(self) -> Iterator[tuple[Site, TokenStore]]:
+        """The keys and values of every sequence."""
+        for stream in self.streams:
+            yield self.key_site, stream.key
+            yield self.value_site, stream.value
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Everything that is held."""
+        for stream in self.streams:
+            yield from stream.key.tensors()
+            yield from stream.value.tensors()
+            if stream.survivors is not None:
+                yield stream.survivors.numbers
+
+    def _new_stream(self, device: torch.device) -> Stream:
+        group = group_tokens(self._quantizers)
+        block = -(-BLOCK_TOKENS // group) * group
+        key, value = (
+            TokenStore(quantizer.to(device), self.policy, self.policy.window(site.tensor), block)
+            for site, quantizer in self._quantizers.items()
+        )
+        evicts = self.policy.eviction is not None and self.layer.sliding_window is None
+        return Stream(key, value, survivors=Survivors.none(device) if evicts else None)
+
+    def _padding(self, stream: Stream, real: Bool[Tensor, " tokens"]) -> int:
+        """How many of the new columns come before the sequence's first token."""
+        n_padding = len(real) - int(real.sum())
+        if n_padding and (stream.key.n_tokens or not real[n_padding:].all()):
+            raise MismatchError(
+                f"layers.{self.layer.layer}: the attention mask hides {n_padding} tokens behind the first one of their "
+                "sequence; a packed cache takes padding on the left only (tokenizer.padding_side = 'left')."
+            )
+        return n_padding
+
+    def _key(
+        self, stream: Stream, row: int, tokens: slice, tables: RotaryTables
+    ) -> Float[Tensor, "kv_heads tokens head_dim"]:
+        key = self._heads(stream.key.read(tokens.start, tokens.stop))
+        return tables.rotated(self.layer, key, row, stream.columns(tokens)) if self.rotates else key
+
+    def _heads(self, rows: Float[Tensor, "tokens channels"]) -> Float[Tensor, "kv_heads tokens head_dim"]:
+        return rows.view(len(rows), self.layer.kv_heads, self.layer.head_dim).transpose(0, 1)
+
+    def _forget(self) -> None:
+        """Drops what the next query cannot see by more than a block: that much can still be cropped."""
+        if self.layer.sliding_window is None:
+            return
+        for _, store in self.stores():
+            store.forget_before(store.n_tokens - self.layer.sliding_window - store.block_tokens)
+
+    def _cropped(self, stream: Stream, n_columns: int) -> Stream:
+        n_tokens = max(0, n_columns - stream.n_padding)
+        survivors = stream.survivors
+        if survivors is not None:
+            survivors = survivors.cropped(n_tokens, f"layers.{self.layer.layer}")
+            n_tokens = len(survivors.numbers)
+        for store in stream.stores():
+            needed = max(0, n_tokens - (self.layer.sliding_window or n_tokens))
+            if n_tokens and store.first_token > needed:
+                raise CacheStateError(
+                    f"layers.{self.layer.layer}: cropping to {n_tokens} tokens needs token {needed}, and the sliding "
+                    f"window has passed all before {store.first_token}. Crop {store.block_tokens} at most."
+                )
+        key, value = (store.cropped(n_tokens) for store in stream.stores())
+        n_padding = min(stream.n_padding, n_columns)
+        return replace(stream, key=key, value=value, n_padding=n_padding, survivors=survivors)

@@ -1,0 +1,100 @@
+"""The three ways to run a model on a quantized cache."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from artifacts.artifact import Artifact
+from artifacts.attention import AttentionLayer
+from artifacts.quantizer import Quantizer
+from artifacts.sites import Site
+from simquant.decode import decode_exact
+from simquant.packed import packed_cache
+from simquant.policy import CachePolicy
+from simquant.simulate import simulate
+from simquant.steps import Steps
+from simquant.usage import Usage
+
+ProtocolName = Literal["full", "decode", "cache"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """How quantized logits of a text come about.
+
+    Parameters
+    ----------
+    name : {'full', 'decode', 'cache'}
+        Every token quantized before it is read; one pass in which each query sees what a cache holds at its step; or
+        step by step through a packed cache. The last two agree up to rounding.
+    policy : CachePolicy
+        Which tokens stay exact.
+    steps : Steps
+        How the text enters the cache; 'full' has no steps.
+    """
+
+    name: ProtocolName
+    policy: CachePolicy
+    steps: Steps = field(default_factory=Steps)
+
+    def __post_init__(self) -> None:
+        if self.name not in get_args(ProtocolName):
+            raise ValueError(f"protocol: expected one of {', '.join(get_args(ProtocolName))}; got {self.name!r}")
+        if self.name == "full" and not (self.policy.encodes_at_once and self.steps == Steps()):
+            raise ValueError(
+                f"protocol: 'full' quantizes every token but the sinks in one pass; got {self.policy.describe()}, "
+                f"{self.steps.describe()}. Use the protocol 'decode', or drop windows and steps."
+            )
+
+    def run(
+        self,
+        model: nn.Module,
+        batch: Int64[Tensor, "windows tokens"],
+        quantizers: Artifact | Mapping[Site, Quantizer],
+        layers: Sequence[AttentionLayer],
+        *,
+        logits: Callable[[nn.Module, Tensor], Tensor],
+    ) -> tuple[Float[Tensor, "windows tokens vocab"], Usage]:
+        """The logits and what was stored; `logits` runs the model on whole texts."""
+        if self.name == "cache":
+            return self._run_steps(model, batch, quantizers, layers)
+        context = (
+            simulate(model, quantizers, policy=self.policy, layers=layers)
+            if self.name == "full"
+            else decode_exact(model, quantizers, policy=self.policy, steps=self.steps, layers=layers)
+        )
+        with context as usage:
+            return logits(model, batch), usage
+
+    def describe(self) -> str:
+        """What a query reads, for reports; which tokens stay exact is the policy's to say."""
+        if self.name == "full":
+            return "fully quantized: every query, its own token included, reads decoded keys and values"
+        prefill = "exact prefill attention" if self.policy.exact_prefill else "quantized prefill"
+        way = (
+            "packed cache" if self.name == "cache" else "decode-exact: every query reads what a cache holds at its step"
+        )
+        return f"{way}; {self.steps.describe()}, {prefill}"
+
+    def _run_steps(
+        self,
+        model: nn.Module,
+        batch: Tensor,
+        quantizers: Artifact | Mapping[Site, Quantizer],
+        layers: Sequence[AttentionLayer],
+    ) -> tuple[Tensor, Usage]:
+        usage = Usage(quantizers)
+        with packed_cache(model, quantizers, policy=self.policy, layers=layers) as new_cache:
+            cache = new_cache()
+            logits = [
+                model(input_ids=batch[:, start:end], past_key_values=cache, use_cache=True).logits
+                for start, end in self.steps.spans(batch.shape[1])
+            ]
+        for layer in cache.layers:
+            for site, store in layer.store.stores():
+                usage.add_store(site, store)
+        return torch.cat(logits, dim=1), usage

@@ -1,0 +1,50 @@
+"""In which pieces a text enters the cache."""
+
+from dataclasses import dataclass
+
+from jaxtyping import Int64
+from torch import Tensor, arange
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steps:
+    """The tokens that a model reads at once: those of a step see each other, and the cache as it is with them.
+
+    Parameters
+    ----------
+    prefill_tokens : int
+        Of the first step.
+    chunk_tokens : int
+        Of each later one; 1 is decoding token by token.
+
+    Examples
+    --------
+    >>> Steps(prefill_tokens=4, chunk_tokens=2).spans(7)
+    [(0, 4), (4, 6), (6, 7)]
+    """
+
+    prefill_tokens: int = 1
+    chunk_tokens: int = 1
+
+    def __post_init__(self) -> None:
+        for name, value in (("prefill_tokens", self.prefill_tokens), ("chunk_tokens", self.chunk_tokens)):
+            if type(value) is not int or value < 1:
+                raise ValueError(f"Steps: {name} must be an integer from 1; got {value!r}")
+
+    def spans(self, n_tokens: int) -> list[tuple[int, int]]:
+        """First token of each step, and the one after its last."""
+        starts = [0, *range(self.prefill_tokens, n_tokens, self.chunk_tokens)]
+        return list(zip(starts, [*starts[1:], n_tokens], strict=True))
+
+    def held(self, n_tokens: int) -> Int64[Tensor, " tokens"]:
+        """For each token, how many the cache holds when it is read."""
+        tokens = arange(n_tokens)
+        later = (tokens - self.prefill_tokens).div(self.chunk_tokens, rounding_mode="floor") + 1
+        return (self.prefill_tokens + later.clamp_min(0) * self.chunk_tokens).clamp_max(n_tokens)
+
+    def describe(self) -> str:
+        """One phrase for reports."""
+        chunks = "token by token" if self.chunk_tokens == 1 else f"in chunks of {self.chunk_tokens}"
+        if self.prefill_tokens in (1, self.chunk_tokens):
+            return chunks
+        return f"prefill of {self.prefill_tokens} tokens, then {chunks}"
