@@ -11,6 +11,7 @@ from typing import Any
 from artifacts.manifest import tool_version
 from scripts.benchmark import hardware
 from scripts.compared_recipe import LEGEND, ComparedRecipe, table
+from scripts.models import short_name
 from scripts.pareto import Point, save_pareto
 
 
@@ -50,7 +51,7 @@ def _markdown(about: dict[str, Any], rows: Sequence[ComparedRecipe]) -> str:
 def _title(about: dict[str, Any]) -> str:
     calibration, evaluation = about["calibration"], about["evaluation"]
     return (
-        f"{about['model']} on {evaluation['n_windows']} windows of {about['window_tokens']} tokens of "
+        f"{short_name(about['model'])} on {evaluation['n_windows']} windows of {about['window_tokens']} tokens of "
         f"{evaluation['text']} (perplexity {about['perplexity']:.4f}), calibrated on {calibration['n_windows']} of "
         f"{calibration['text']}"
     )

@@ -39,8 +39,9 @@ class TokenHistogram(Statistic):
         adopt_device(self, x.device)
         wide = x.float()
         ordered = _ascending(wide)
+        values = ordered if weights is None else wide  # the order is of no account, and neighbours share bins
         for row, fraction in enumerate(OUTLIER_FRACTIONS):
-            counts, spread = _histogram(wide, weights, _inner_range(ordered, fraction), self.bins)
+            counts, spread = _histogram(values, weights, _inner_range(ordered, fraction), self.bins)
             self.counts[row] += counts
             self.weights[row] += spread
 
