@@ -1,10 +1,21 @@
 """Dense storage of small integers: `bits` bits a code, each token's row padded to a whole byte."""
 
+import math
+import sys
+from functools import reduce
+
 import torch
 from jaxtyping import Integer, UInt8
 from torch import Tensor
 
-_CODES_PER_WORD = 8
+
+_SPREADS: dict[int, tuple[torch.dtype, tuple[tuple[int, int], ...]]] = {
+    1: (torch.int64, ((28, 0x0000000F_0000000F), (14, 0x00030003_00030003), (7, 0x01010101_01010101))),
+    2: (torch.int32, ((12, 0x000F000F), (6, 0x03030303))),
+    4: (torch.int16, ((4, 0x0F0F),)),
+    8: (torch.uint8, ()),
+}
+"""How a byte of several codes becomes as many bytes: integers that hold them, and shifts and masks that halve."""
 
 
 def packed_bytes(channels: int, bits: int) -> int:
@@ -27,19 +38,17 @@ def pack(codes: Integer[Tensor, "tokens channels"], bits: int) -> UInt8[Tensor, 
     >>> pack(torch.tensor([[1, 2, 3, 0]]), bits=2).tolist()
     [[57]]
     """
-    tokens, channels = codes.shape
+    channels = codes.shape[1]
     if bits == 8:
         return codes.to(torch.uint8)
-    if bits == 4:
-        return _pack_nibbles(codes.to(torch.uint8))
-    n_words = -(-channels // _CODES_PER_WORD)
-    words = torch.nn.functional.pad(codes, (0, -channels % _CODES_PER_WORD)).view(tokens, n_words, _CODES_PER_WORD)
-    word = words[..., 0].long()
-    for j in range(1, _CODES_PER_WORD):
-        word = word | (words[..., j].long() << (bits * j))
-    shifts = torch.arange(0, 8 * bits, 8, device=codes.device)
-    packed = ((word.unsqueeze(-1) >> shifts) & 0xFF).to(torch.uint8).flatten(1)
-    return packed[:, : packed_bytes(channels, bits)].contiguous()
+    n_codes, n_bytes = _word(bits)
+    words = _rows_of(codes.to(torch.uint8), n_codes)
+    packed = []
+    for first_bit in range(0, 8 * n_bytes, 8):
+        places = ((j, bits * j - first_bit) for j in range(n_codes))
+        parts = [_shifted(words[..., j], shift) for j, shift in places if -bits < shift < 8]
+        packed.append(reduce(torch.bitwise_or, parts))
+    return torch.stack(packed, dim=-1).flatten(1)[:, : packed_bytes(channels, bits)].contiguous()
 
 
 def unpack(packed: UInt8[Tensor, "tokens bytes"], bits: int, channels: int) -> UInt8[Tensor, "tokens channels"]:
@@ -55,18 +64,43 @@ def unpack(packed: UInt8[Tensor, "tokens bytes"], bits: int, channels: int) -> U
         raise ValueError(
             f"unpack: expected {expected} bytes a token ({channels} codes of {bits} bits), got {packed.shape[1]}"
         )
-    if bits == 8:
-        return packed
-    if bits == 4:
-        return torch.stack([packed & 0xF, packed >> 4], dim=-1).flatten(1)[:, :channels]
-    rows = torch.nn.functional.pad(packed, (0, -expected % bits)).view(packed.shape[0], -(-expected // bits), bits)
-    word = rows[..., 0].long()
-    for j in range(1, bits):
-        word = word | (rows[..., j].long() << (8 * j))
-    codes = [((word >> (bits * j)) & (2**bits - 1)).to(torch.uint8) for j in range(_CODES_PER_WORD)]
+    if bits in _SPREADS:
+        return _spread(packed, bits)[:, :channels]
+    n_codes, n_bytes = _word(bits)
+    words = _rows_of(packed, n_bytes)
+    codes = []
+    for first_bit in range(0, bits * n_codes, bits):
+        byte, bit = divmod(first_bit, 8)
+        code = words[..., byte] >> bit
+        if bit + bits > 8:
+            code |= words[..., byte + 1] << (8 - bit)
+        codes.append(code & (2**bits - 1) if bit + bits != 8 else code)
     return torch.stack(codes, dim=-1).flatten(1)[:, :channels]
 
 
-def _pack_nibbles(codes: UInt8[Tensor, "tokens channels"]) -> UInt8[Tensor, "tokens bytes"]:
-    even = torch.nn.functional.pad(codes, (0, codes.shape[1] % 2))
-    return even[:, 0::2] | (even[:, 1::2] << 4)
+def _spread(packed: UInt8[Tensor, "tokens bytes"], bits: int) -> UInt8[Tensor, "tokens codes"]:
+    """The codes of whole bytes, several times as fast as one by one: each step moves upper halves where they belong."""
+    wide, steps = _SPREADS[bits]
+    x = packed.to(wide)
+    for shift, mask in steps:
+        x |= x << shift
+        x &= mask
+    if sys.byteorder == "big":
+        x = x.view(torch.uint8).unflatten(1, (-1, 8 // bits)).flip(-1).flatten(1)
+    return x.view(torch.uint8)
+
+
+def _word(bits: int) -> tuple[int, int]:
+    """The fewest codes that fill whole bytes, and those bytes."""
+    shared = math.gcd(bits, 8)
+    return 8 // shared, bits // shared
+
+
+def _rows_of(x: UInt8[Tensor, "tokens width"], size: int) -> UInt8[Tensor, "tokens words size"]:
+    padded = torch.nn.functional.pad(x, (0, -x.shape[1] % size)) if x.shape[1] % size else x
+    words: Tensor = padded.unflatten(1, (-1, size))
+    return words
+
+
+def _shifted(codes: UInt8[Tensor, "tokens words"], shift: int) -> UInt8[Tensor, "tokens words"]:
+    return codes << shift if shift >= 0 else codes >> -shift

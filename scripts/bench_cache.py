@@ -1,15 +1,17 @@
-"""Memory and time per step of a packed cache against the dynamic one of transformers.
+"""Memory and time per step of a packed cache against the dynamic and the quantized one of transformers.
 
 One layer in the attention shapes of Llama-3-8B, 2 bits as KIVI sets them: keys per channel in groups of 32 tokens,
 values per token in groups of 32 channels, the last 128 tokens exact. Run on an idle machine, from the checkout:
-``python -m scripts.bench_cache``; about half a minute on two cores.
+``python -m scripts.bench_cache``; about half a minute on two cores. The quantized cache needs
+``pip install '.[bench]'`` and a C++ compiler, and a minute more the first time.
 """
 
 import argparse
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, QuantizedCache
 
 from artifacts.dynamic_affine import DynamicAffine
 from artifacts.quantizer import Quantizer
@@ -17,8 +19,8 @@ from artifacts.sites import Site
 from scripts.benchmark import HEADER, hardware, row, seconds
 from simquant import CachePolicy, packed_cache
 
-KV_HEADS, HEAD_DIM, GROUP = 8, 128, 32
-POLICY = CachePolicy(residual_tokens=128, block_tokens=GROUP)
+KV_HEADS, HEAD_DIM, GROUP, RESIDUAL, BITS = 8, 128, 32, 128, 2
+POLICY = CachePolicy(residual_tokens=RESIDUAL, block_tokens=GROUP)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,23 +37,46 @@ def main(argv: list[str] | None = None) -> int:
 
 @torch.no_grad()
 def rows(tokens: int, repeats: int) -> list[str]:
-    """Memory against 16 bits an element, and seconds per step against a dynamic cache, both in float32."""
+    """Memory against 16 bits an element, and seconds per step against the caches of transformers, all in float32."""
     model = one_layer()
     generator = torch.Generator().manual_seed(0)
     key, value = torch.randn(2, 1, KV_HEADS, tokens, HEAD_DIM, generator=generator)
-    dynamic = DynamicCache()
-    dynamic.update(key, value, 0)
-    baseline = seconds(lambda: step(model, dynamic), repeats)
+    baselines = {name: filled_step(model, cache, key, value, repeats) for name, cache in other_caches(model).items()}
     with packed_cache(model, quantizers(), policy=POLICY) as new_cache:
         packed = new_cache()
         packed.layers[0].store.append(key, value, None)
         size = packed.nbytes
         ours = seconds(lambda: step(model, packed), repeats)
-    what = f"{tokens} tokens, 2 bits"
-    return [
+    what = f"{tokens} tokens, {BITS} bits"
+    found = [
         row(f"{what}: memory / 16 bits", size, 2 * key.numel() * 2, at_most=1 / 4.5, unit="bytes"),
-        row(f"{what}: step / dynamic cache", ours, baseline, at_most=1.5),
+        row(f"{what}: step / dynamic cache", ours, baselines["dynamic"], at_most=1.5),
     ]
+    if "quantized" not in baselines:
+        return [*found, "no quantized cache of transformers: pip install '.[bench]'"]
+    return [*found, row(f"{what}: step / quantized cache (quanto)", ours, baselines["quantized"], at_least=5)]
+
+
+def other_caches(model: LlamaForCausalLM) -> dict[str, Cache]:
+    """Those of transformers; the quantized one as KIVI sets it, where its backend is installed."""
+    if find_spec("optimum.quanto" if find_spec("optimum") else "optimum") is None:
+        return {"dynamic": DynamicCache()}
+    quantized = QuantizedCache(
+        "quanto",
+        model.config,
+        nbits=BITS,
+        axis_key=-1,
+        axis_value=0,
+        q_group_size=GROUP,
+        residual_length=RESIDUAL,
+    )
+    return {"dynamic": DynamicCache(), "quantized": quantized}
+
+
+def filled_step(model: LlamaForCausalLM, cache: Cache, key: Tensor, value: Tensor, repeats: int) -> float:
+    """Seconds of a step after the tokens `key` and `value`."""
+    cache.update(key, value, 0)
+    return seconds(lambda: step(model, cache), repeats)
 
 
 def step(model: LlamaForCausalLM, cache: object) -> Tensor:
@@ -61,11 +86,11 @@ def step(model: LlamaForCausalLM, cache: object) -> Tensor:
 
 
 def quantizers() -> dict[Site, Quantizer]:
-    """Those of KIVI at 2 bits."""
+    """Those of KIVI."""
     channels = KV_HEADS * HEAD_DIM
     return {
-        Site(0, "key", "post_rope"): DynamicAffine(channels=channels, bits=2, per="channel", group_size=GROUP),
-        Site(0, "value"): DynamicAffine(channels=channels, bits=2, per="token", group_size=GROUP),
+        Site(0, "key", "post_rope"): DynamicAffine(channels=channels, bits=BITS, per="channel", group_size=GROUP),
+        Site(0, "value"): DynamicAffine(channels=channels, bits=BITS, per="token", group_size=GROUP),
     }
 
 
