@@ -33,12 +33,20 @@ Task = Callable[[Draws, int, int], Trial]
 """Draws, words of text around what has to be found, and questions asked (all but the last are answered)."""
 
 
-def passkey(draws: Draws, n_words: int, n_questions: int = 1) -> Trial:
-    """One number of five digits, hidden in sentences that have nothing to do with it."""
+def passkey(draws: Draws, n_words: int, n_questions: int = 1, *, depth: float | None = None) -> Trial:
+    """One number of five digits, hidden in sentences that have nothing to do with it; at depth 0 it comes first."""
     key = draws.between(10_000, 99_999)
-    needle = f"The pass key is {key}. Remember it: {key} is the pass key."
-    text = _hide(draws, [needle], n_words)
+    told = f"The pass key is {key}. Remember it: {key} is the pass key."
+    text = _hide(draws, [told], n_words, depth)
     return _ask([text], [("What is the pass key? The pass key is", f"{key}.")] * n_questions)
+
+
+def needle(draws: Draws, n_words: int, n_questions: int = 1, *, depth: float | None = None) -> Trial:
+    """The number of one thing, told in one sentence; on no page, so that it is not among `TASKS`."""
+    thing, number = draws.pick(lexicon.OBJECTS), draws.between(1000, 9999)
+    text = _hide(draws, [f"The number of the {thing} is {number}."], n_words, depth)
+    asked = (f"What is the number of the {thing}? The number of the {thing} is", f"{number}.")
+    return _ask([text], [asked] * n_questions)
 
 
 def multi_key(draws: Draws, n_words: int, n_questions: int = 1) -> Trial:
@@ -136,10 +144,11 @@ def _sum(draws: Draws) -> tuple[str, str]:
     return f"{a + b} minus {b} is", f"{a}."
 
 
-def _hide(draws: Draws, needles: list[str], n_words: int) -> str:
-    """The needles in their order, at random places among other sentences."""
+def _hide(draws: Draws, needles: list[str], n_words: int, depth: float | None = None) -> str:
+    """The needles in their order among other sentences: at one depth, or at random places."""
     sentences = asides(draws, n_words) if n_words else []
-    places = sorted(draws.below(len(sentences) + 1) for _ in needles)
+    at_depth = None if depth is None else round(depth * len(sentences))
+    places = sorted(draws.below(len(sentences) + 1) if at_depth is None else at_depth for _ in needles)
     for place, needle in reversed(list(zip(places, needles, strict=True))):
         sentences.insert(place, needle)
     return " ".join(sentences)

@@ -1,0 +1,86 @@
+"""What a task found."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, final
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class TaskResult:
+    """The scores of a task, full precision against quantized on the same items.
+
+    Parameters
+    ----------
+    task, metric : str
+        Its name, and what is scored, from 0 to 1.
+    n : int
+        Items that both models answered.
+    fp, quantized : float
+        Mean scores.
+    fp_stderr, quantized_stderr : float
+        Their standard errors over the items (nan for a single one).
+    difference, difference_stderr : float
+        Mean of the quantized less the exact score of the same item, and its standard error, which is paired: smaller
+        than the two above suggest.
+    cells : tuple of mapping
+        Where items stand in a table: its coordinates, and `n`, `fp` and `quantized` of each cell.
+    others : mapping
+        Further means by name: `{"fp": ..., "quantized": ...}`.
+    quantized_fraction : float or None
+        Share of the cached tokens that were quantized; None where no fewer than 16 bits were asked for.
+    protocol : str
+        How the quantized answers came about, in one line.
+    """
+
+    task: str
+    metric: str
+    n: int
+    fp: float
+    fp_stderr: float
+    quantized: float
+    quantized_stderr: float
+    difference: float
+    difference_stderr: float
+    cells: tuple[Mapping[str, Any], ...] = ()
+    others: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    quantized_fraction: float | None
+    protocol: str
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values; a standard error that a single item does not give becomes null."""
+        plain = {**asdict(self), "cells": [dict(cell) for cell in self.cells]}
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in plain.items()}
+
+    def table(self) -> str:
+        """A table for people, with a row for each cell."""
+        rows = [
+            ("full precision", f"{self.fp:.3f}, standard error {self.fp_stderr:.3f}"),
+            ("quantized", f"{self.quantized:.3f}, standard error {self.quantized_stderr:.3f}"),
+            ("difference", f"{self.difference:+.3f}, standard error {self.difference_stderr:.3f}"),
+            *((name, f"{both['fp']:.3f} -> {both['quantized']:.3f}") for name, both in self.others.items()),
+            *((_where(cell), f"{cell['fp']:.3f} -> {cell['quantized']:.3f}, n = {cell['n']}") for cell in self.cells),
+        ]
+        width = max(len(name) for name, _ in rows)
+        lines = [f"{name.rjust(width)}: {value}" for name, value in rows]
+        return "\n".join([f"{self.task}, {self.metric}, n = {self.n}", *lines])
+
+
+def mean_and_stderr(values: Sequence[float]) -> tuple[float, float]:
+    """The mean, and its standard error (nan for one value).
+
+    Examples
+    --------
+    >>> mean_and_stderr([0.0, 1.0, 1.0, 0.0])
+    (0.5, 0.2886...)
+    """
+    n = len(values)
+    mean = math.fsum(values) / n
+    if n < 2:
+        return mean, math.nan
+    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1) / n)
+
+
+def _where(cell: Mapping[str, Any]) -> str:
+    return " ".join(f"{name} {value}" for name, value in cell.items() if name not in ("n", "fp", "quantized"))
