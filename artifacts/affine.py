@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Bool, Float, Float32
 from torch import Tensor
 
 from artifacts.checks import check_bits, check_vector
 from artifacts.codes import Codes
 from artifacts.packing import pack, unpack
-from artifacts.quantizer import Context, Quantizer
+from artifacts.quantizer import RANGE_SLACK, Context, Quantizer
 
 
 @final
@@ -60,6 +60,10 @@ class Affine(Quantizer):
         """Distance from the middle of the channel's range, in steps."""
         steps: Tensor = (x - self._offset) / self.scale
         return (steps - top_code(self.bits, symmetric=self.offset is None) / 2).abs()
+
+    def outside(self, x: Float[Tensor, "tokens channels"]) -> Bool[Tensor, "tokens channels"]:
+        """True beyond the first and the last code."""
+        return self.deviation(x.float()) > RANGE_SLACK * top_code(self.bits, symmetric=self.offset is None) / 2
 
     @property
     def _offset(self) -> Float32[Tensor, " channels"]:

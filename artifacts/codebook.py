@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 import torch
-from jaxtyping import Float, Float16, Float32, UInt8
+from jaxtyping import Bool, Float, Float16, Float32, UInt8
 from torch import Tensor
 
 from artifacts.checks import check_bits, check_boundaries, check_levels, check_vector
 from artifacts.codes import Codes
 from artifacts.mixed_radix import pack_levels, unpack_levels
-from artifacts.quantizer import Context, Quantizer
+from artifacts.quantizer import RANGE_SLACK, Context, Quantizer
 from artifacts.rounding import round_outward
 
 _FEW_LEVELS = 16
@@ -64,6 +64,13 @@ class Codebook(Quantizer):
     def deviation(self, x: Float[Tensor, "tokens channels"]) -> Float[Tensor, "tokens channels"]:
         """Distance from the middle of the channel's range, in half-ranges."""
         return ((x - self.offset) / self.scale).abs()
+
+    def outside(self, x: Float[Tensor, "tokens channels"]) -> Bool[Tensor, "tokens channels"]:
+        """True beyond [-1, 1] or, where levels go further, beyond half a gap from the last."""
+        levels = self.levels.float()
+        ends, gaps = levels[:, [0, -1]].abs(), levels.diff(dim=1)[:, [0, -1]]
+        reach = torch.where(ends > 1, ends + gaps / 2, 1.0).amax(dim=1, keepdim=True)
+        return self.deviation(x.float()) > RANGE_SLACK * _per_channel(reach, self.channels)[:, 0]
 
 
 @final

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
 import torch
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Bool, Float, Float32, UInt8
 from torch import Tensor
 from torch.nn.functional import pad
 
 from artifacts.checks import check_group, check_vector
 from artifacts.codes import Codes
-from artifacts.quantizer import Context, Quantizer
+from artifacts.quantizer import RANGE_SLACK, Context, Quantizer
 from artifacts.rounding import round_outward
 
 Float8Format = Literal["e4m3", "e5m2"]
@@ -69,6 +69,10 @@ class Float8(AbstractFloat8):
     def deviation(self, x: Float[Tensor, "tokens channels"]) -> Float[Tensor, "tokens channels"]:
         """Magnitude in units of the channel's scale."""
         return (x / self.scale).abs()
+
+    def outside(self, x: Float[Tensor, "tokens channels"]) -> Bool[Tensor, "tokens channels"]:
+        """True where a value saturates."""
+        return self.deviation(x.float()) > RANGE_SLACK * largest_float8(self.format)
 
 
 @final

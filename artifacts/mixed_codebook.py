@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 import torch
-from jaxtyping import Float, Float16, Float32, Int16, Int64, UInt8
+from jaxtyping import Bool, Float, Float16, Float32, Int16, Int64, UInt8
 from torch import Tensor
 
 from artifacts.checks import check_vector
 from artifacts.codes import Codes
 from artifacts.mixed_radix import MixedRadix
-from artifacts.quantizer import Context, Quantizer
+from artifacts.quantizer import RANGE_SLACK, Context, Quantizer
 
 _MOST_LEVELS = 256
 _ROUNDING = 1e-6
@@ -65,6 +65,10 @@ class MixedCodebook(Quantizer):
     def deviation(self, x: Float[Tensor, "tokens channels"]) -> Float[Tensor, "tokens channels"]:
         """Distance from the offset, in scales."""
         return ((x - self.offset) / self.scale).abs()
+
+    def outside(self, x: Float[Tensor, "tokens channels"]) -> Bool[Tensor, "tokens channels"]:
+        """True beyond one scale from the offset."""
+        return self.deviation(x.float()) > RANGE_SLACK
 
     def _nearest(self, a: Float32[Tensor, "channels tokens"]) -> UInt8[Tensor, "channels tokens"]:
         """Index of the nearest level, on a tie the lower one: how many boundaries lie below.

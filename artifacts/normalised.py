@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
 import torch
-from jaxtyping import Float, Float16, Float32
+from jaxtyping import Bool, Float, Float16, Float32
 from torch import Tensor
 
 from artifacts.checks import check_group
@@ -66,8 +66,16 @@ class Normalised(AbstractWrapper):
 
     def deviation(self, x: Float[Tensor, "tokens channels"]) -> Float[Tensor, "tokens channels"]:
         """That of the wrapped quantizer, after division by the norms."""
+        return self.inner.deviation(self._divided(x))
+
+    def outside(self, x: Float[Tensor, "tokens channels"]) -> Bool[Tensor, "tokens channels"] | None:
+        """Where the wrapped quantizer's range ends, after division by the norms."""
+        return self.inner.outside(self._divided(x))
+
+    def _divided(self, x: Float[Tensor, "tokens channels"]) -> Float32[Tensor, "tokens channels"]:
+        """What the wrapped quantizer sees."""
         wide = x.float()
-        return self.inner.deviation(self._divide(wide, self._half(self._sizes(wide))))
+        return self._divide(wide, self._half(self._sizes(wide)))
 
     @property
     def _width(self) -> int:

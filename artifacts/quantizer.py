@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar, final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from artifacts.codes import Codes
@@ -20,6 +20,9 @@ from artifacts.sites import Site
 from artifacts.spec import QuantSpec
 
 Context = tuple[Tensor, ...]
+
+RANGE_SLACK = 1 + 2.0**-10
+"""By how much a value may pass the end of a fitted range and count as inside: rounding differs with the batch."""
 
 _LARGEST_HALF = torch.finfo(torch.float16).max
 
@@ -105,6 +108,10 @@ class Quantizer(ABC):
     def deviation(self, x: Float[Tensor, "tokens channels"]) -> Float[Tensor, "tokens channels"]:
         """How far out each value lies, to rank outliers: distance from the token's own mean."""
         return (x - x.mean(dim=1, keepdim=True)).abs()
+
+    def outside(self, x: Float[Tensor, "tokens channels"]) -> Bool[Tensor, "tokens channels"] | None:
+        """True where a value lies beyond the static range that was fitted; None where no range is static."""
+        return None
 
     @property
     def label(self) -> str:

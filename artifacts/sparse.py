@@ -92,6 +92,11 @@ class ThresholdSparse(AbstractSparse):
         """True outside the channel's thresholds."""
         return (x < self.lower) | (x > self.upper)
 
+    def outside(self, x: Float[Tensor, "tokens channels"]) -> Bool[Tensor, "tokens channels"]:
+        """True outside the thresholds, and in a narrower range of the wrapped quantizer outside that."""
+        kept, clipped = self.mask(x.float()), self.inner.outside(x)
+        return kept if clipped is None else kept | clipped
+
 
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Bool, Float, Float32
 from torch import Tensor
 
 from artifacts.codes import Codes
@@ -37,6 +37,10 @@ class AbstractWrapper(Quantizer):
         """That of the wrapped quantizer."""
         return self.inner.tokens_per_scale
 
+    def outside(self, x: Float[Tensor, "tokens channels"]) -> Bool[Tensor, "tokens channels"] | None:
+        """Where the wrapped quantizer's range ends, whatever is kept beside it."""
+        return self.inner.outside(x)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AbstractTransform(AbstractWrapper):
@@ -49,6 +53,10 @@ class AbstractTransform(AbstractWrapper):
     @abstractmethod
     def invert(self, z: Float32[Tensor, "tokens channels"]) -> Float32[Tensor, "tokens channels"]:
         """What is made of the wrapped quantizer's answer."""
+
+    def outside(self, x: Float[Tensor, "tokens channels"]) -> Bool[Tensor, "tokens channels"] | None:
+        """Where the wrapped quantizer's range ends, among the values that it sees."""
+        return self.inner.outside(self.transform(x.float()))
 
     @final
     def _encode(self, x: Float[Tensor, "tokens channels"], context: Context) -> Codes:

@@ -1,10 +1,10 @@
 """Evaluation: every figure against a direct formula, and the orders and limits that must hold."""
 
-import importlib
 import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,10 +20,9 @@ from artifacts.quantizer import Quantizer
 from artifacts.sites import Site, Stage
 from artifacts.sparse import ThresholdSparse
 from calib import calibrate
-from simquant import CachePolicy, EvalResult, NothingQuantizedError, evaluate, perplexity, simulate
-from simquant.evaluate import clustered_mean
+from simquant import CachePolicy, EvalResult, NothingQuantizedError, evaluate, perplexity, scoring, simulate
+from simquant.figures import clustered_mean, clustered_rms, perplexity_of
 
-MODULE = importlib.import_module("simquant.evaluate")  # the package shows the function under this name
 CHANNELS = 16
 REQUIRED = {
     "fp",
@@ -31,8 +30,16 @@ REQUIRED = {
     "loss_nats",
     "loss_nats_stderr",
     "kl_mean",
+    "kl_mean_stderr",
+    "kl_p99",
     "kl_p999",
     "top1_agreement",
+    "top1_flips",
+    "top1_flips_stderr",
+    "delta_p_mean",
+    "delta_p_mean_stderr",
+    "delta_p_rms",
+    "delta_p_rms_stderr",
     "bits",
     "quantized_fraction",
     "protocol",
@@ -92,7 +99,8 @@ def test_every_figure_against_its_formula(tiny_llama: LlamaForCausalLM, windows:
         nll, alone = reference_nll(tiny_llama, windows), perplexity(tiny_llama, windows)
         quantized = tiny_llama(windows).logits[:, :-1].double().log_softmax(-1).detach()
     kl = F.kl_div(quantized, fp, reduction="none", log_target=True).sum(-1)
-    agreement = (fp.argmax(-1) == quantized.argmax(-1)).double().mean()
+    agrees = (fp.argmax(-1) == quantized.argmax(-1)).double()
+    delta_p = (-nll).exp() - (-fp_nll).exp()
 
     found = evaluate(tiny_llama, windows, quantizers, batch_size=2)
 
@@ -104,8 +112,23 @@ def test_every_figure_against_its_formula(tiny_llama: LlamaForCausalLM, windows:
     means = (nll - fp_nll).mean(1).numpy()
     assert found.loss_nats_stderr == pytest.approx(means.std(ddof=1) / 3, rel=1e-3)
     assert found.kl_mean == pytest.approx(float(kl.mean()), rel=1e-4)
-    assert found.kl_p999 == pytest.approx(float(np.quantile(kl.numpy(), 0.999, method="higher")), rel=1e-4)
-    assert found.top1_agreement == pytest.approx(float(agreement))
+    for share, percentile in ((0.99, found.kl_p99), (0.999, found.kl_p999)):
+        assert percentile == pytest.approx(float(np.quantile(kl.numpy(), share, method="higher")), rel=1e-4)
+    assert found.top1_agreement == pytest.approx(float(agrees.mean()))
+    assert found.top1_flips == pytest.approx(1 - float(agrees.mean()))
+    assert found.delta_p_mean == pytest.approx(float(delta_p.mean()), abs=1e-6)
+    assert found.delta_p_rms == pytest.approx(float(delta_p.square().mean().sqrt()), rel=1e-4)
+    by_window = {
+        "fp_perplexity": found.fp_perplexity * fp_nll,  # d exp(mean) = exp(mean) d mean
+        "perplexity": found.perplexity * nll,
+        "kl_mean": kl,
+        "top1_flips": agrees,
+        "delta_p_mean": delta_p,
+        "delta_p_rms": delta_p.square() / (2 * found.delta_p_rms),
+    }
+    for name, values in by_window.items():
+        expected = values.mean(1).numpy().std(ddof=1) / 3
+        assert getattr(found, f"{name}_stderr") == pytest.approx(expected, rel=1e-3), name
     assert (found.n_windows, found.n_targets, found.quantized_fraction) == (9, 9 * 23, 1)
     assert found.bits["key"] == found.bits["value"] == 2 + 32 / CHANNELS
     assert found.seconds > 0
@@ -114,7 +137,9 @@ def test_every_figure_against_its_formula(tiny_llama: LlamaForCausalLM, windows:
 def test_identity_loses_nothing(tiny_llama: LlamaForCausalLM, windows: Tensor) -> None:
     found = evaluate(tiny_llama, windows, identity(), batch_size=3)
     assert found.perplexity == found.fp_perplexity
-    assert (found.loss_nats, found.loss_nats_stderr, found.kl_mean, found.kl_p999) == (0, 0, 0, 0)
+    for name in ("loss_nats", "kl_mean", "top1_flips", "delta_p_mean", "delta_p_rms"):
+        assert (getattr(found, name), getattr(found, f"{name}_stderr")) == (0, 0)
+    assert (found.kl_p99, found.kl_p999) == (0, 0)
     assert (found.top1_agreement, found.quantized_fraction) == (1, 0)
     assert found.bits["key"] == found.bits["amortised"]["2048"]["value"] == 32  # a float32 model keeps float32
 
@@ -131,6 +156,35 @@ def test_clustering_sees_that_targets_of_a_window_move_together() -> None:
     together = torch.randn(40, 1, dtype=torch.float64).expand(40, 25)
     _, stderr = clustered_mean(together)
     assert stderr == pytest.approx(float(together[:, 0].std() / math.sqrt(40)))
+
+
+def test_clusters_may_differ_in_size() -> None:
+    clusters = [torch.randn(n, dtype=torch.float64) for n in (1, 4, 9)]
+    mean = float(torch.cat(clusters).mean())
+    variance = 3 / 2 * sum(float((cluster - mean).sum()) ** 2 for cluster in clusters) / 14**2
+    assert clustered_mean(clusters) == pytest.approx((mean, math.sqrt(variance)))
+
+
+def test_standard_errors_are_the_spread_over_repetitions() -> None:
+    """Means, root mean squares and perplexities of many drawn texts scatter as far as each text's own error says."""
+    drawn = torch.randn(400, 30, 8, dtype=torch.float64) + 0.5 * torch.randn(400, 30, 1, dtype=torch.float64)
+    for figure in (clustered_mean, clustered_rms, perplexity_of):
+        found = torch.tensor([figure(list(text)) for text in drawn], dtype=torch.float64)
+        assert float(found[:, 1].square().mean().sqrt() / found[:, 0].std()) == pytest.approx(1, abs=0.12)
+
+
+def test_a_difference_of_results_is_paired_by_window(tiny_llama: LlamaForCausalLM, windows: Tensor) -> None:
+    two, three = (evaluate(tiny_llama, windows, everywhere(lambda b=b: per_token(b))) for b in (2, 3))
+    difference, stderr = two.loss_beyond(three)
+    assert difference == pytest.approx(two.loss_nats - three.loss_nats)
+    means = [(a - b) / 23 for a, b in zip(two.cluster_nats, three.cluster_nats, strict=True)]
+    assert stderr == pytest.approx(np.std(means, ddof=1) / 3)
+    assert two.loss_beyond(two) == (0, 0)
+    with pytest.raises(ValueError, match=r"same windows were expected; got 207 targets .* and 92 targets"):
+        two.loss_beyond(evaluate(tiny_llama, windows[:4], everywhere(per_token)))
+    other = evaluate(tiny_llama, torch.randint(0, 64, (9, 24)), everywhere(per_token))
+    with pytest.raises(ValueError, match="same windows were expected"):
+        two.loss_beyond(other)
 
 
 def test_gptq_normalization_is_the_mean_over_windows(tiny_llama: LlamaForCausalLM, windows: Tensor) -> None:
@@ -179,7 +233,7 @@ def test_large_vocabularies_are_scored_in_parts(
     scored_logits: int, tiny_llama: LlamaForCausalLM, windows: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = evaluate(tiny_llama, windows, everywhere(per_token), batch_size=9)
-    monkeypatch.setattr(MODULE, "_SCORED_LOGITS", scored_logits)
+    monkeypatch.setattr(scoring, "_SCORED_LOGITS", scored_logits)
     parts = evaluate(tiny_llama, windows, everywhere(per_token), batch_size=9)
     assert replace(parts, seconds=0.0) == replace(whole, seconds=0.0)
 
@@ -278,14 +332,15 @@ def result(**changes: float) -> EvalResult:
     figures = {"fp_perplexity": 5.0, "perplexity": 6.0, "loss_nats": 0.2, "loss_nats_stderr": 0.1, "kl_mean": 0.1}
     bits = {"key": 4.0, "value": 4.0, "static_bytes": {"key": 1, "value": 1}, "amortised": {"2048": {"key": 4.0}}}
     bits["amortised"]["2048"]["value"] = 4.1
-    rest = {"kl_p999": 1.0, "top1_agreement": 0.9, "quantized_fraction": 1.0, "seconds": 1.0}
-    return EvalResult(**{**figures, **rest, **changes}, bits=bits, protocol="one line", n_targets=10, n_windows=2)
+    rest = dict.fromkeys(REQUIRED - {"fp", "quantized", "bits", "protocol", *figures}, 0.5)
+    rest |= {"fp_perplexity_stderr": 0.1, "perplexity_stderr": 0.1}
+    return EvalResult(**{**rest, **figures, **changes}, bits=bits, protocol="one line", n_targets=10, n_windows=2)
 
 
 def test_json_has_every_required_key(tiny_llama: LlamaForCausalLM, windows: Tensor) -> None:
     found = evaluate(tiny_llama, windows, everywhere(per_token)).to_json()
     assert set(found) >= REQUIRED
-    assert found["fp"].keys() == found["quantized"].keys() == {"perplexity"}
+    assert found["fp"].keys() == found["quantized"].keys() == {"perplexity", "perplexity_stderr"}
     assert set(found["bits"]) == {"key", "value", "average", "static_bytes", "amortised"}
     assert set(found["bits"]["amortised"]) == {"2048", "32768", "131072"}
     assert "non_finite" not in found
@@ -297,8 +352,23 @@ def test_one_window_has_no_standard_error(tiny_llama: LlamaForCausalLM, windows:
     assert math.isnan(found.loss_nats_stderr)
     plain = json.loads(json.dumps(found.to_json(), allow_nan=False))
     assert plain["loss_nats_stderr"] is None
-    assert plain["non_finite"] == {"loss_nats_stderr": "nan"}
+    errors = (
+        "loss_nats",
+        "kl_mean",
+        "top1_flips",
+        "delta_p_mean",
+        "delta_p_rms",
+        "fp.perplexity",
+        "quantized.perplexity",
+    )
+    assert plain["non_finite"] == {f"{name}_stderr": "nan" for name in errors}
     assert "standard error" in found.table()
+
+
+def test_a_gain_over_full_precision_is_shown_with_its_error() -> None:
+    table = result(perplexity=4.9, loss_nats=-0.02, loss_nats_stderr=0.03).table()
+    assert "4.9000 ± 0.1000" in table
+    assert "-0.02000 nats per token, standard error 0.03000" in table
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
@@ -310,22 +380,26 @@ def test_json_is_valid_whatever_was_found(value: float) -> None:
     assert str(value) in found.table()
 
 
+def change_logits(model: nn.Module, change: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """From now on the model's logits are what `change` makes of the token ids and of them."""
+
+    def hook(module: nn.Module, args: object, kwargs: dict[str, Tensor], output: SimpleNamespace) -> SimpleNamespace:
+        output.logits = change(kwargs["input_ids"], output.logits)
+        return output
+
+    model.register_forward_hook(hook, with_kwargs=True)
+
+
 @pytest.mark.parametrize("bad", [-math.inf, math.nan])
-def test_an_infinite_loss_is_reported_not_raised(
-    bad: float, tiny_llama: LlamaForCausalLM, windows: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_infinite_loss_is_reported_not_raised(bad: float, tiny_llama: LlamaForCausalLM, windows: Tensor) -> None:
     passes: list[Tensor] = []
-    honest = MODULE._logits
 
-    def spoiled(model: nn.Module, batch: Tensor) -> Tensor:
-        """Every second pass, the quantized one, gives the first window's targets no chance."""
-        logits = honest(model, batch)
-        passes.append(batch)
-        if len(passes) == 2:
-            logits.scatter_(2, batch[:, 1:, None], bad)
-        return logits
+    def spoil(ids: Tensor, logits: Tensor) -> Tensor:
+        """The second pass over windows, the quantized one, gives the first window's targets no chance."""
+        passes.extend([ids] if ids.shape[1] == 24 else [])  # probing runs the model too, on other lengths
+        return logits.scatter(2, ids[:, 1:, None], bad) if len(passes) == 2 else logits
 
-    monkeypatch.setattr(MODULE, "_logits", spoiled)
+    change_logits(tiny_llama, spoil)
     found = evaluate(tiny_llama, windows, everywhere(per_token))
     plain = json.loads(json.dumps(found.to_json(), allow_nan=False))
     assert plain["quantized"]["perplexity"] is plain["loss_nats"] is plain["kl_mean"] is plain["kl_p999"] is None
@@ -333,15 +407,7 @@ def test_an_infinite_loss_is_reported_not_raised(
     assert plain["non_finite"]["loss_nats"] == ("inf" if math.isinf(bad) else "nan")
 
 
-def test_tokens_that_the_model_rules_out_diverge_by_nothing(
-    tiny_llama: LlamaForCausalLM, windows: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    honest = MODULE._logits
-
-    def padded(model: nn.Module, batch: Tensor) -> Tensor:
-        """A vocabulary with a masked entry, as some models pad theirs."""
-        return F.pad(honest(model, batch), (0, 1), value=-math.inf)
-
+def test_tokens_that_the_model_rules_out_diverge_by_nothing(tiny_llama: LlamaForCausalLM, windows: Tensor) -> None:
     before = evaluate(tiny_llama, windows, everywhere(per_token))
-    monkeypatch.setattr(MODULE, "_logits", padded)
+    change_logits(tiny_llama, lambda _, logits: F.pad(logits, (0, 1), value=-math.inf))  # as some models pad theirs
     assert evaluate(tiny_llama, windows, everywhere(per_token)).kl_mean == pytest.approx(before.kl_mean)

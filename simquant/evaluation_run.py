@@ -1,0 +1,96 @@
+"""One set of quantizers while the windows of an evaluation pass."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from artifacts.artifact import Artifact
+from artifacts.attention import AttentionLayer
+from artifacts.quantizer import Quantizer
+from artifacts.sites import Site
+from simquant.batch_scores import BatchScores
+from simquant.figures import Normalization, figures
+from simquant.protocols import Protocol
+from simquant.report import protocol_line, stored_bits
+from simquant.result import EvalResult
+from simquant.scored_targets import ScoredTargets
+from simquant.scoring import Scores, score, window_logits
+from simquant.usage import Usage
+
+
+class NothingQuantizedError(ValueError):
+    """A comparison was asked for in which nothing was quantized."""
+
+
+@dataclass
+class EvaluationRun:
+    """Quantizers and a protocol, with what they have scored and stored so far.
+
+    Parameters
+    ----------
+    quantizers : Artifact or mapping from Site to Quantizer
+        See `simulate`.
+    protocol : Protocol
+        How the quantized logits come about.
+    """
+
+    quantizers: Artifact | Mapping[Site, Quantizer]
+    protocol: Protocol
+    _usage: Usage = field(init=False)
+    _scores: list[Scores] = field(default_factory=list, init=False)
+    _seconds: float = field(default=0.0, init=False)
+
+    def __post_init__(self) -> None:
+        self._usage = Usage(self.quantizers)
+
+    def score(
+        self,
+        model: nn.Module,
+        layers: Sequence[AttentionLayer],
+        batch: Int64[Tensor, "windows tokens"],
+        fp: Float[Tensor, "windows tokens vocab"],
+        n_scored: Sequence[int],
+    ) -> BatchScores:
+        """What the quantized model makes of a batch whose full-precision logits are `fp`."""
+        start = time.perf_counter()
+        on_device = batch.to(next(model.parameters()).device)
+        quantized, usage = self.protocol.run(model, on_device, self.quantizers, layers, logits=window_logits)
+        scores = tuple(score(fp, quantized, batch, n_scored))
+        return BatchScores(scores, usage, time.perf_counter() - start)
+
+    def add(self, batch: BatchScores) -> None:
+        """Takes a batch in.
+
+        Raises
+        ------
+        NothingQuantizedError
+            If a quantizer has fewer than 16 bits and no token went through it so far.
+        """
+        self._usage.include(batch.usage)
+        self._scores.extend(batch.scores)
+        self._seconds += batch.seconds
+        if self._usage.quantized_fraction == 0 and any(q.spec.bits < 16 for q in self.quantizers.values()):
+            n_tokens = max(len(scores.nll) for scores in batch.scores) + 1
+            raise NothingQuantizedError(
+                "evaluate: fewer than 16 bits were asked for and no token was quantized "
+                f"({self.protocol.policy.describe()}, windows of {n_tokens} tokens). "
+                "Use longer windows or keep fewer tokens exact."
+            )
+
+    def result(self, windows: Tensor, scored: ScoredTargets, normalization: Normalization) -> EvalResult:
+        """The figures over all batches."""
+        clusters = scored.clusters(self._scores, windows.shape[1])
+        return EvalResult(
+            **figures(clusters, normalization),
+            bits=stored_bits(self._usage, self.protocol.policy),
+            quantized_fraction=self._usage.quantized_fraction,
+            protocol=protocol_line(self.quantizers, self.protocol, windows, scored, normalization),
+            n_targets=sum(len(scores.nll) for scores in clusters),
+            n_windows=len(windows),
+            seconds=self._seconds,
+            cluster_nats=tuple(float(scores.loss.sum()) for scores in clusters),
+            cluster_targets=tuple(len(scores.loss) for scores in clusters),
+        )

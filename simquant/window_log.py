@@ -1,0 +1,122 @@
+"""A file of finished windows, by which an interrupted evaluation goes on."""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from artifacts.storage import canonical_json
+
+_FORMAT = "kvcalib.windows"
+_VERSION = 1
+
+
+class WindowLogError(ValueError):
+    """A log of windows cannot be read, or belongs to another evaluation."""
+
+
+@dataclass(frozen=True)
+class WindowLog:
+    """A file with a line for each finished batch of windows, after one that says what is evaluated.
+
+    A line is written at once when its batch is finished, so that a run that is killed loses the batch at hand and no
+    more: what it left unfinished at the end is cut off. A log serves one run at a time.
+
+    Parameters
+    ----------
+    path : Path
+        Where it is kept; made by the first run.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> log = WindowLog(Path(tempfile.mkdtemp()) / "windows.jsonl")
+    >>> log.start({"seqlen": 256})
+    []
+    >>> log.append({"nats": 0.1})
+    >>> log.start({"seqlen": 256})
+    [{'nats': 0.1}]
+    """
+
+    path: Path
+
+    def start(self, settings: Mapping[str, Any]) -> list[Any]:
+        """The finished batches of earlier runs, in order; from here on `append` adds to them.
+
+        Parameters
+        ----------
+        settings : Mapping[str, Any]
+            All that the scores depend on, as JSON values.
+
+        Raises
+        ------
+        WindowLogError
+            If the file is no such log, is damaged, or has other settings: the message names them.
+        """
+        if not self.path.exists() or not self.path.stat().st_size:
+            self._create(settings)
+            return []
+        first, *lines = self.path.read_bytes().splitlines(keepends=True)
+        self._check(first, settings)
+        if lines and not _whole(lines[-1]):
+            os.truncate(self.path, self.path.stat().st_size - len(lines.pop()))
+        return [self._entry(number, line) for number, line in enumerate(lines, start=2)]
+
+    def append(self, entry: Any) -> None:
+        """Adds a finished batch, given as JSON values."""
+        with self.path.open("ab", buffering=0) as file:
+            file.write(f"{canonical_json(entry)}\n".encode())
+
+    def _create(self, settings: Mapping[str, Any]) -> None:
+        """Under another name first, so that no log is without its settings."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        header = canonical_json({"format": _FORMAT, "version": _VERSION, "settings": settings})
+        handle, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
+        with os.fdopen(handle, "w", encoding="ascii") as file:
+            file.write(f"{header}\n")
+        os.replace(temporary, self.path)
+
+    def _check(self, header: bytes, settings: Mapping[str, Any]) -> None:
+        try:
+            top = json.loads(header)
+            if top["format"] != _FORMAT or top["version"] != _VERSION:
+                raise ValueError(f"format {top['format']!r:.40}, version {top['version']!r:.20}")
+            held = dict(top["settings"])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise WindowLogError(
+                f"{self.path}: expected a log of evaluated windows, version {_VERSION}; got another file "
+                f"({error!s:.100}). Name a file that does not exist yet"
+            ) from error
+        rows = _differences(held, json.loads(canonical_json(settings)))
+        if rows:
+            raise WindowLogError(
+                f"{self.path}: it logs another evaluation than this one:\n  "
+                + "\n  ".join(rows)
+                + "\nRepeat what it was made with, or name another file."
+            )
+
+    def _entry(self, number: int, line: bytes) -> Any:
+        if not _whole(line):
+            raise WindowLogError(
+                f"{self.path}: line {number} is damaged, and lines follow it. Delete the file, or the lines from there"
+            )
+        return json.loads(line)
+
+
+def _whole(line: bytes) -> bool:
+    """Whether a line was written to its end."""
+    if not line.endswith(b"\n"):
+        return False
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _differences(held: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    names = [name for name in sorted({*held, *asked}) if held.get(name) != asked.get(name)]
+    return [f"{name}: the log has {held.get(name)!r:.120}, this run {asked.get(name)!r:.120}" for name in names]
