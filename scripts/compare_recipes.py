@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scripts import evaluate, options
+from scripts import options
 from scripts.calibrate import NSAMPLES
 from scripts.console import Parser, UsageError, run, say, set_up_logging
+from scripts.evaluate_text import warn_of_overlap
 
 if TYPE_CHECKING:
     from calib.recipe import Recipe
@@ -111,7 +112,7 @@ def _compare(args: argparse.Namespace, recipes: "list[Recipe]") -> "tuple[dict[s
     comparison.calibrate(sampled, args.statistics, corpus=text.name, **origin)
     comparison.measure_layers(windows[: args.error_windows])
     rows = in_order(comparison.evaluate(windows, args.batch_size))
-    evaluate._warn_of_overlap(rows[0].artifact, windows)
+    warn_of_overlap(rows[0].artifact, windows)
     about = {
         "model": args.model,
         "perplexity": rows[0].result.fp_perplexity,

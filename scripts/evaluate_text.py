@@ -1,0 +1,85 @@
+"""Losses on a text for `evaluate`, and what makes them look better than they are."""
+
+import argparse
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from scripts.console import bar, say
+from scripts.scoring_options import scoring_settings, scoring_windows
+from scripts.site_figures import site_figures
+
+if TYPE_CHECKING:
+    from artifacts.artifact import Artifact
+    from artifacts.quantizer import Quantizer
+    from artifacts.sites import Site
+    from scripts.evaluated import Evaluated
+    from scripts.models import LoadedModel
+
+
+def run_text(args: argparse.Namespace, loaded: "LoadedModel", evaluated: "Evaluated", dataset: str) -> dict[str, Any]:
+    """Evaluates one text, prints the table unless JSON is wanted, and returns what goes into the JSON.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        The options of `evaluate`.
+    loaded : LoadedModel
+        Model and tokenizer.
+    evaluated : Evaluated
+        The quantizers.
+    dataset : str
+        A name or a file.
+    """
+    from artifacts.evidence import text_config
+    from calib.corpus import load_corpus
+    from calib.windows import check_vocabulary
+    from simquant import evaluate
+
+    corpus = load_corpus(dataset, "evaluation", loaded.encode, field=args.field)
+    windows, scored = scoring_windows(args, corpus, loaded.window_tokens(args.seqlen))
+    check_vocabulary(windows, text_config(loaded.model).vocab_size, corpus.name)
+    if evaluated.artifact is not None:
+        warn_of_overlap(evaluated.artifact, windows)
+    elif args.protocol == "full":
+        _warn_of_later_tokens(evaluated.quantizers)
+    settings = evaluated.settings(args)
+    result = evaluate(
+        loaded.model,
+        windows,
+        evaluated.quantizers,
+        **settings,
+        **scoring_settings(args, scored, len(args.dataset.split(","))),
+        batch_size=args.batch_size,
+        normalization=args.normalization,
+        progress=lambda batches: bar(batches, "evaluating"),
+    )
+    if not args.json:
+        print(
+            f"{args.model} on {corpus.name}"
+            + (f", {args.quantizer_path}" if args.quantizer_path else ", dynamic scales")
+        )
+        print(result.table())
+    return result.to_json() | site_figures(args, loaded, evaluated.quantizers, windows, settings)
+
+
+def _warn_of_later_tokens(quantizers: "Mapping[Site, Quantizer]") -> None:
+    if any(quantizer.tokens_per_scale != 1 for quantizer in quantizers.values()):
+        say(
+            "warning: a dynamic scale per channel is not causal: it looks at the later tokens of its window, which no "
+            "cache can do, so the figures are too good. Calibrate for static scales, or use --pertoken k_proj v_proj."
+        )
+
+
+def warn_of_overlap(artifact: "Artifact", windows: Any) -> None:
+    """Says it where evaluation text has been calibrated on."""
+    from calib.windows import NGRAM_TOKENS, overlap_fraction
+
+    if artifact.ngrams is None or not len(artifact.ngrams) or windows.shape[1] < NGRAM_TOKENS:
+        return
+    share = overlap_fraction(windows, artifact.ngrams)
+    if math.isfinite(share) and share > 0.001:
+        say(
+            f"warning: about {share:.1%} of the evaluation text was calibrated on (runs of {NGRAM_TOKENS} tokens); "
+            "the loss may look smaller than it is. Evaluate on other text."
+        )
