@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint notebooks clean
+.PHONY: help setup demo test lint notebooks claims clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -52,6 +52,9 @@ notebooks: $(STAMP)  ## execute every notebook from top to bottom
 		echo "executing $$notebook"; \
 		python -m jupyter execute --timeout=300 "$$notebook"; \
 	done
+
+claims: $(STAMP)  ## reproduce the figures of the README that need no download, GPU, idle machine or hours
+	$(BIN)/python -m scripts.claims
 
 clean:  ## remove the virtual environments, caches and builds; keep runs/
 	rm -rf .venv .venv-* build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
