@@ -1,0 +1,124 @@
+"""Recipes on models for tasks: every cell is kept when it is finished, and a restart goes on with those that are not.
+
+Run it from the checkout: `python -m scripts.sweep grid.yaml`. The file names `models`, `recipes`, `tasks`, settings by
+the names of the options of `calibrate` and `evaluate`, and for `--search N` what is looked for, under `search`; paths
+are relative to the folder where the program is started.
+"""
+
+import argparse
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from scripts import options
+from scripts.console import FAILURE, Parser, UsageError, run, say, set_up_logging
+
+if TYPE_CHECKING:
+    from scripts.sweep_grid import Grid
+    from scripts.sweep_run import Runner
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    return run("sweep", _main, argv)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of `sweep`."""
+    parser = Parser("sweep", __doc__)
+    parser.add_argument("grid", type=Path, metavar="GRID", help=".yaml file")
+    parser.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="for cells and results (default: runs/sweep-GRID)"
+    )
+    parser.add_argument("--jobs", type=options.positive, default=1, metavar="N", help="cells at a time (default: 1)")
+    parser.add_argument(
+        "--backend",
+        choices=("loky", "dask", "ray"),
+        default="loky",
+        help="what runs them (default: loky, on this machine)",
+    )
+    parser.add_argument("--scheduler", metavar="ADDRESS", help="Dask cluster to use (default: one on this machine)")
+    parser.add_argument("--search", type=options.positive, metavar="N", help="try N settings of what `search` names")
+    parser.add_argument(
+        "--sampler", choices=("random", "optuna"), default="random", help="how they are chosen (default: random)"
+    )
+    parser.add_argument("--verbose", action="store_true", help="log what happens")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _main(argv: list[str]) -> int:
+    args = parser().parse_args(argv)
+    set_up_logging(args.verbose)
+    from scripts.sweep_grid import load_grid
+    from scripts.sweep_run import Runner
+    from scripts.sweep_workers import Workers
+
+    grid = load_grid(args.grid)
+    folder = _folder(args)
+    command = shlex.join(["python", "-m", "scripts.sweep", *argv])
+    workers = Workers(jobs=args.jobs, backend=args.backend, scheduler=args.scheduler)
+    try:
+        with workers.started():
+            runner = Runner(folder, workers)
+            if args.search:
+                return _search(args, grid, runner, command)
+            return _sweep(grid, runner, command)
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(f"Finished cells are in {folder}; the same command goes on with the others.") from error
+
+
+def _sweep(grid: "Grid", runner: "Runner", command: str) -> int:
+    from scripts.sweep_cell import Cell
+    from scripts.sweep_report import failures, write_report
+
+    recipes = [choice.resolve() for choice in grid.recipes]
+    if not recipes:
+        raise UsageError("the grid names no recipe; add recipes: [kvquant-2, kvquant-3]")
+    cells = [
+        Cell(model=model, recipe=recipe, task=task, settings=grid.settings)
+        for model in grid.models
+        for recipe in recipes
+        for task in grid.single_tasks
+    ]
+    outcomes = runner.run(cells)
+    about = {"command": command, "grid": grid.model_dump(mode="json", exclude={"search"})}
+    write_report(runner.folder, about, outcomes)
+    print((runner.folder / "summary.md").read_text(encoding="utf-8"), end="")
+    say(f"{runner.folder}: summary.json, summary.csv, summary.md, and pareto plots")
+    return FAILURE if failures(outcomes) else 0
+
+
+def _search(args: argparse.Namespace, grid: "Grid", runner: "Runner", command: str) -> int:
+    from scripts.search import search
+    from scripts.search_report import write_search
+    from scripts.search_samplers import OptunaSampler, RandomSampler
+
+    parameters = grid.search.parameters if grid.search else {}
+    sampler = (
+        OptunaSampler(parameters, grid.seed, args.jobs)
+        if args.sampler == "optuna"
+        else RandomSampler(parameters, grid.seed)
+    )
+    found = search(grid, args.search, sampler, runner)
+    write_search(runner.folder, command, found)
+    print((runner.folder / "search.md").read_text(encoding="utf-8"), end="")
+    say(f"{runner.folder}: search.json, search.md" + (", best.yaml" if found.best else ""))
+    return 0 if "best" in found.held_out and found.held_out["best"].error is None else FAILURE
+
+
+def _folder(args: argparse.Namespace) -> Path:
+    folder: Path = args.output or Path("runs") / f"sweep-{args.grid.stem}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output {folder}: no folder can be made there ({error.strerror}); name another") from error
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"--output {folder}: you may not write there; name another folder")
+    return folder.resolve()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
