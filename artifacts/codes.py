@@ -104,7 +104,7 @@ class Codes:
         tensor, counts = self.tensors[name], self.tensors.get("counts")
         n_tokens, n_entries = len(kept), len(tensor)
         if counts is not None and name != "counts":
-            return kept.repeat_interleave(counts.long())
+            return self._of_tokens("counts", kept).repeat_interleave(counts.long())
         if not kept.any():
             return kept[:1].expand(n_entries)
         told_apart = tensor.ndim > 1 or not self._in_groups
@@ -124,7 +124,7 @@ class Codes:
         if n_tokens == total:
             return len(tensor)
         if counts is not None and name != "counts":
-            return int(counts[:n_tokens].sum())
+            return int(counts[: self._n_entries("counts", n_tokens)].sum())
         if n_tokens * len(tensor) % total or (tensor.ndim == 1 and self._in_groups):
             raise ValueError(
                 f"Codes: {name} of shape {tuple(tensor.shape)} holds {total} tokens and cannot be cut after {n_tokens}"
@@ -134,4 +134,6 @@ class Codes:
     @property
     def _in_groups(self) -> bool:
         """Whether some tensor has one row for several tokens."""
-        return any(tensor.ndim > 1 and len(tensor) < self.shape[0] for tensor in self.tensors.values())
+        return "counts" not in self.tensors and any(
+            tensor.ndim > 1 and len(tensor) < self.shape[0] for tensor in self.tensors.values()
+        )

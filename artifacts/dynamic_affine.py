@@ -91,7 +91,7 @@ class DynamicAffine(Quantizer):
         scale, offset = self._scale_offset(
             {n: t.unsqueeze(1 if last == 1 else 2) for n, t in codes.tensors.items() if n != "codes"}
         )
-        return (offset + scale * steps).reshape(-1, self.channels)[: codes.shape[0]]
+        return steps.float().mul_(scale).add_(offset).reshape(-1, self.channels)[: codes.shape[0]]
 
     def _grouped(self, x: Tensor) -> Tensor:
         """Values that share a scale side by side: "tokens groups group", else "groups group channels"."""

@@ -14,7 +14,7 @@ from scripts.evaluate_text import run_text
 from scripts.evaluated import Evaluated, chosen_recipe, fitted, load_artifact
 from scripts.lm_eval_adapter import add_lm_eval_options, lm_eval_table, run_lm_eval
 from scripts.protocol_options import add_protocol_options
-from scripts.report_options import add_report_options
+from scripts.report_options import add_report_options, check_report_options
 from scripts.scoring_options import add_scoring_options
 from scripts.task_options import PERPLEXITY, add_task_options, task_names
 
@@ -66,21 +66,27 @@ def _main(argv: list[str]) -> int:
         return calibrate._main(argv)
     args = parser().parse_args(argv)
     set_up_logging(args.verbose)
-    report = _scored(args) if args.score is not None else _evaluated(args, argv)
-    if args.json:
-        print(json.dumps(report, indent=2, allow_nan=False))
+    if args.score is None:
+        _evaluate(args, argv)
+    else:
+        _score(args)
     return 0
 
 
-def _scored(args: argparse.Namespace) -> dict[str, Any]:
-    """Of answers that were written earlier."""
+def _score(args: argparse.Namespace) -> None:
+    """Answers that were written earlier."""
     from simquant.tasks import score_predictions
 
-    return _tasks_report(args, score_predictions(args.score))
+    _show(args, _tasks_report(args, score_predictions(args.score)))
 
 
-def _evaluated(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
-    """Of a model that is run now."""
+def _show(args: argparse.Namespace, found: dict[str, Any]) -> None:
+    if args.json:
+        print(json.dumps(found, indent=2, allow_nan=False), flush=True)
+
+
+def _evaluate(args: argparse.Namespace, argv: Sequence[str]) -> None:
+    """A model that is run now."""
     artifact = load_artifact(args)
     recipe = chosen_recipe(args, artifact)
     if args.model is None and artifact is not None:
@@ -96,14 +102,15 @@ def _evaluated(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
 
         for dataset in _datasets(args):
             check_dataset(dataset)
+    check_report_options(args)
     from scripts.models import load_model
 
     loaded = load_model(args)
     evaluated = fitted(args, loaded, artifact, recipe)
     found = _found(args, names, loaded, evaluated)
+    _show(args, found)
     if args.report is not None:
         _report(args, argv, loaded, evaluated, found)
-    return found
 
 
 def _found(

@@ -4,23 +4,20 @@ import argparse
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from scripts.calibration_text import calibration_windows
 from scripts.console import bar, say
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from artifacts.artifact import Artifact
     from artifacts.quantizer import Quantizer
     from artifacts.sites import Site
     from scripts.models import LoadedModel
     from simquant.site_losses import SiteLoss
 
 _SHOWN = 5
-_CALIBRATION_WINDOWS = 8
-"""Enough to tell a share of a thousandth; windows are drawn at random, so that the first are as good as any."""
 
 
 def site_figures(
@@ -87,7 +84,7 @@ def _clipping(
 
     layers = loaded.layers()
     evaluated = clipped_shares(loaded.model, windows, quantizers, sink_tokens=sink_tokens, layers=layers)
-    text = _calibration_windows(args, loaded, quantizers) if isinstance(quantizers, Artifact) else None
+    text = calibration_windows(args, loaded, quantizers) if isinstance(quantizers, Artifact) else None
     calibrated = (
         None if text is None else clipped_shares(loaded.model, text, quantizers, sink_tokens=sink_tokens, layers=layers)
     )
@@ -99,25 +96,6 @@ def _clipping(
         _show(evaluated, calibrated)
     known = calibrated or {}
     return {"clipped": {str(s): {"evaluation": x, "calibration": known.get(s)} for s, x in evaluated.items()}}
-
-
-def _calibration_windows(args: argparse.Namespace, loaded: "LoadedModel", artifact: "Artifact") -> "Tensor | None":
-    """Some windows of the very text that was calibrated on, if it is bundled or being evaluated; None otherwise."""
-    from artifacts.storage import Stored
-    from calib.corpus import load_corpus
-    from calib.windows import sample_windows, window_digests
-
-    corpus = artifact.manifest.corpus
-    source = next((name for name in ("demo", *args.dataset.split(",")) if Path(name).name == corpus.name), None)
-    if source is None or corpus.seed is None:
-        return None
-    text = load_corpus(source, "calibration", loaded.encode, field=args.field)
-    try:
-        windows = sample_windows(text, n_windows=corpus.n_windows, seqlen=corpus.seqlen, seed=corpus.seed)
-    except ValueError:  # another text under the same name
-        return None
-    digest = Stored(format="windows", header={"windows": sorted(window_digests(windows))}, arrays={}).digest
-    return windows[:_CALIBRATION_WINDOWS] if digest == corpus.digest else None
 
 
 def _show(evaluated: "Mapping[Site, float]", calibrated: "Mapping[Site, float] | None") -> None:

@@ -1,5 +1,6 @@
 """How quantizers are used: inside attention, and measured there."""
 
+from simquant.clipping import clipped_shares, drift_warning
 from simquant.decode import decode_exact
 from simquant.errors import CacheStateError
 from simquant.evaluate import NothingQuantizedError, evaluate, evaluate_each, perplexity
@@ -13,10 +14,13 @@ from simquant.packed import packed_cache
 from simquant.policy import CachePolicy, Window
 from simquant.result import EvalResult
 from simquant.scope_options import from_scope_options
+from simquant.scored_targets import ScoredTargets, strided_windows
 from simquant.simulate import simulate
+from simquant.site_losses import SiteLoss, loss_shares, site_losses
 from simquant.steps import Steps
 from simquant.transformers_cache import PackedCache
 from simquant.usage import Usage
+from simquant.window_log import WindowLog, WindowLogError
 
 __all__ = [
     "CachePolicy",
@@ -28,18 +32,27 @@ __all__ = [
     "KIVISettings",
     "NothingQuantizedError",
     "PackedCache",
+    "ScoredTargets",
+    "SiteLoss",
     "Steps",
     "Usage",
     "Window",
+    "WindowLog",
+    "WindowLogError",
+    "clipped_shares",
     "decode_exact",
+    "drift_warning",
     "evaluate",
     "evaluate_each",
     "fake_quant_cache",
     "from_scope_options",
+    "loss_shares",
     "memory_savings",
     "packed_cache",
     "patch_model",
     "perplexity",
     "simulate",
+    "site_losses",
+    "strided_windows",
     "unpatch_model",
 ]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from artifacts.attention import AttentionLayer, rotate, tapped
 from artifacts.layout import from_rows, to_rows
-from artifacts.quantizer import Quantizer
+from artifacts.quantizer import Context, Quantizer
 from artifacts.sites import Site
 from artifacts.taps import evaluating
 
@@ -30,6 +30,8 @@ class AttentionInputs:
         As it is cached.
     tables : pair of Tensor, or None
         The cosines and sines that `rotate` reads; None where nothing rotates.
+    sites : Mapping[Site, Float[Tensor, "1 heads tokens head_dim"]]
+        Keys before rotation and values of all layers, for quantizers that predict one from another.
     """
 
     layer: AttentionLayer
@@ -37,6 +39,7 @@ class AttentionInputs:
     key: Float[Tensor, "1 kv_heads tokens head_dim"]
     value: Float[Tensor, "1 kv_heads tokens head_dim"]
     tables: tuple[Tensor, Tensor] | None
+    sites: Mapping[Site, Float[Tensor, "1 _ tokens _"]] = field(default_factory=dict)
 
     def rotated(self, x: Float[Tensor, "1 heads tokens head_dim"]) -> Float[Tensor, "1 heads tokens head_dim"]:
         """Keys or queries as attention reads them."""
@@ -48,10 +51,33 @@ class AttentionInputs:
         """The rotated key and the value after the layer's quantizers; the first `sink_tokens` tokens stay exact."""
         before, after = (Site(self.layer.layer, "key", stage) for stage in ("pre_rope", "post_rope"))
         if before in quantizers:
-            key = self.rotated(_decoded(quantizers[before], self.key, sink_tokens))
+            key = self.rotated(self._decoded(quantizers, before, self.key, sink_tokens))
         else:
-            key = _decoded(quantizers[after], self.rotated(self.key), sink_tokens)
-        return key, _decoded(quantizers[Site(self.layer.layer, "value")], self.value, sink_tokens)
+            key = self._decoded(quantizers, after, self.rotated(self.key), sink_tokens)
+        return key, self._decoded(quantizers, Site(self.layer.layer, "value"), self.value, sink_tokens)
+
+    def _decoded(
+        self,
+        quantizers: Mapping[Site, Quantizer],
+        site: Site,
+        x: Float[Tensor, "1 heads tokens head_dim"],
+        sink_tokens: int,
+    ) -> Float[Tensor, "1 heads tokens head_dim"]:
+        rows, quantizer = to_rows(x), quantizers[site].to(x.device)
+        if sink_tokens >= len(rows):
+            return x
+        context = tuple(u[sink_tokens:] for u in self._context(quantizers, site, x.device))
+        return from_rows(torch.cat([rows[:sink_tokens], quantizer.simulate(rows[sink_tokens:], context)]), x)
+
+    def _context(self, quantizers: Mapping[Site, Quantizer], site: Site, device: torch.device) -> Context:
+        """What the site is predicted from, found by decoding all sites before it in their order."""
+        decoded: dict[Site, Tensor] = {}
+        earlier = [other for other in sorted(self.sites) if other < site and other in quantizers]
+        for other in earlier if quantizers[site].sources else ():
+            quantizer = quantizers[other].to(device)
+            context = tuple(decoded[source] for source in quantizer.sources)
+            decoded[other] = quantizer.simulate(to_rows(self.sites[other]).to(device), context)
+        return tuple(decoded[source] for source in quantizers[site].sources)
 
 
 @torch.no_grad()
@@ -80,10 +106,10 @@ def attention_inputs(
             hook = layer.module.register_forward_pre_hook(_table_keeper(layer, tables), with_kwargs=True)
             stack.callback(hook.remove)
         model(input_ids=window[None].to(next(model.parameters()).device), use_cache=False)
-    found = []
+    found, cached = [], {site: x for site, x in seen.items() if site.tensor != "query"}
     for layer in layers:
         query, key, value = (seen[site] for site in _sites(layer))
-        found.append(AttentionInputs(layer, query, key, value, tables.get(layer.layer)))
+        found.append(AttentionInputs(layer, query, key, value, tables.get(layer.layer), cached))
     return found
 
 
@@ -105,13 +131,3 @@ def _table_keeper(layer: AttentionLayer, tables: dict[int, tuple[Tensor, Tensor]
             tables[layer.layer] = layer.tables(kwargs["position_embeddings"])
 
     return keep
-
-
-def _decoded(
-    quantizer: Quantizer, x: Float[Tensor, "1 heads tokens head_dim"], sink_tokens: int
-) -> Float[Tensor, "1 heads tokens head_dim"]:
-    rows = to_rows(x)
-    if sink_tokens >= len(rows):
-        return x
-    stored = quantizer.to(x.device).simulate(rows[sink_tokens:])
-    return from_rows(torch.cat([rows[:sink_tokens], stored]), x)

@@ -1,6 +1,8 @@
 """Softmax attention over keys and values that come block by block."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 
 import torch
 from jaxtyping import Bool, Float
@@ -69,21 +71,19 @@ class BlockAttention:
 
     def add(
         self,
-        key: Float[Tensor, "kv_heads tokens head_dim"],
-        value: Float[Tensor, "kv_heads tokens value_dim"],
-        visible: Bool[Tensor, "queries tokens"] | None,
+        key: Callable[[], Float[Tensor, "kv_heads tokens head_dim"]],
+        value: Callable[[], Float[Tensor, "kv_heads tokens value_dim"]],
+        visible: Bool[Tensor, "queries tokens"],
     ) -> None:
-        """Takes in some more tokens; where `visible` is false, or nowhere without it, a query does not see them."""
-        key, value = widened(key), widened(value)
-        if self._sum is None:
-            self._sum = value.new_zeros(*self._query.shape[:3], value.shape[-1])
-        heads, tokens = self._query.shape[0] * self._query.shape[1], key.shape[1]
-        step = max(1, _SCORES // max(1, heads * tokens))
-        for start in range(0, self._query.shape[2], step):
-            part = slice(start, start + step)
-            own = None if visible is None else visible[part]
-            if own is None or own.any():
-                self._add(part, key, value, own)
+        """Takes in some more tokens, whose keys and values are fetched in turn; hidden ones are not looked at."""
+        n_queries, heads = self._query.shape[2], self._query.shape[0] * self._query.shape[1]
+        step = max(1, _SCORES // max(1, heads * visible.shape[1]))
+        parts = [slice(start, start + step) for start in range(0, n_queries, step)]
+        if len(parts) > 1:  # fetched once; where there is one part, the keys are let go before the values are fetched
+            key, value = cache(key), cache(value)
+        for part in parts:
+            if visible[part].any():
+                self._add(part, key, value, visible[part])
 
     def result(self) -> Float[Tensor, "queries q_heads value_dim"]:
         """The weighted means of the values; zeros for a query that saw nothing."""
@@ -91,19 +91,21 @@ class BlockAttention:
         mean = total / self._total.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
         return mean.flatten(0, 1).transpose(0, 1).to(self._dtype)
 
-    def _add(self, part: slice, key: Tensor, value: Tensor, visible: Tensor | None) -> None:
-        assert self._sum is not None
+    def _add(
+        self, part: slice, key: Callable[[], Tensor], value: Callable[[], Tensor], visible: Bool[Tensor, "part tokens"]
+    ) -> None:
         query = self._query[:, :, part]
-        scores = self._scoring.scores(query.flatten(1, 2), key).unflatten(1, query.shape[1:3])
-        if visible is not None:
-            scores = scores.masked_fill(~visible, -torch.inf)
+        scores = self._scoring.scores(query.flatten(1, 2), widened(key())).unflatten(1, query.shape[1:3])
+        scores.masked_fill_(~visible, -torch.inf)
         largest = torch.maximum(self._largest[:, :, part], scores.amax(dim=-1))
         # A query that has seen nothing yet has no largest score: zero in its place keeps exp(-inf) zero, not NaN.
         base = torch.where(largest.isneginf(), 0.0, largest)
         weights = (scores - base.unsqueeze(-1)).exp_()
         fade = (self._largest[:, :, part] - base).exp()
         self._total[:, :, part] = self._total[:, :, part] * fade + weights.sum(dim=-1)
-        mixed = (weights.flatten(1, 2) @ value).unflatten(1, query.shape[1:3])
+        mixed = (weights.flatten(1, 2) @ widened(value())).unflatten(1, query.shape[1:3])
+        if self._sum is None:
+            self._sum = mixed.new_zeros(*self._query.shape[:3], mixed.shape[-1])
         self._sum[:, :, part] = self._sum[:, :, part] * fade.unsqueeze(-1) + mixed
         self._largest[:, :, part] = largest
 
@@ -117,13 +119,14 @@ def attend(
     query: Float[Tensor, "batch q_heads queries head_dim"],
     key: Float[Tensor, "batch kv_heads tokens head_dim"],
     value: Float[Tensor, "batch kv_heads tokens value_dim"],
-    visible: Bool[Tensor, "#batch queries tokens"] | None,
+    visible: Bool[Tensor, "#batch queries tokens"],
     scoring: Scoring,
 ) -> Float[Tensor, "batch queries q_heads value_dim"]:
     """Attention over keys and values that are all at hand."""
     rows = []
     for row in range(len(query)):
         attention = BlockAttention(query[row], key.shape[1], scoring)
-        attention.add(key[row], value[row], None if visible is None else visible[min(row, len(visible) - 1)])
+        own = visible[min(row, len(visible) - 1)]
+        attention.add(partial(key.__getitem__, row), partial(value.__getitem__, row), own)
         rows.append(attention.result())
     return torch.stack(rows)

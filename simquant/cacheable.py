@@ -1,12 +1,13 @@
 """Which quantizers a packed cache can hold, and under which policy."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from typing import Any
 
+from artifacts.artifact import Artifact
 from artifacts.errors import MismatchError
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
-from artifacts.streaming import Streaming
 from simquant.policy import CachePolicy
 
 
@@ -17,7 +18,7 @@ def check_cacheable(quantizers: Mapping[Site, Quantizer], policy: CachePolicy) -
     ------
     MismatchError
         If scales span all tokens of a call, or groups of tokens that do not fill the blocks of the window; or if a
-        quantizer wants the context of earlier sites, or a running state inside a wrapper, which a cache does not keep.
+        quantizer wants the context of earlier sites, which a cache does not keep.
     """
     for site, quantizer in quantizers.items():
         who, group = f"{site}: {quantizer.spec.describe()}", quantizer.tokens_per_scale
@@ -37,20 +38,33 @@ def check_cacheable(quantizers: Mapping[Site, Quantizer], policy: CachePolicy) -
                 f"{who} predicts from {', '.join(map(str, quantizer.sources))}, which a cache does not hand over. Use "
                 "the protocol 'full'."
             )
-        if any(isinstance(inner, Streaming) for inner in _wrapped(quantizer)):
-            raise MismatchError(
-                f"{who}: scales that go on from chunk to chunk cannot be wrapped in a cache, which would start them "
-                "anew. Drop the wrapper, or use the protocol 'full'."
-            )
+
+
+def cache_policy(
+    quantizers: Artifact | Mapping[Site, Quantizer], entry: Mapping[str, Any] | None = None
+) -> CachePolicy:
+    """The policy that goes with quantizers where none is given.
+
+    Parameters
+    ----------
+    quantizers : Artifact or mapping from Site to Quantizer
+        The sinks are an artifact's; without an entry, tokens leave at once, in the fewest whole groups.
+    entry : mapping or None
+        What a recipe says under `cache`; None takes what the artifact's own says.
+
+    Raises
+    ------
+    ValueError
+        If the entry is none.
+    """
+    manifest = quantizers.manifest if isinstance(quantizers, Artifact) else None
+    sink_tokens = 0 if manifest is None else manifest.sink_tokens
+    entry = entry if manifest is None or entry is not None else manifest.recipe.get("cache")
+    if entry is None:
+        return CachePolicy(sink_tokens=sink_tokens, block_tokens=group_tokens(quantizers))
+    return CachePolicy.from_entry(entry, sink_tokens)
 
 
 def group_tokens(quantizers: Mapping[Site, Quantizer]) -> int:
     """The fewest tokens that are whole groups for all quantizers with scales over groups of tokens."""
     return math.lcm(*(quantizer.tokens_per_scale or 1 for quantizer in quantizers.values()))
-
-
-def _wrapped(quantizer: Quantizer) -> Iterator[Quantizer]:
-    for value in vars(quantizer).values():
-        if isinstance(value, Quantizer):
-            yield value
-            yield from _wrapped(value)

@@ -14,7 +14,7 @@ from artifacts.errors import MismatchError
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
 from simquant.block_attention import Scoring
-from simquant.cacheable import check_cacheable
+from simquant.cacheable import cache_policy, check_cacheable
 from simquant.layer_store import LayerStore
 from simquant.policy import TENSORS, CachePolicy
 from simquant.rotary_tables import RotaryTables
@@ -62,7 +62,7 @@ def decode_exact(
         As `packed_cache`; and if the model is called with padding or with a filled cache.
     """
     layers = attention_layers(model) if layers is None else layers
-    policy = check_fit(model, quantizers, policy, layers)
+    policy = check_fit(model, quantizers, policy or cache_policy(quantizers), layers)
     check_cacheable(quantizers, policy)
     if policy.eviction is not None:
         raise MismatchError(
@@ -124,7 +124,8 @@ class _Decoding:
                 self.usage.add_store(site, tokens)
             rows = []
             for row, stream in enumerate(store.streams):
-                decoded = store.read(stream, row, slice(0, key.shape[2]), self._tables[layer.layer])
+                every = slice(0, key.shape[2])
+                decoded = store.key(stream, row, every, self._tables[layer.layer]), store.value(stream, every)
                 seen = visible[min(row, len(visible) - 1)]
                 rows.append(self._attend(query[row], (key[row], value[row]), decoded, seen, scoring))
             return torch.stack(rows)

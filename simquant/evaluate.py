@@ -19,11 +19,10 @@ from simquant.evaluation_run import EvaluationRun, NothingQuantizedError
 from simquant.evaluation_settings import evaluation_settings
 from simquant.figures import Normalization, clustered_mean, perplexity_of
 from simquant.policy import CachePolicy
-from simquant.protocols import Protocol, ProtocolName
+from simquant.protocols import Protocol, ProtocolName, default_policy
 from simquant.result import EvalResult
 from simquant.scored_targets import ScoredTargets, scored_targets
 from simquant.scoring import score, window_logits
-from simquant.simulate import own_policy
 from simquant.steps import Steps
 from simquant.window_log import WindowLog
 
@@ -93,7 +92,7 @@ def evaluate(
     quantizers : Artifact or mapping from Site to Quantizer
         See `simulate`.
     policy : CachePolicy or None
-        Which tokens stay exact; None takes what the artifact says.
+        Which tokens stay exact; None takes what the artifact and its recipe say.
     protocol : {'full', 'decode', 'cache'}
         Every token quantized before it is read; each query sees what a cache holds at its step, in one pass; or step by
         step through a packed cache, the reference for 'decode'.
@@ -167,9 +166,10 @@ def evaluate_each(
     """
     scored = scored_targets(windows, scored, normalization)
     layers = attention_layers(model)
+    policies = [policy or default_policy(own, protocol) for own in candidates]
     runs = [
-        EvaluationRun(own, Protocol(name=protocol, policy=policy or own_policy(own), steps=steps or Steps()))
-        for own in candidates
+        EvaluationRun(own, Protocol(name=protocol, policy=rules, steps=steps or Steps()))
+        for own, rules in zip(candidates, policies, strict=True)
     ]
     batches = windows.split(batch_size)
     finished: list[list[BatchScores]] = []

@@ -1,7 +1,7 @@
 """Drops tokens of a layer when a step has been read, as an `Eviction` asks."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import final
@@ -12,9 +12,6 @@ from torch import Tensor
 
 from artifacts.attention import AttentionLayer
 from artifacts.errors import MismatchError
-from artifacts.quantizer import Quantizer
-from artifacts.sites import Site
-from artifacts.streaming import Streaming
 from simquant.block_attention import Scoring
 from simquant.eviction import Choice, Eviction
 from simquant.layer_store import LayerStore, Stream
@@ -64,7 +61,8 @@ class Evictor:
             choice = self._choice(store.layer.layer, stream, reading.query.shape[2])
             groups = None if choice is None else _groups(stream, choice)
             if choice is not None and groups is not None:
-                stream = stream.keep(_kept(stream, groups, self._scores(choice, store, row, reading)))
+                scores = _never_dropped(stream, self._scores(choice, store, row, reading))
+                stream = stream.keep(_kept(stream, groups, scores))
             store.streams[row] = stream.after_prompt()
 
     def _choice(self, layer: int, stream: Stream, n_new: int) -> Choice | None:
@@ -88,25 +86,15 @@ class Evictor:
         return received.mean(dim=0)
 
 
-def check_evictable(
-    quantizers: Mapping[Site, Quantizer], policy: CachePolicy, layers: Sequence[AttentionLayer]
-) -> None:
+def check_evictable(policy: CachePolicy, layers: Sequence[AttentionLayer]) -> None:
     """A cache under the policy can drop tokens, if the policy asks for that.
 
     Raises
     ------
     MismatchError
-        If the codes of a quantizer cannot be told apart by token, or if every layer forgets by itself.
+        If every layer forgets by itself.
     """
-    if policy.eviction is None:
-        return
-    for site, quantizer in quantizers.items():
-        if isinstance(quantizer, Streaming):
-            raise MismatchError(
-                f"{site}: {quantizer.spec.describe()} packs the codes of a chunk in one run, out of which no token can "
-                "be taken. Use another recipe, or no eviction."
-            )
-    if all(layer.sliding_window is not None for layer in layers):
+    if policy.eviction is not None and all(layer.sliding_window is not None for layer in layers):
         raise MismatchError(
             f"eviction: all {len(layers)} layers of the model have a sliding window and forget by themselves. Use no "
             "eviction."
@@ -142,11 +130,20 @@ def _groups(stream: Stream, choice: Choice) -> _Groups | None:
     return _Groups(first, n_groups, size, n_kept) if n_kept < n_groups else None
 
 
+def _never_dropped(stream: Stream, scores: Float[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:
+    """Scores that are infinite for tokens whose keys have small norms."""
+    if stream.small is None:
+        return scores
+    assert stream.survivors is not None
+    return scores.masked_fill(torch.isin(stream.survivors.numbers[: len(scores)], stream.small.numbers), torch.inf)
+
+
 def _kept(stream: Stream, groups: _Groups, scores: Float[Tensor, " tokens"]) -> Bool[Tensor, " held"]:
-    """True at all tokens but those of the groups with the least scores; of equals the first stay."""
+    """True at all tokens but those of the groups with the least scores; of equals the first stay, infinite ones all."""
     kept = torch.ones(stream.key.n_tokens, dtype=torch.bool, device=scores.device)
     candidates = slice(groups.first, groups.first + groups.n_groups * groups.size)
     by_group = scores[candidates].view(groups.n_groups, groups.size).mean(dim=1)
     order = by_group.sort(descending=True, stable=True).indices
-    kept[candidates].view(groups.n_groups, groups.size)[order[groups.n_kept :]] = False
+    n_kept = max(groups.n_kept, int(by_group.isinf().sum()))
+    kept[candidates].view(groups.n_groups, groups.size)[order[n_kept:]] = False
     return kept

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -11,16 +12,18 @@ from artifacts.attention import AttentionLayer
 from artifacts.errors import MismatchError
 from artifacts.layout import to_rows
 from artifacts.quantizer import Quantizer
+from artifacts.running import first_state
 from artifacts.sites import Site
 from simquant.block_attention import BlockAttention, Scoring
 from simquant.cacheable import group_tokens
 from simquant.errors import CacheStateError
 from simquant.policy import CachePolicy
 from simquant.rotary_tables import RotaryTables
+from simquant.small_norms import SmallNorms
 from simquant.survivors import Survivors
 from simquant.token_store import TokenStore
 
-BLOCK_TOKENS = 512
+BLOCK_TOKENS = 1024
 """Tokens that are decoded at a time, or the next whole number of groups: few enough to stay in a processor's cache."""
 
 
@@ -36,12 +39,15 @@ class Stream:
         Columns of the batch before its first token.
     survivors : Survivors or None
         Which tokens are held; None where none is ever evicted.
+    small : SmallNorms or None
+        Which tokens are kept exact for the small norm of their keys; None where none ever is.
     """
 
     key: TokenStore
     value: TokenStore
     n_padding: int = 0
     survivors: Survivors | None = None
+    small: SmallNorms | None = None
 
     def stores(self) -> tuple[TokenStore, TokenStore]:
         """Both."""
@@ -59,17 +65,23 @@ class Stream:
 
     def appended(self, key: Float[Tensor, "tokens channels"], value: Float[Tensor, "tokens channels"]) -> "Stream":
         """With the tokens that follow."""
-        self.key.append(key)
-        self.value.append(value)
-        return self if self.survivors is None else replace(self, survivors=self.survivors.extended(len(key)))
+        small, kept = (None, None) if self.small is None else self.small.extended(key)
+        self.key.append(key, kept)
+        self.value.append(value, kept)
+        survivors = None if self.survivors is None else self.survivors.extended(len(key))
+        return replace(self, survivors=survivors, small=small)
 
     def to(self, device: torch.device) -> "Stream":
         """On another device."""
         survivors = None if self.survivors is None else self.survivors.to(device)
-        return replace(self, key=self.key.to(device), value=self.value.to(device), survivors=survivors)
+        small = None if self.small is None else self.small.to(device)
+        key, value = self.key.to(device), self.value.to(device)
+        return replace(self, key=key, value=value, survivors=survivors, small=small)
 
     def keep(self, kept: Bool[Tensor, " held"]) -> "Stream":
         """With the tokens alone where `kept` is true."""
+        if kept.all():
+            return self
         for store in self.stores():
             store.keep(kept)
         return self if self.survivors is None else replace(self, survivors=self.survivors.without(kept))
@@ -143,16 +155,21 @@ class LayerStore:
             seen = visible[min(row, len(visible) - 1)]
             for start, end in stream.spans():
                 tokens = slice(start, end)
-                own = seen[:, stream.columns(tokens)]
-                if own.any():
-                    attention.add(*self.read(stream, row, tokens, tables), own)
+                key = partial(self.key, stream, row, tokens, tables)
+                attention.add(key, partial(self.value, stream, tokens), seen[:, stream.columns(tokens)])
             rows.append(attention.result())
         return torch.stack(rows)
 
-    def read(self, stream: Stream, row: int, tokens: slice, tables: RotaryTables) -> tuple[Tensor, Tensor]:
-        """Keys and values "kv_heads tokens head_dim" of some tokens of a sequence, as attention reads them."""
-        value = self._heads(stream.value.read(tokens.start, tokens.stop))
-        return self._key(stream, row, tokens, tables), value
+    def key(
+        self, stream: Stream, row: int, tokens: slice, tables: RotaryTables
+    ) -> Float[Tensor, "kv_heads tokens head_dim"]:
+        """Keys of some tokens of a sequence, as attention reads them."""
+        key = self._heads(stream.key.read(tokens.start, tokens.stop))
+        return tables.rotated(self.layer, key, row, stream.columns(tokens)) if self.rotates else key
+
+    def value(self, stream: Stream, tokens: slice) -> Float[Tensor, "kv_heads tokens head_dim"]:
+        """Values of some tokens of a sequence, as attention reads them."""
+        return self._heads(stream.value.read(tokens.start, tokens.stop))
 
     def key_blocks(
         self, row: int, visible: Bool[Tensor, "queries columns"], tables: RotaryTables
@@ -161,7 +178,7 @@ class LayerStore:
         stream = self.streams[row]
         for start, end in stream.spans():
             tokens = slice(start, end)
-            yield self._key(stream, row, tokens, tables), visible[:, stream.columns(tokens)]
+            yield self.key(stream, row, tokens, tables), visible[:, stream.columns(tokens)]
 
     def crop(self, n_columns: int) -> None:
         """Keeps the first columns only.
@@ -203,16 +220,24 @@ class LayerStore:
             yield from stream.value.tensors()
             if stream.survivors is not None:
                 yield stream.survivors.numbers
+            if stream.small is not None:
+                yield from (stream.small.numbers, stream.small.norms)
+
+    @property
+    def _evicts(self) -> bool:
+        return self.policy.eviction is not None and self.layer.sliding_window is None
 
     def _new_stream(self, device: torch.device) -> Stream:
         group = group_tokens(self._quantizers)
-        block = -(-BLOCK_TOKENS // group) * group
+        runs = any(first_state(quantizer) is not None for quantizer in self._quantizers.values())
+        block = group if runs and self._evicts else -(-BLOCK_TOKENS // group) * group  # a chunk's codes are one run
         key, value = (
-            TokenStore(quantizer.to(device), self.policy, self.policy.window(site.tensor), block)
+            TokenStore(_on(device, quantizer), self.policy, self.policy.window(site.tensor), block)
             for site, quantizer in self._quantizers.items()
         )
-        evicts = self.policy.eviction is not None and self.layer.sliding_window is None
-        return Stream(key, value, survivors=Survivors.none(device) if evicts else None)
+        n_smallest = self.policy.keep_smallest_norm
+        small = SmallNorms.none(n_smallest, self.policy.sink_tokens, device) if n_smallest else None
+        return Stream(key, value, survivors=Survivors.none(device) if self._evicts else None, small=small)
 
     def _padding(self, stream: Stream, real: Bool[Tensor, " tokens"]) -> int:
         """How many of the new columns come before the sequence's first token."""
@@ -223,12 +248,6 @@ class LayerStore:
                 "sequence; a packed cache takes padding on the left only (tokenizer.padding_side = 'left')."
             )
         return n_padding
-
-    def _key(
-        self, stream: Stream, row: int, tokens: slice, tables: RotaryTables
-    ) -> Float[Tensor, "kv_heads tokens head_dim"]:
-        key = self._heads(stream.key.read(tokens.start, tokens.stop))
-        return tables.rotated(self.layer, key, row, stream.columns(tokens)) if self.rotates else key
 
     def _heads(self, rows: Float[Tensor, "tokens channels"]) -> Float[Tensor, "kv_heads tokens head_dim"]:
         return rows.view(len(rows), self.layer.kv_heads, self.layer.head_dim).transpose(0, 1)
@@ -242,7 +261,7 @@ class LayerStore:
 
     def _cropped(self, stream: Stream, n_columns: int) -> Stream:
         n_tokens = max(0, n_columns - stream.n_padding)
-        survivors = stream.survivors
+        survivors, small = stream.survivors, None if stream.small is None else stream.small.cropped(n_tokens)
         if survivors is not None:
             survivors = survivors.cropped(n_tokens, f"layers.{self.layer.layer}")
             n_tokens = len(survivors.numbers)
@@ -255,4 +274,10 @@ class LayerStore:
                 )
         key, value = (store.cropped(n_tokens) for store in stream.stores())
         n_padding = min(stream.n_padding, n_columns)
-        return replace(stream, key=key, value=value, n_padding=n_padding, survivors=survivors)
+        return replace(stream, key=key, value=value, n_padding=n_padding, survivors=survivors, small=small)
+
+
+def _on(device: torch.device, quantizer: Quantizer) -> Quantizer:
+    """The quantizer itself where it is on the device: what it has worked out is shared by all sequences then."""
+    here = all(tensor.device == device for tensor in quantizer.tensors().values())
+    return quantizer if here else quantizer.to(device)

@@ -12,14 +12,15 @@ from artifacts.attention import AttentionLayer, attention_layers, tapped
 from artifacts.errors import MismatchError
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
+from simquant.arrival import Arrival
 from simquant.block_attention import Scoring, attend
-from simquant.cacheable import check_cacheable
+from simquant.cacheable import cache_policy, check_cacheable
 from simquant.evictor import Evictor, Reading, check_evictable
 from simquant.layer_store import LayerStore
 from simquant.policy import CachePolicy
 from simquant.simulate import check_fit
 from simquant.tokens import Tokens, watch_tokens
-from simquant.transformers_cache import Arrival, Handler, PackedCache, attention_replaced
+from simquant.transformers_cache import Handler, PackedCache, attention_replaced
 
 
 @contextmanager
@@ -42,7 +43,8 @@ def packed_cache(
     quantizers : Artifact or mapping from Site to Quantizer
         One for the keys and one for the values of every layer; identities keep a layer exact.
     policy : CachePolicy or None
-        Which tokens stay exact, and when the others are encoded; None takes what the artifact says.
+        Which tokens stay exact, and when the others are encoded; None takes what the artifact's recipe says, and
+        otherwise keeps none but its sinks.
     layers : sequence of AttentionLayer or None
         From `attention_layers(model)`, if they are known already.
 
@@ -65,9 +67,9 @@ def packed_cache(
     ...         return model.generate(ids, past_key_values=new_cache())
     """
     layers = attention_layers(model) if layers is None else layers
-    policy = check_fit(model, quantizers, policy, layers)
+    policy = check_fit(model, quantizers, policy or cache_policy(quantizers), layers)
     check_cacheable(quantizers, policy)
-    check_evictable(quantizers, policy, layers)
+    check_evictable(policy, layers)
     with ExitStack() as stack:
         session = _Session(layers, quantizers, policy, stack.enter_context(watch_tokens(model)))
         stack.enter_context(attention_replaced(model, session.handlers()))

@@ -1,7 +1,8 @@
 """Which tokens stay exact, and when the others are encoded."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 from simquant.eviction import Eviction
 
@@ -52,6 +53,9 @@ class CachePolicy:
         later steps will read.
     eviction : Eviction or None
         Which encoded tokens are dropped for good; in a packed cache only.
+    keep_smallest_norm : int
+        Tokens whose key, as it came, was among this many smallest so far in its sequence and layer stay exact, with
+        their values; see `SmallNorms`. Keys of small norm draw much attention, and stretch scales per channel. 0: none.
     """
 
     sink_tokens: int = 0
@@ -60,9 +64,29 @@ class CachePolicy:
     values: Window | None = None
     exact_prefill: bool = False
     eviction: Eviction | None = None
+    keep_smallest_norm: int = 0
 
     def __post_init__(self) -> None:
         _check_counts(self)
+
+    @classmethod
+    def from_entry(cls, entry: Mapping[str, Any], sink_tokens: int) -> "CachePolicy":
+        """What a recipe says under `cache`, with its sinks.
+
+        Raises
+        ------
+        ValueError
+            If an entry is unknown or out of range.
+        """
+        reserved = {"sink_tokens", "eviction"} & entry.keys()
+        if reserved:
+            raise ValueError(f"{cls.__name__}: a recipe's cache entry does not say {', '.join(sorted(reserved))}")
+        values = entry.get("values")
+        try:
+            window = None if values is None else Window(**values)
+            return cls(**{**entry, "values": window}, sink_tokens=sink_tokens)
+        except TypeError as error:
+            raise ValueError(f"{cls.__name__}: a recipe's cache entry has the fields of a policy; {error}") from error
 
     def window(self, tensor: Literal["key", "value", "query"]) -> Window:
         """The window of keys or of values."""
@@ -71,21 +95,24 @@ class CachePolicy:
         return Window(residual_tokens=self.residual_tokens, block_tokens=self.block_tokens)
 
     def exact_tokens(self, tensor: Literal["key", "value"], n_tokens: int) -> int:
-        """How many of `n_tokens` stay exact."""
+        """How many of `n_tokens` stay exact, those of small norm left out."""
         return n_tokens - max(0, self.window(tensor).encoded_end(n_tokens, self.sink_tokens) - self.sink_tokens)
 
     @property
     def encodes_at_once(self) -> bool:
         """Whether every token but the sinks is encoded before any query reads it."""
         windows = {self.window("key"), self.window("value")}
-        return windows == {Window()} and not self.exact_prefill and self.eviction is None
+        exempt = self.exact_prefill or self.keep_smallest_norm
+        return windows == {Window()} and not exempt and self.eviction is None
 
     def describe(self) -> str:
         """One phrase for reports."""
         sinks = "first token exact" if self.sink_tokens == 1 else f"first {self.sink_tokens} tokens exact"
         key, value = (self._describe(self.window(tensor)) for tensor in TENSORS)
         windows = [key] if key == value else [f"keys: {key or 'no recent'}", f"values: {value or 'no recent'}"]
+        small = f"tokens whose key is among the {self.keep_smallest_norm} smallest so far exact"
         parts = [*([sinks] if self.sink_tokens else []), *(part for part in windows if part)]
+        parts += [small] if self.keep_smallest_norm else []
         kept = ", ".join(parts) if parts else "no token exempt"
         return kept if self.eviction is None else f"{kept}; {self.eviction.describe()}"
 
@@ -100,6 +127,6 @@ class CachePolicy:
 def _check_counts(policy: CachePolicy | Window) -> None:
     for field in fields(policy):
         value, least = getattr(policy, field.name), 1 if field.name == "block_tokens" else 0
-        if field.name.endswith("_tokens") and (type(value) is not int or value < least):
+        if field.type is int and (type(value) is not int or value < least):
             who = type(policy).__name__
             raise ValueError(f"{who}: {field.name} must be an integer from {least}; got {value!r}")

@@ -12,14 +12,20 @@ from artifacts.artifact import Artifact
 from artifacts.attention import AttentionLayer
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
+from simquant.cacheable import cache_policy
 from simquant.decode import decode_exact
 from simquant.packed import packed_cache
 from simquant.policy import CachePolicy
-from simquant.simulate import simulate
+from simquant.simulate import own_policy, simulate
 from simquant.steps import Steps
 from simquant.usage import Usage
 
 ProtocolName = Literal["full", "decode", "cache"]
+
+
+def default_policy(quantizers: Artifact | Mapping[Site, Quantizer], protocol: ProtocolName) -> CachePolicy:
+    """Where none is given: the sinks alone where every token is quantized, else what goes with the quantizers."""
+    return own_policy(quantizers) if protocol == "full" else cache_policy(quantizers)
 
 
 @dataclass(frozen=True, kw_only=True)

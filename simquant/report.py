@@ -10,6 +10,7 @@ from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
 from simquant.policy import TENSORS, CachePolicy
 from simquant.protocols import Protocol
+from simquant.scored_targets import ScoredTargets
 from simquant.usage import CONTEXT_TOKENS, Usage
 
 
@@ -31,6 +32,7 @@ def protocol_line(
     quantizers: Mapping[Site, Quantizer],
     protocol: Protocol,
     windows: Int64[Tensor, "windows tokens"],
+    scored: ScoredTargets,
     normalization: str,
 ) -> str:
     """What was quantized, when, and how perplexity is normalised."""
@@ -41,7 +43,7 @@ def protocol_line(
             protocol.describe(),
             f"keys {', '.join(stages)}",
             protocol.policy.describe(),
-            f"{len(windows)} windows of {windows.shape[1]} tokens, all but the first of each scored",
+            f"{len(windows)} windows of {windows.shape[1]} tokens, {scored.describe()}",
             "perplexity = exp(mean over targets)"
             if normalization == "targets"
             else "perplexity as GPTQ: exp(mean of the windows' means)",

@@ -12,9 +12,8 @@ from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
 from simquant.evaluate import Progress, evaluate_each
 from simquant.policy import CachePolicy
-from simquant.protocols import ProtocolName
+from simquant.protocols import ProtocolName, default_policy
 from simquant.result import EvalResult
-from simquant.simulate import own_policy
 from simquant.steps import Steps
 
 
@@ -61,7 +60,7 @@ def site_losses(
         model,
         windows,
         [{**exact, site: quantizers[site]} for site in lossy],
-        policy=policy or own_policy(quantizers),
+        policy=policy or default_policy(quantizers, protocol),
         protocol=protocol,
         steps=steps,
         batch_size=batch_size,

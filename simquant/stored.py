@@ -50,9 +50,10 @@ class Stored:
 
     @classmethod
     def _of(cls, store: TokenStore) -> "Stored":
-        encoded_bytes = sum(codes.shape[0] * codes.shape[1] * codes.dtype.itemsize for codes in store.blocks)
+        itemsize = next((codes.dtype.itemsize for codes in store.blocks), 0)
+        n_channels = store.quantizer.channels
         return cls(
-            n_elements=(store.n_encoded + store.n_exact) * store.quantizer.channels,
+            n_elements=(store.n_encoded + store.n_exact) * n_channels,
             size_bytes=sum(tensor.nbytes for tensor in store.tensors()),
-            plain_bytes=encoded_bytes + store.exact_bytes,
+            plain_bytes=store.n_encoded * n_channels * itemsize + store.exact_bytes,
         )

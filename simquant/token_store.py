@@ -10,8 +10,9 @@ from torch import Tensor
 
 from artifacts.codes import Codes
 from artifacts.quantizer import Quantizer
-from artifacts.streaming import Streaming
+from artifacts.running import encode_from, first_state
 from simquant.errors import CacheStateError
+from simquant.kept_exact import KeptExact
 from simquant.policy import CachePolicy, Window
 
 
@@ -33,25 +34,32 @@ class TokenStore:
     """
 
     def __init__(self, quantizer: Quantizer, policy: CachePolicy, window: Window, block_tokens: int) -> None:
-        self.quantizer, self.window, self.block_tokens = quantizer, window, block_tokens
+        self.quantizer = KeptExact.around(quantizer) if policy.keep_smallest_norm else quantizer
+        self.window, self.block_tokens = window, block_tokens
         self.sink_tokens = self.encoded_end = policy.sink_tokens
         self.n_tokens = self.n_evicted = 0  # tokens are numbered among those that are held
         self.blocks: list[Codes] = []
         self._sinks: Tensor | None = None
         self._recent: Tensor | None = None
+        self._recent_kept: Tensor | None = None
         self._forgotten_blocks = 0
-        self._state = quantizer.start if isinstance(quantizer, Streaming) else None
+        self._state = first_state(quantizer)
 
-    def append(self, rows: Float[Tensor, "tokens channels"]) -> None:
-        """Takes in the tokens that follow; encodes those that leave the window."""
+    def append(self, rows: Float[Tensor, "tokens channels"], kept: Bool[Tensor, " tokens"] | None = None) -> None:
+        """Takes in the tokens that follow; encodes those that leave the window.
+
+        Where `kept` is true a token that leaves is still read as it came; only under a policy that keeps such tokens.
+        """
         n_sinks = min(len(rows), max(0, self.sink_tokens - self.n_tokens))
         sinks = _joined(self._sinks, rows[:n_sinks])
         recent = _joined(self._recent, rows[n_sinks:])
+        recent_kept = None if kept is None else _joined(self._recent_kept, kept[n_sinks:])
         n_tokens = self.n_tokens + len(rows)
         end = self.window.encoded_end(n_tokens + self.n_evicted, self.sink_tokens) - self.n_evicted
         n_leaving = max(0, end - self.encoded_end)
-        self._encode(recent[:n_leaving])
+        self._encode(recent[:n_leaving], None if recent_kept is None else recent_kept[:n_leaving])
         self._sinks, self._recent, self.n_tokens = _owned(sinks), _owned(recent[n_leaving:]), n_tokens
+        self._recent_kept = None if recent_kept is None else _owned(recent_kept[n_leaving:])
 
     def read(self, start: int, end: int) -> Float[Tensor, "tokens channels"]:
         """The tokens from `start` to before `end`, as attention reads them."""
@@ -87,24 +95,34 @@ class TokenStore:
 
     @property
     def n_encoded(self) -> int:
-        """Tokens that are kept as codes."""
-        return sum(codes.shape[0] for codes in self.blocks)
+        """Tokens that are read from codes."""
+        return sum(codes.shape[0] for codes in self.blocks) - self.n_small
+
+    @property
+    def n_small(self) -> int:
+        """Tokens that have left the window and are read as they came, for the small norm of their keys."""
+        return sum(len(rows) for rows in self._small())
 
     @property
     def n_exact(self) -> int:
-        """Tokens that are kept as they are."""
-        return sum(len(rows) for rows in (self._sinks, self._recent) if rows is not None)
+        """Tokens that are read as they came."""
+        return sum(len(rows) for rows in self._exact())
+
+    @property
+    def encoded_bytes(self) -> int:
+        """Bytes of all codes, those of tokens that are kept exact besides among them."""
+        return sum(codes.nbytes for codes in self.blocks) - sum(rows.nbytes for rows in self._small())
 
     @property
     def exact_bytes(self) -> int:
-        """Bytes of the tokens that are kept as they are."""
-        return sum(rows.nbytes for rows in (self._sinks, self._recent) if rows is not None)
+        """Bytes of the tokens that are kept as they came."""
+        return sum(rows.nbytes for rows in self._exact())
 
     def tensors(self) -> Iterator[Tensor]:
         """Everything that is held, codes first."""
         for codes in self.blocks:
             yield from codes.all_tensors()
-        yield from (rows for rows in (self._sinks, self._recent) if rows is not None)
+        yield from (rows for rows in (self._sinks, self._recent, self._recent_kept) if rows is not None)
         if self._state is not None:
             yield self._state.absmax
 
@@ -131,13 +149,19 @@ class TokenStore:
             return
         first = int(dropped[0] - self.sink_tokens) // self.block_tokens  # blocks before it stay as they are
         encoded = kept[self.sink_tokens + first * self.block_tokens : self.encoded_end]
-        codes = Codes.cat(self.blocks[first:]).select(encoded)
-        block = torch.arange(codes.shape[0], device=kept.device) // self.block_tokens
-        n_blocks = -(-codes.shape[0] // self.block_tokens)
-        self.blocks = [*self.blocks[:first], *(codes.select(block == index) for index in range(n_blocks))]
+        self.blocks = [*self.blocks[:first], *self._selected(self.blocks[first:], encoded)]
         self.n_tokens -= len(dropped)
         self.encoded_end -= len(dropped)
         self.n_evicted += len(dropped)
+
+    def _selected(self, blocks: list[Codes], kept: Bool[Tensor, " tokens"]) -> list[Codes]:
+        """The blocks anew without the tokens where `kept` is false; codes that run on lose whole blocks alone."""
+        if self._state is not None:
+            parts = zip(blocks, kept.split(self.block_tokens), strict=True)
+            return [codes.select(own) for codes, own in parts if own.any()]
+        codes = Codes.cat(blocks).select(kept)
+        block = torch.arange(codes.shape[0], device=kept.device) // self.block_tokens
+        return [codes.select(block == index) for index in range(-(-codes.shape[0] // self.block_tokens))]
 
     def cropped(self, n_tokens: int) -> "TokenStore":
         """A copy with the first `n_tokens` only; a token that has been encoded stays so.
@@ -152,9 +176,11 @@ class TokenStore:
         if n_tokens >= self.n_tokens:
             other.n_tokens = self.n_tokens
             return other
+        n_recent = max(0, n_tokens - self.encoded_end)
         if self._sinks is not None and self._recent is not None:
-            other._sinks = _owned(self._sinks[:n_tokens])
-            other._recent = _owned(self._recent[: max(0, n_tokens - self.encoded_end)])
+            other._sinks, other._recent = _owned(self._sinks[:n_tokens]), _owned(self._recent[:n_recent])
+        if self._recent_kept is not None:
+            other._recent_kept = _owned(self._recent_kept[:n_recent])
         other.encoded_end = max(self.sink_tokens, min(n_tokens, self.encoded_end))
         if other.encoded_end < self.encoded_end:
             other.blocks = list(self._blocks_before(other.encoded_end))
@@ -170,30 +196,48 @@ class TokenStore:
         """A copy with all that is held changed."""
         other = copy.copy(self)
         other.blocks = [codes.map(change) for codes in self.blocks]
-        other._sinks, other._recent = (None if x is None else change(x) for x in (self._sinks, self._recent))
+        for name in ("_sinks", "_recent", "_recent_kept"):
+            held = getattr(self, name)
+            setattr(other, name, None if held is None else change(held))
         return other
 
     def copy(self) -> "TokenStore":
         """A copy that shares everything stored so far."""
         return self.map(lambda tensor: tensor)
 
-    def _encode(self, rows: Tensor) -> None:
+    def _encode(self, rows: Tensor, kept: Tensor | None) -> None:
         """Codes of the next tokens, cut where blocks end."""
         while len(rows):
             room = self.block_tokens - (self.encoded_end - self.sink_tokens) % self.block_tokens
-            codes = self._encoded(rows[:room]).map(_owned)
+            codes = self._encoded(rows[:room], None if kept is None else kept[:room]).map(_owned)
             if room < self.block_tokens:
                 codes = Codes.cat([self.blocks.pop(), codes])
             self.blocks.append(codes)
             self.encoded_end += len(rows[:room])
-            rows = rows[room:]
+            rows, kept = rows[room:], None if kept is None else kept[room:]
 
-    def _encoded(self, rows: Tensor) -> Codes:
-        if not isinstance(self.quantizer, Streaming) or self._state is None:
-            return self.quantizer.encode(rows)
+    def _encoded(self, rows: Tensor, kept: Tensor | None) -> Codes:
+        if kept is None or not isinstance(self.quantizer, KeptExact):
+            return self._encoded_by(self.quantizer, rows)
+        codes = self._encoded_by(self.quantizer.inner, self.quantizer.stand_ins(rows, kept))
+        return self.quantizer.joined(codes, rows, kept)
+
+    def _encoded_by(self, quantizer: Quantizer, rows: Tensor) -> Codes:
+        if self._state is None:
+            return quantizer.encode(rows)
         state = replace(self._state, absmax=self._state.absmax.to(rows.device))
-        codes, self._state = self.quantizer.encode_from(rows, state)
+        codes, self._state = encode_from(quantizer, rows, state)
         return codes
+
+    def _small(self) -> Iterator[Tensor]:
+        """Exact tokens among the codes."""
+        if isinstance(self.quantizer, KeptExact):
+            yield from (codes.tensors["values"] for codes in self.blocks)
+
+    def _exact(self) -> Iterator[Tensor]:
+        """All exact tokens."""
+        yield from (rows for rows in (self._sinks, self._recent) if rows is not None)
+        yield from self._small()
 
     def _stored_blocks(self) -> Iterator[tuple[int, Codes]]:
         first = self.sink_tokens + self._forgotten_blocks * self.block_tokens

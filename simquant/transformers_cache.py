@@ -6,7 +6,6 @@ sees the future.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,34 +16,19 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from artifacts.errors import MismatchError, UnsupportedModelError
+from simquant.arrival import Arrival
 from simquant.block_attention import Scoring, attend
 from simquant.errors import CacheStateError
 from simquant.layer_store import LayerStore
 from simquant.rotary_tables import RotaryTables
 
-__all__ = ["Arrival", "Handler", "PackedCache", "PackedLayer", "attention_replaced"]
+__all__ = ["Handler", "PackedCache", "PackedLayer", "attention_replaced"]
 
 Handler = Callable[[Tensor, Tensor, Tensor, Bool[Tensor, "batch queries tokens"], Scoring], Tensor]
 """Gets query, key and value "batch heads tokens head_dim", what is visible, and how to score."""
 
 _NAME = "kvcalib"
 _HANDLERS: dict[nn.Module, Handler] = {}
-
-
-@dataclass(frozen=True, eq=False)
-class Arrival:
-    """What a layer has to know of a step besides what `update` gets.
-
-    Parameters
-    ----------
-    key : Tensor or None
-        The keys before rotation; None where the keys that `update` gets are stored.
-    real : Tensor or None
-        Which tokens are no padding; None if all are.
-    """
-
-    key: Tensor | None
-    real: Bool[Tensor, "batch tokens"] | None
 
 
 class PackedLayer(CacheLayerMixin):
@@ -195,8 +179,15 @@ class PackedCache(Cache):
             yield from layer.store.tensors()
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
-        """Removes that many tokens if negative; keeps that many if positive, as transformers 5.17 asks."""
-        super().crop(int(tokens_to_remove))
+        """Removes that many tokens if negative, keeps that many if positive; where a layer refuses, in no layer."""
+        stores = [layer.store for layer in self.layers]
+        before = [(store.streams, store.n_columns) for store in stores]
+        try:
+            super().crop(int(tokens_to_remove))
+        except CacheStateError:
+            for store, held in zip(stores, before, strict=True):
+                store.streams, store.n_columns = held
+            raise
         self.tables.crop(self.get_seq_length())
 
     def batch_select_indices(self, indices: Tensor) -> None:

@@ -23,12 +23,15 @@ class SiteUsage:
         Tokens that went through a quantizer, and tokens that the policy kept.
     encoded_bytes, exact_bytes : int
         What each of the two takes.
+    n_small : int
+        Tokens among those that the policy kept whose keys have small norms; they have codes, too.
     """
 
     n_encoded: int = 0
     n_exact: int = 0
     encoded_bytes: int = 0
     exact_bytes: int = 0
+    n_small: int = 0
 
 
 @dataclass
@@ -50,8 +53,9 @@ class Usage:
 
     def add_store(self, site: Site, store: TokenStore) -> None:
         """Counts what a cache holds for a sequence."""
-        for codes in store.blocks:
-            self.add(site, codes)
+        self.sites[site].n_encoded += store.n_encoded
+        self.sites[site].encoded_bytes += store.encoded_bytes
+        self.sites[site].n_small += store.n_small
         self.add_exact(site, store.n_exact, store.exact_bytes)
 
     def include(self, other: "Usage") -> None:
@@ -87,13 +91,18 @@ class Usage:
         return sum(self.quantizers[site].static_bytes for site in self._chosen(tensor))
 
     def amortised_bits(self, tensor: str, context_tokens: int, exact_tokens: int) -> float:
-        """Bits per element of a cache of `context_tokens` tokens: codes, exact tokens and static bytes."""
+        """Bits per element of a cache of `context_tokens` tokens: codes, exact tokens and static bytes.
+
+        Tokens with keys of small norm come in the share that was seen, though they grow rarer: an upper bound.
+        """
         chosen = self._chosen(tensor)
         total = 0.0
         for site, use in chosen.items():
             per_exact = use.exact_bytes / use.n_exact if use.n_exact else 0.0
             per_encoded = use.encoded_bytes / use.n_encoded if use.n_encoded else per_exact
-            total += (context_tokens - exact_tokens) * per_encoded + exact_tokens * per_exact
+            n_left = context_tokens - exact_tokens
+            n_small = n_left * use.n_small / ((use.n_encoded + use.n_small) or 1)
+            total += (n_left - n_small) * per_encoded + (exact_tokens + n_small) * per_exact
             total += self.quantizers[site].static_bytes
         channels = sum(self.quantizers[site].channels for site in chosen)
         return 8 * total / (context_tokens * channels) if channels else 0.0

@@ -19,7 +19,6 @@ from artifacts.errors import MismatchError
 from artifacts.identity import Identity
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site, Stage
-from artifacts.sparse import RankSparse
 from artifacts.streaming import Streaming
 from simquant import CachePolicy, CacheStateError, Window, packed_cache
 from simquant.block_attention import BlockAttention, Scoring
@@ -208,11 +207,7 @@ def test_a_policy_that_cannot_hand_over_groups_is_refused(
 
 
 def test_what_a_cache_does_not_keep_for_a_quantizer_is_refused() -> None:
-    streaming = Streaming(channels=CHANNELS, bits=4, chunk_tokens=4)
     site, policy = Site(1, "value"), CachePolicy(block_tokens=4)
-    check_cacheable({site: streaming}, policy)
-    with pytest.raises(MismatchError, match=r"layers\.1\.value: .* cannot be wrapped in a cache"):
-        check_cacheable({site: RankSparse(channels=CHANNELS, inner=streaming, outliers_per_token=1)}, policy)
     with pytest.raises(MismatchError, match=r"predicts from layers\.0\.value, which a cache does not hand over"):
         check_cacheable({site: Predicting(channels=CHANNELS)}, policy)
 
@@ -245,7 +240,8 @@ def test_blocks_give_the_attention_of_the_whole(sinks: bool, softcap: float | No
     attention = BlockAttention(query, 2, Scoring(scaling=0.3, softcap=softcap, sink_logits=logits))
     for start in range(0, 37, 8):
         part = slice(start, start + 8)
-        attention.add(key[:, part], value[:, part], visible[:, part])
+        own = key[:, part], value[:, part]
+        attention.add(lambda own=own: own[0], lambda own=own: own[1], visible[:, part])
     torch.testing.assert_close(attention.result(), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -527,6 +523,7 @@ def test_another_model_cannot_use_the_cache(tiny_llama: LlamaForCausalLM) -> Non
     config = tiny_llama.config
     others = {
         "made for 2 heads of 8 channels; got 4 of 8": {"num_key_value_heads": 4},
+        "made for 2 heads of 8 channels; got 2 of 16": {"head_dim": 16},
         "made for a model of 2 layers": {"num_hidden_layers": 3},
         "not inside the `packed_cache` context": {},
     }
@@ -547,6 +544,37 @@ def test_another_model_cannot_use_the_cache(tiny_llama: LlamaForCausalLM) -> Non
             assert step(other, other_new(), IDS).isfinite().all()
     with pytest.raises(MismatchError, match="not inside the `packed_cache` context"):
         step(tiny_llama, new(), IDS)
+
+
+def test_a_cache_does_not_outlive_its_context(tiny_llama: LlamaForCausalLM) -> None:
+    with packed_cache(tiny_llama, everywhere(per_token)) as new:
+        cache = new()
+        step(tiny_llama, cache, IDS)
+    nbytes = cache.nbytes
+    with pytest.raises(MismatchError, match="not inside the `packed_cache` context that made it"):
+        step(tiny_llama, cache, IDS[:, :1])
+    with packed_cache(tiny_llama, everywhere(per_token)) as new:
+        for _ in range(2):
+            with pytest.raises(MismatchError, match=r"layers\.0: .* got a packed cache of another context"):
+                step(tiny_llama, cache, IDS[:, :1])
+            cache.reset()  # empty as it is then, it still belongs to the other context
+        assert step(tiny_llama, new(), IDS).isfinite().all()
+    assert nbytes > 0
+
+
+def test_a_crop_that_one_layer_refuses_changes_no_layer(tiny_llama: LlamaForCausalLM) -> None:
+    quantizers = everywhere(per_token) | {Site(1, "value"): per_group()}
+    policy = CachePolicy(block_tokens=4)
+    with packed_cache(tiny_llama, quantizers, policy=policy) as new:
+        cache, other = new(), new()
+        for one in (cache, other):
+            step(tiny_llama, one, IDS)
+        with pytest.raises(CacheStateError, match=r"layers\.1\.value|dynamic_affine: .* groups of 4"):
+            cache.crop(-2)
+        assert cache.get_seq_length() == 12
+        assert torch.equal(step(tiny_llama, cache, IDS[:, :1]), step(tiny_llama, other, IDS[:, :1]))
+        cache.crop(-5)
+        assert [layer.store.n_columns for layer in cache.layers] == [8, 8]
 
 
 def test_inside_the_context_other_caches_are_refused(tiny_llama: LlamaForCausalLM) -> None:

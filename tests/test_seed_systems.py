@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_simulate import CHANNELS, both_stages, build, everywhere, logits, n_hooks, per_channel, per_token
+from test_simulate import CHANNELS, both_stages, build, everywhere, left_padded, logits, n_hooks, per_channel, per_token
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, PreTrainedModel
 
@@ -19,6 +19,7 @@ from artifacts.identity import Identity
 from artifacts.layout import to_rows
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site, Stage
+from artifacts.sparse import ThresholdSparse
 from calib import calibrate
 from calib.recipe import Recipe
 from scripts import evaluate as evaluate_program
@@ -26,12 +27,14 @@ from scripts.compressed_model import CompressedModel
 from scripts.kivi_model import load_with_kivi
 from scripts.models import LoadedModel
 from simquant import (
+    CachePolicy,
     CacheStateError,
     FakeQuantCache,
     KIVICache,
     KIVISettings,
     fake_quant_cache,
     memory_savings,
+    packed_cache,
     patch_model,
     simulate,
     unpatch_model,
@@ -251,13 +254,14 @@ def test_a_model_has_one_open_kivi_cache(tiny_llama: LlamaForCausalLM) -> None:
 
 
 @pytest.mark.parametrize("protocol", ["decode", "cache"])
-def test_the_kivi_recipe_is_evaluated_without_block_sizes(protocol: str, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--recipe", "kivi-2", "--protocol", protocol, "--seqlen", "80", "--limit", "1", "--device", "cpu"]
-    assert evaluate_program.main(["demo", *flags, "--chunk-tokens", "8", "--json"]) == 0
+def test_the_kivi_recipe_is_evaluated_as_kivi_keeps_tokens(protocol: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--recipe", "kivi-2", "--protocol", protocol, "--seqlen", "160", "--limit", "1", "--device", "cpu"]
+    assert evaluate_program.main(["demo", *flags, "--prefill-tokens", "144", "--chunk-tokens", "8", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["bits"]["key"] == found["bits"]["value"] == 3
-    assert found["quantized_fraction"] == 64 / 80
-    assert "encoded in blocks of 32" in found["protocol"]
+    assert found["quantized_fraction"] == (128 + 160 - 129) / (2 * 160)
+    assert "keys: last token exact and encoded in blocks of 128, values: last 129 tokens exact" in found["protocol"]
+    assert "exact prefill attention" in found["protocol"]
     assert "NOT CAUSAL" not in found["protocol"]
 
 
@@ -391,6 +395,39 @@ def test_quantizers_that_need_more_than_an_update_are_refused(stage: Stage) -> N
     make, message = (per_token, "rotated keys") if stage == "pre_rope" else (per_channel, "needs more than the tokens")
     with pytest.raises(MismatchError, match=message):
         fake_quant_cache(DynamicCache(), everywhere(make, stage))
+
+
+# --- KVQuant: sinks by position, outliers stored sparsely
+
+
+@both_stages
+def test_sinks_are_exact_by_position_and_every_decoded_token_is_quantized(
+    stage: Stage, tiny_llama: LlamaForCausalLM
+) -> None:
+    ids, mask, _ = left_padded(12, 7)
+    limit = torch.full((CHANNELS,), 1.0)
+    sparse = ThresholdSparse(channels=CHANNELS, inner=per_token(), lower=-limit, upper=limit)
+    held = []
+    for make in (lambda: Identity(channels=CHANNELS), lambda: sparse):
+        with packed_cache(tiny_llama, everywhere(make, stage), policy=CachePolicy(sink_tokens=2)) as new:
+            cache = new()
+            for end in range(12, 16):
+                now = torch.cat([mask, torch.ones(2, end - 12, dtype=torch.bool)], dim=1)
+                own = ids if end == 12 else IDS[:, end : end + 1]
+                positions = (now.long().cumsum(1) - 1).clamp_min(0)[:, -own.shape[1] :]
+                options = {"attention_mask": now.long(), "position_ids": positions}
+                with torch.no_grad():
+                    tiny_llama(own, past_key_values=cache, use_cache=True, **options)
+        held.append([stream.value for stream in cache.layers[0].store.streams])
+    for exact, stored, n_tokens in zip(*held, (15, 10), strict=True):
+        rows = exact.read(0, n_tokens)
+        assert (stored.n_exact, stored.n_encoded) == (2, n_tokens - 2)
+        assert torch.equal(stored.read(0, 2), rows[:2])
+        assert torch.equal(stored.read(2, n_tokens), sparse.simulate(rows[2:]))
+        n_outliers = int((rows[2:].abs() > 1).sum())
+        a_token = per_token().encode(rows[2:3]).nbytes + 1  # and how many outliers it has
+        assert stored.encoded_bytes == (n_tokens - 2) * a_token + n_outliers * (1 + 2)
+    assert n_outliers
 
 
 # --- streaming prefill

@@ -11,9 +11,9 @@ from artifacts.attention import attention_layers
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
 from artifacts.taps import evaluating
+from simquant.cacheable import cache_policy
 from simquant.packed import packed_cache
 from simquant.policy import CachePolicy
-from simquant.simulate import own_policy
 from simquant.steps import Steps
 from simquant.tasks.errors import TaskError
 from simquant.tasks.generation import Answer, answer, prompt_tokens
@@ -71,7 +71,7 @@ def predict(
     NothingQuantizedError
         If fewer than 16 bits were asked for, and a task saw no quantized token.
     """
-    speakers = _Speakers(model, tokenizer, quantizers, policy or own_policy(quantizers), steps)
+    speakers = _Speakers(model, tokenizer, quantizers, policy or cache_policy(quantizers), steps)
     by_task: dict[str, dict[str, Item]] = {}
     for item in items:
         if by_task.setdefault(item.task, {}).setdefault(item.id, item) is not item:
