@@ -10,8 +10,8 @@ from calib.demo.draws import Draws
 from simquant.tasks import TASKS, Item, Prediction, Task, TaskOptions
 from simquant.tasks.grid import DEPTHS, Place, places
 
-_WORDS = (880,)
-"""Words around what has to be found, as on the longest pages; a word or sign is about a token."""
+_WORDS = (800,)
+"""Words around what has to be found: what leaves room for several numbers in the context. A word is about a token."""
 
 
 @final

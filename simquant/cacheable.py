@@ -18,7 +18,7 @@ def check_cacheable(quantizers: Mapping[Site, Quantizer], policy: CachePolicy) -
     ------
     MismatchError
         If scales span all tokens of a call, or groups of tokens that do not fill the blocks of the window; or if a
-        quantizer wants the context of earlier sites, which a cache does not keep.
+        site is predicted from others under a policy that treats their tokens differently.
     """
     for site, quantizer in quantizers.items():
         who, group = f"{site}: {quantizer.spec.describe()}", quantizer.tokens_per_scale
@@ -33,10 +33,11 @@ def check_cacheable(quantizers: Mapping[Site, Quantizer], policy: CachePolicy) -
                 f"{who} encodes groups of {group} tokens, the policy hands over {block_tokens} at once; they would "
                 f"leave the window in the middle of a group. Use block_tokens={group} or a multiple of it."
             )
-        if quantizer.sources:
+        if quantizer.sources and not _alike_everywhere(policy):
             raise MismatchError(
-                f"{who} predicts from {', '.join(map(str, quantizer.sources))}, which a cache does not hand over. Use "
-                "the protocol 'full'."
+                f"{who} is predicted from {', '.join(map(str, quantizer.sources))}, whose tokens must be encoded when "
+                f"its own are; got a policy with {policy.describe()}. Use one window for keys and values, without "
+                "eviction and without tokens kept for their small norm."
             )
 
 
@@ -63,6 +64,11 @@ def cache_policy(
     if entry is None:
         return CachePolicy(sink_tokens=sink_tokens, block_tokens=group_tokens(quantizers))
     return CachePolicy.from_entry(entry, sink_tokens)
+
+
+def _alike_everywhere(policy: CachePolicy) -> bool:
+    """Whether every site encodes the same tokens at the same step."""
+    return policy.values is None and policy.eviction is None and not policy.keep_smallest_norm
 
 
 def group_tokens(quantizers: Mapping[Site, Quantizer]) -> int:

@@ -15,6 +15,7 @@ from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
 from simquant.block_attention import Scoring
 from simquant.cacheable import cache_policy, check_cacheable
+from simquant.decoded_sources import DecodedSources
 from simquant.layer_store import LayerStore
 from simquant.policy import TENSORS, CachePolicy
 from simquant.rotary_tables import RotaryTables
@@ -86,6 +87,7 @@ class _Decoding:
     def __init__(self, quantizers: Mapping[Site, Quantizer], policy: CachePolicy, steps: Steps, tokens: Tokens) -> None:
         self.usage = Usage(quantizers)
         self._quantizers, self._policy, self._steps, self._tokens = quantizers, policy, steps, tokens
+        self._sources = DecodedSources(quantizers)
         self._tables: dict[int, RotaryTables] = {}
         self._keys: dict[int, Tensor] = {}
 
@@ -118,7 +120,7 @@ class _Decoding:
         def attend(
             query: Tensor, key: Tensor, value: Tensor, visible: Bool[Tensor, "batch queries tokens"], scoring: Scoring
         ) -> Tensor:
-            store = LayerStore(layer, self._quantizers, self._policy)
+            store = LayerStore(layer, self._quantizers, self._policy, self._sources)
             store.append(self._keys.pop(layer.layer, key), value, None)
             for site, tokens in store.stores():
                 self.usage.add_store(site, tokens)
@@ -128,6 +130,7 @@ class _Decoding:
                 decoded = store.key(stream, row, every, self._tables[layer.layer]), store.value(stream, every)
                 seen = visible[min(row, len(visible) - 1)]
                 rows.append(self._attend(query[row], (key[row], value[row]), decoded, seen, scoring))
+            store.end_step()
             return torch.stack(rows)
 
         return attend

@@ -14,10 +14,11 @@ from artifacts.attention import AttentionLayer
 from artifacts.errors import MismatchError
 from simquant.block_attention import Scoring
 from simquant.eviction import Choice, Eviction
-from simquant.layer_store import LayerStore, Stream
+from simquant.layer_store import LayerStore
 from simquant.policy import CachePolicy
 from simquant.rotary_tables import RotaryTables
 from simquant.scores import attention_received, pooled
+from simquant.stream import Stream
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,11 +1,11 @@
 """What a packed cache keeps of one layer: a stream of keys and one of values for each sequence of the batch."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from artifacts.attention import AttentionLayer
@@ -16,81 +16,17 @@ from artifacts.running import first_state
 from artifacts.sites import Site
 from simquant.block_attention import BlockAttention, Scoring
 from simquant.cacheable import group_tokens
+from simquant.decoded_sources import DecodedSources, SequenceSources
 from simquant.errors import CacheStateError
 from simquant.policy import CachePolicy
 from simquant.rotary_tables import RotaryTables
 from simquant.small_norms import SmallNorms
+from simquant.stream import Stream
 from simquant.survivors import Survivors
 from simquant.token_store import TokenStore
 
 BLOCK_TOKENS = 1024
 """Tokens that are decoded at a time, or the next whole number of groups: few enough to stay in a processor's cache."""
-
-
-@dataclass(frozen=True)
-class Stream:
-    """One sequence at one layer.
-
-    Parameters
-    ----------
-    key, value : TokenStore
-        Its tokens, padding left out.
-    n_padding : int
-        Columns of the batch before its first token.
-    survivors : Survivors or None
-        Which tokens are held; None where none is ever evicted.
-    small : SmallNorms or None
-        Which tokens are kept exact for the small norm of their keys; None where none ever is.
-    """
-
-    key: TokenStore
-    value: TokenStore
-    n_padding: int = 0
-    survivors: Survivors | None = None
-    small: SmallNorms | None = None
-
-    def stores(self) -> tuple[TokenStore, TokenStore]:
-        """Both."""
-        return self.key, self.value
-
-    def spans(self) -> Iterator[tuple[int, int]]:
-        """Ranges of tokens that are read together, from the first that both still have."""
-        return max(self.stores(), key=lambda store: store.first_token).spans()
-
-    def columns(self, tokens: slice) -> slice | Int64[Tensor, " tokens"]:
-        """Where held tokens stand in the batch."""
-        if self.survivors is not None:
-            return self.survivors.columns(tokens, self.n_padding)
-        return slice(self.n_padding + tokens.start, self.n_padding + tokens.stop)
-
-    def appended(self, key: Float[Tensor, "tokens channels"], value: Float[Tensor, "tokens channels"]) -> "Stream":
-        """With the tokens that follow."""
-        small, kept = (None, None) if self.small is None else self.small.extended(key)
-        self.key.append(key, kept)
-        self.value.append(value, kept)
-        survivors = None if self.survivors is None else self.survivors.extended(len(key))
-        return replace(self, survivors=survivors, small=small)
-
-    def to(self, device: torch.device) -> "Stream":
-        """On another device."""
-        survivors = None if self.survivors is None else self.survivors.to(device)
-        small = None if self.small is None else self.small.to(device)
-        key, value = self.key.to(device), self.value.to(device)
-        return replace(self, key=key, value=value, survivors=survivors, small=small)
-
-    def keep(self, kept: Bool[Tensor, " held"]) -> "Stream":
-        """With the tokens alone where `kept` is true."""
-        if kept.all():
-            return self
-        for store in self.stores():
-            store.keep(kept)
-        return self if self.survivors is None else replace(self, survivors=self.survivors.without(kept))
-
-    def after_prompt(self) -> "Stream":
-        """At the end of the first step; unchanged at that of another."""
-        if self.survivors is None or self.survivors.n_prompt:
-            return self
-        return replace(self, survivors=self.survivors.after_prompt())
 
 
 class LayerStore:
@@ -104,10 +40,18 @@ class LayerStore:
         Those of the layer's keys and values, among others.
     policy : CachePolicy
         Which tokens stay exact.
+    sources : DecodedSources
+        What sites are predicted from, shared by the layers of a cache.
     """
 
-    def __init__(self, layer: AttentionLayer, quantizers: Mapping[Site, Quantizer], policy: CachePolicy) -> None:
-        self.layer, self.policy = layer, policy
+    def __init__(
+        self,
+        layer: AttentionLayer,
+        quantizers: Mapping[Site, Quantizer],
+        policy: CachePolicy,
+        sources: DecodedSources,
+    ) -> None:
+        self.layer, self.policy, self._sources = layer, policy, sources
         [self.key_site] = (site for site in quantizers if (site.layer, site.tensor) == (layer.layer, "key"))
         self.value_site = Site(layer.layer, "value")
         self._quantizers = {site: quantizers[site] for site in (self.key_site, self.value_site)}
@@ -137,7 +81,8 @@ class LayerStore:
         rows = zip(to_rows(key).view(batch, tokens, -1), to_rows(value).view(batch, tokens, -1), strict=True)
         for index, (key_rows, value_rows) in enumerate(rows):
             n_padding = 0 if real is None else self._padding(self.streams[index], real[index])
-            stream = self.streams[index].appended(key_rows[n_padding:], value_rows[n_padding:])
+            sources = SequenceSources(self._sources, (self.key_site, self.value_site), key.device, index)
+            stream = self.streams[index].appended(key_rows[n_padding:], value_rows[n_padding:], sources)
             self.streams[index] = replace(stream, n_padding=stream.n_padding + n_padding)
         self.n_columns += tokens
 
@@ -159,6 +104,12 @@ class LayerStore:
                 attention.add(key, partial(self.value, stream, tokens), seen[:, stream.columns(tokens)])
             rows.append(attention.result())
         return torch.stack(rows)
+
+    def end_step(self) -> None:
+        """Lets go what was decoded for this layer and for others before it."""
+        for _, store in self.stores():
+            store.forget_decoded()
+        self._sources.release(self.value_site)
 
     def key(
         self, stream: Stream, row: int, tokens: slice, tables: RotaryTables
@@ -254,7 +205,7 @@ class LayerStore:
 
     def _forget(self) -> None:
         """Drops what the next query cannot see by more than a block: that much can still be cropped."""
-        if self.layer.sliding_window is None:
+        if self.layer.sliding_window is None or self._sources:  # other layers may still need the tokens
             return
         for _, store in self.stores():
             store.forget_before(store.n_tokens - self.layer.sliding_window - store.block_tokens)

@@ -15,6 +15,7 @@ from artifacts.sites import Site
 from simquant.arrival import Arrival
 from simquant.block_attention import Scoring, attend
 from simquant.cacheable import cache_policy, check_cacheable
+from simquant.decoded_sources import DecodedSources
 from simquant.evictor import Evictor, Reading, check_evictable
 from simquant.layer_store import LayerStore
 from simquant.policy import CachePolicy
@@ -96,7 +97,8 @@ class _Session:
 
     def new_cache(self) -> PackedCache:
         """An empty cache for this model."""
-        stores = [LayerStore(layer, self._quantizers, self._policy) for layer in self._layers]
+        sources = DecodedSources(self._quantizers)
+        stores = [LayerStore(layer, self._quantizers, self._policy, sources) for layer in self._layers]
         return PackedCache(stores, self)
 
     def handlers(self) -> dict[nn.Module, Handler]:
@@ -145,6 +147,7 @@ class _Session:
                 mean = store.attend(query, visible, scoring, cache.tables)
             if self._evictor is not None:
                 self._evictor.after_step(store, Reading(query, visible, scoring, cache.tables))
+            store.end_step()
             return mean
 
         return read

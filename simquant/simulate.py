@@ -12,8 +12,9 @@ from artifacts.attention import AttentionLayer, attention_layers, tapped
 from artifacts.errors import MismatchError
 from artifacts.fingerprint import model_fingerprint
 from artifacts.layout import from_rows, to_rows
-from artifacts.quantizer import Quantizer
+from artifacts.quantizer import Context, Quantizer
 from artifacts.sites import Site
+from simquant.decoded_sources import DecodedSources
 from simquant.policy import CachePolicy
 from simquant.tokens import Tokens, watch_tokens
 from simquant.usage import Usage
@@ -61,10 +62,12 @@ def simulate(
             f"simulate: every token but the sinks is quantized before it is read; got a policy with {policy.describe()}"
             ". Use decode_exact or packed_cache (the protocols 'decode' and 'cache')."
         )
-    usage = Usage(quantizers)
+    usage, sources = Usage(quantizers), DecodedSources(quantizers)
     with ExitStack() as stack:
         tokens = stack.enter_context(watch_tokens(model))
-        handlers = {site: _handler(site, quantizer, policy, tokens, usage) for site, quantizer in quantizers.items()}
+        handlers = {
+            site: _handler(site, quantizer, (policy, tokens, usage), sources) for site, quantizer in quantizers.items()
+        }
         stack.enter_context(tapped(layers, handlers))
         yield usage
 
@@ -119,32 +122,59 @@ def check_coverage(quantizers: Mapping[Site, Quantizer], layers: Sequence[Attent
 
 
 def _handler(
-    site: Site, quantizer: Quantizer, policy: CachePolicy, tokens: Tokens, usage: Usage
+    site: Site, quantizer: Quantizer, under: tuple[CachePolicy, Tokens, Usage], sources: DecodedSources
 ) -> Callable[[Tensor], Tensor]:
     on_device: dict[torch.device, Quantizer] = {}
+    policy, tokens, usage = under
 
     def handle(x: Float[Tensor, "batch heads tokens head_dim"]) -> Tensor:
+        """What attention reads in place of `x`."""
         own = on_device.get(x.device) or on_device.setdefault(x.device, quantizer.to(x.device))
         rows = to_rows(x)
         keep = tokens.encoded(x.shape[0], x.shape[2], policy.sink_tokens)
-        exact = tokens.real(x.shape[0], x.shape[2])
-        n_exact = 0 if keep is None else int((exact & ~keep).sum()) if exact is not None else int((~keep).sum())
+        real = tokens.real(x.shape[0], x.shape[2])
+        exact = None if keep is None else ~keep if real is None else real & ~keep
+        n_exact = 0 if exact is None else int(exact.sum())
         usage.add_exact(site, n_exact, n_exact * rows[:1].nbytes)
+        context = sources.context(site, rows.device)
         parts = _parts(own, x.shape[0], x.shape[2], keep, rows.device)
-        if parts is None:
-            return from_rows(_simulated(own, rows, site, usage), x)
-        changed = rows.clone()
-        for part in parts:
-            changed[part] = _simulated(own, rows[part], site, usage)
-        return from_rows(changed, x)
+        read = _read(own, rows, context, parts, (site, usage))
+        sources.release(site)
+        if sources.are_kept_of(site):
+            sources.keep(site, _all_decoded(own, rows, read, context, exact))
+        return from_rows(read, x)
 
     return handle
 
 
-def _simulated(quantizer: Quantizer, rows: Tensor, site: Site, usage: Usage) -> Tensor:
-    codes = quantizer.encode(rows)
+def _read(
+    quantizer: Quantizer, rows: Tensor, context: Context, parts: list[Tensor] | None, counted: tuple[Site, Usage]
+) -> Tensor:
+    """What attention reads: the chosen rows decoded, the others as they are."""
+    if parts is None:
+        return _simulated(quantizer, rows, context, counted)
+    read = rows.clone()
+    for part in parts:
+        read[part] = _simulated(quantizer, rows[part], tuple(u[part] for u in context), counted)
+    return read
+
+
+def _simulated(quantizer: Quantizer, rows: Tensor, context: Context, counted: tuple[Site, Usage]) -> Tensor:
+    codes = quantizer.encode(rows, context)
+    site, usage = counted
     usage.add(site, codes)
-    return quantizer.decode(codes)
+    return quantizer.decode(codes, context)
+
+
+def _all_decoded(
+    quantizer: Quantizer, rows: Tensor, read: Tensor, context: Context, exact: Bool[Tensor, "batch tokens"] | None
+) -> Tensor:
+    """What attention reads, but with the tokens that stay exact decoded too: as sources they are nothing else."""
+    if exact is None or not exact.any():
+        return read
+    chosen, decoded = exact.flatten().to(rows.device), read.clone()
+    decoded[chosen] = quantizer.simulate(rows[chosen], tuple(u[chosen] for u in context))
+    return decoded
 
 
 def _parts(

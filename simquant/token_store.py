@@ -9,11 +9,16 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from artifacts.codes import Codes
-from artifacts.quantizer import Quantizer
+from artifacts.quantizer import Context, Quantizer
 from artifacts.running import encode_from, first_state
 from simquant.errors import CacheStateError
 from simquant.kept_exact import KeptExact
 from simquant.policy import CachePolicy, Window
+
+
+def no_context(tokens: slice) -> Context:
+    """Of a site that is not predicted."""
+    return ()
 
 
 class TokenStore:
@@ -44,12 +49,21 @@ class TokenStore:
         self._recent_kept: Tensor | None = None
         self._forgotten_blocks = 0
         self._state = first_state(quantizer)
+        self._context: Callable[[slice], Context] = no_context
+        self._decoded: Tensor | None = None
 
-    def append(self, rows: Float[Tensor, "tokens channels"], kept: Bool[Tensor, " tokens"] | None = None) -> None:
+    def append(
+        self,
+        rows: Float[Tensor, "tokens channels"],
+        kept: Bool[Tensor, " tokens"] | None = None,
+        context: Callable[[slice], Context] = no_context,
+    ) -> None:
         """Takes in the tokens that follow; encodes those that leave the window.
 
         Where `kept` is true a token that leaves is still read as it came; only under a policy that keeps such tokens.
+        `context` gives what a predicted site's quantizer needs beside encoded tokens, counted from the first no sink.
         """
+        self._context, self._decoded = context, None
         n_sinks = min(len(rows), max(0, self.sink_tokens - self.n_tokens))
         sinks = _joined(self._sinks, rows[:n_sinks])
         recent = _joined(self._recent, rows[n_sinks:])
@@ -68,11 +82,21 @@ class TokenStore:
         parts = [self._sinks[start:end]] if start < self.sink_tokens else []
         for first, codes in self._stored_blocks():
             if first < end and start < first + codes.shape[0]:
-                rows = self.quantizer.decode(codes)
-                parts.append(rows[max(0, start - first) : end - first])
+                parts.append(self._decode(first, codes)[max(0, start - first) : end - first])
         if end > self.encoded_end:
             parts.append(self._recent[max(0, start - self.encoded_end) : end - self.encoded_end])
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def decode_all(self) -> Float[Tensor, "tokens channels"]:
+        """All encoded tokens, which are read from here until `forget_decoded`."""
+        parts = [self._decode(first, codes) for first, codes in self._stored_blocks()]
+        assert self._recent is not None, "something is appended before it is decoded"
+        self._decoded = torch.cat(parts) if parts else self._recent[:0]
+        return self._decoded
+
+    def forget_decoded(self) -> None:
+        """Ends a step: what was decoded for others is let go."""
+        self._context, self._decoded = no_context, None
 
     def spans(self) -> Iterator[tuple[int, int]]:
         """Ranges of tokens of at most a block and the sinks, from the first that is kept to the last."""
@@ -205,6 +229,13 @@ class TokenStore:
         """A copy that shares everything stored so far."""
         return self.map(lambda tensor: tensor)
 
+    def _decode(self, first: int, codes: Codes) -> Tensor:
+        """The tokens of a block, the first of which has the number `first`."""
+        tokens = slice(first - self.sink_tokens, first - self.sink_tokens + codes.shape[0])
+        if self._decoded is not None:
+            return self._decoded[tokens]
+        return self.quantizer.decode(codes, self._context(tokens))
+
     def _encode(self, rows: Tensor, kept: Tensor | None) -> None:
         """Codes of the next tokens, cut where blocks end."""
         while len(rows):
@@ -224,7 +255,8 @@ class TokenStore:
 
     def _encoded_by(self, quantizer: Quantizer, rows: Tensor) -> Codes:
         if self._state is None:
-            return quantizer.encode(rows)
+            start = self.encoded_end - self.sink_tokens
+            return quantizer.encode(rows, self._context(slice(start, start + len(rows))))
         state = replace(self._state, absmax=self._state.absmax.to(rows.device))
         codes, self._state = encode_from(quantizer, rows, state)
         return codes
