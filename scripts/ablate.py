@@ -58,7 +58,7 @@ def _main(argv: list[str]) -> int:
     from scripts.ablation import Setup
     from scripts.ablation_run import ablate
     from scripts.models import short_name
-    from scripts.sweep_cell import replace_text
+    from scripts.text_files import replace_text
 
     recipe = load_recipe(args.recipe)
     ingredients = _ingredients(args.ingredients)

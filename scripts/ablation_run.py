@@ -5,8 +5,6 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-import torch
-
 from calib.fitting import fit
 from calib.recipe_errors import RecipeError
 from scripts.ablation import INGREDIENTS, Setup
@@ -18,7 +16,6 @@ from scripts.sweep_tasks import Bench
 from scripts.text_table import text_table
 from simquant import EvalResult
 from simquant.evaluate import evaluate_each
-from simquant.figures import mean_of_sums
 
 FULL = "the full recipe"
 
@@ -158,7 +155,5 @@ def _evaluated(benches: Mapping[str, Bench]) -> dict[str, EvalResult]:
 
 def _worth(name: str, full: EvalResult, removed: EvalResult) -> Worth:
     """The difference within each window: what all windows share, their difficulty, is not in its error."""
-    assert full.cluster_targets == removed.cluster_targets
-    sums = torch.tensor(removed.cluster_nats, dtype=torch.float64) - torch.tensor(full.cluster_nats).double()
-    nats, stderr = mean_of_sums(sums, torch.tensor(full.cluster_targets))
+    nats, stderr = removed.loss_beyond(full)
     return Worth(ingredient=name, nats=nats, stderr=stderr, bits=removed.bits["average"])

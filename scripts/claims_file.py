@@ -45,7 +45,7 @@ class AbstractClaim(BaseModel):
     files : dict from str to str
         Texts that lie in the folder, by name.
     tolerance : float
-        Share by which a figure may be off; one unit of its last digit is always allowed.
+        Share by which a figure may be off; one unit of its last decimal is always allowed.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

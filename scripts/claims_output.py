@@ -34,7 +34,7 @@ class Output:
     def fill(self, template: str) -> str:
         """A text in which each place, `[row][column]` or `[key][key]:.2f`, became what stands there.
 
-        The first key may be the beginning of one, if no other begins so.
+        A key may be the beginning of one, if no other begins so.
 
         Raises
         ------

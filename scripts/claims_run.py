@@ -75,6 +75,7 @@ class Runner:
             for path in sorted(self.data.iterdir()) if self.data is not None else ():
                 Path(path.name).symlink_to(path)
             for file, text in files.items():
+                Path(file).unlink(missing_ok=True)  # a link to the data must not be written through
                 Path(file).write_text(text, encoding="utf-8")
             return [run_command(command) for command in commands][-1]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 _CODE = re.compile(r"`[^`]*`")
 _REFERENCE = re.compile(r"\b\d{4}\.\d{5}\b")
-_FIGURE = re.compile(r"(?<![\w.-])-?\d+(?:,\d{3})*(?:\.\d+)?(?![\w-]|\.\d)")
+_FIGURE = re.compile(r"(?<![\w.-])-?\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?(?![\w-]|\.\d)")
 _RULE = re.compile(r"\|[-:| ]+\|")
 _ROUNDING = 1 + 1e-9  # so that a difference of exactly one unit passes
 _FEWEST_COLUMNS = 3  # of a table in plain text: two runs of words with a wide gap between them are a comment
@@ -52,11 +52,13 @@ def allowance(figure: str, tolerance: float) -> float:
 
     Examples
     --------
-    >>> allowance("0.0189", 0.005), allowance("400", 0.005), allowance("0", 0.005)
-    (0.0001, 2.0, 0.0)
+    >>> allowance("0.0189", 0.005), allowance("400", 0.005), allowance("0", 0.005), allowance("7.24e+06", 0.005)
+    (0.0001, 2.0, 0.0, 36200.0)
     """
-    decimals = len(figure.partition(".")[2])
-    return max(tolerance * abs(_number(figure)), 10.0**-decimals if decimals else 0.0)
+    digits, _, exponent = figure.partition("e")
+    decimals = len(digits.partition(".")[2])
+    unit = 10.0 ** (int(exponent or 0) - decimals) if decimals else 0.0
+    return max(tolerance * abs(_number(figure)), unit)
 
 
 def agree(expected: str, found: str, tolerance: float) -> bool:
@@ -66,6 +68,8 @@ def agree(expected: str, found: str, tolerance: float) -> bool:
     --------
     >>> agree("4.906 ± 0.010", "4.91 ± 0.011", 0.005), agree("4.906", "4.95", 0.005), agree("none", "4.95", 0.005)
     (True, False, False)
+    >>> agree("7.242e+06 bytes", "1.1e+06 bytes", 0.005)
+    False
     """
     ours, theirs = figures(expected), figures(found)
     if len(ours) != len(theirs):

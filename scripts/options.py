@@ -72,6 +72,12 @@ def add_recipe_options(parser: argparse.ArgumentParser, default_recipe: str) -> 
     group.add_argument(
         "--abits", "--bits", type=int, choices=BITS, metavar="N", help="bits for keys and values; 16 is exact"
     )
+    group.add_argument(
+        "--target-bits",
+        type=float,
+        metavar="B",
+        help="mean bits of all keys and values, shared out among the sites (recipes that allot levels)",
+    )
     group.add_argument("--key-bits", "--kbits", type=int, choices=BITS, metavar="N", help="bits for keys")
     group.add_argument("--value-bits", "--vbits", type=int, choices=BITS, metavar="N", help="bits for values")
     group.add_argument(
@@ -130,6 +136,13 @@ def foreign_hints(args: argparse.Namespace) -> "Hints":
     )
 
 
+def whole(text: str) -> int:
+    """An integer from 0."""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"expected an integer from 0, got {text!r}")
+    return int(text)
+
+
 def positive(text: str) -> int:
     """An integer from 1."""
     if not text.isdigit() or int(text) < 1:
@@ -153,8 +166,9 @@ def recipe_changes(args: argparse.Namespace, base: dict[str, Any]) -> dict[str, 
     }
     if args.first_few_fp16 is not None:
         changes["sink_tokens"] = max(0, args.first_few_fp16)
-    if args.stage is not None:
-        changes["stage"] = args.stage
+    for name in ("stage", "target_bits"):
+        if getattr(args, name) is not None:
+            changes[name] = getattr(args, name)
     return {name: change for name, change in changes.items() if change != {}}
 
 

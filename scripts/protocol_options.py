@@ -111,7 +111,7 @@ def _add_window_options(group: Any) -> None:
     )
     group.add_argument(
         "--keep-smallest-norm",
-        type=options.positive,
+        type=options.whole,
         metavar="N",
         help="tokens whose key is among the N smallest so far stay exact",
     )

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.search import Found, Trial
-from scripts.sweep_cell import replace_text
+from scripts.text_files import replace_text
 from scripts.text_table import text_table
 
 

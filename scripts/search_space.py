@@ -72,7 +72,11 @@ class Parameter(BaseModel):
 
     def rounded(self, value: float) -> int | float:
         """A value of the range as it stands in recipes and names."""
-        return round(value) if self.whole else float(f"{value:.4g}")
+        if self.whole:
+            return round(value)
+        assert self.low is not None
+        assert self.high is not None
+        return min(max(float(f"{value:.4g}"), self.low), self.high)
 
 
 class Search(BaseModel):

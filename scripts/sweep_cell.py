@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from scripts.console import say
 from scripts.models import short_name
 from scripts.sweep_settings import Settings
 from scripts.task_options import PERPLEXITY
+from scripts.text_files import replace_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +88,7 @@ def readable(text: str) -> str:
 
 
 def read_cell(path: Path) -> dict[str, Any] | None:
-    """The result that was kept; None if there is none, or the file is not as it was written."""
+    """The result that was kept for a cell; None if there is none, or the file is not as it was written."""
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
         result: dict[str, Any] = kept["result"]
@@ -102,15 +102,7 @@ def read_cell(path: Path) -> dict[str, Any] | None:
     return None
 
 
-def write_cell(path: Path, cell: Cell, result: dict[str, Any]) -> None:
+def write_cell(path: Path, identity: dict[str, Any], result: dict[str, Any]) -> None:
     """Keeps a result, whole or not at all."""
-    identity = cell.identity()
     kept = {"cell": identity, "result": result, "digest": digest([identity, result])}
     replace_text(path, json.dumps(kept, indent=1, allow_nan=False) + "\n")
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all, replacing an earlier one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from scripts.pareto import Point, save_pareto
-from scripts.sweep_cell import Cell, readable, replace_text
+from scripts.sweep_cell import Cell, readable
 from scripts.sweep_run import Outcome
 from scripts.sweep_tasks import TASKS
 from scripts.task_options import PERPLEXITY
+from scripts.text_files import replace_text
 from scripts.text_table import text_table
 
 Row = dict[str, Any]

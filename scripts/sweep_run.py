@@ -90,8 +90,9 @@ def finish(folder: Path, job: tuple[Cell, Gathering]) -> None:
     if path.exists() and read_cell(path) is not None:  # when a worker's death made it run twice
         return
     artifact = _fitted(source.path(folder / "statistics"), cell.recipe.model_dump_json())
+    identity = cell.identity()  # before it is run: a text may be edited meanwhile
     bench = Bench(cell, source.load_model(), artifact, path.with_suffix(".jsonl"))
-    write_cell(path, cell, TASKS[cell.task].run(bench))
+    write_cell(path, identity, TASKS[cell.task].run(bench))
 
 
 def _gathering(cell: Cell, together: Collection[Cell]) -> Gathering:

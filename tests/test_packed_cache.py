@@ -206,10 +206,11 @@ def test_a_policy_that_cannot_hand_over_groups_is_refused(
     assert n_hooks(tiny_llama) == 0
 
 
-def test_what_a_cache_does_not_keep_for_a_quantizer_is_refused() -> None:
-    site, policy = Site(1, "value"), CachePolicy(block_tokens=4)
-    with pytest.raises(MismatchError, match=r"predicts from layers\.0\.value, which a cache does not hand over"):
-        check_cacheable({site: Predicting(channels=CHANNELS)}, policy)
+def test_sites_that_are_predicted_need_one_policy_for_all() -> None:
+    quantizers = {Site(1, "value"): Predicting(channels=CHANNELS)}
+    check_cacheable(quantizers, CachePolicy(block_tokens=4))
+    with pytest.raises(MismatchError, match=r"predicted from layers\.0\.value, whose tokens must be encoded when"):
+        check_cacheable(quantizers, CachePolicy(values=Window(residual_tokens=1)))
 
 
 def test_the_group_of_several_quantizers_is_whole_for_each() -> None:

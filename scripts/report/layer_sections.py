@@ -142,7 +142,10 @@ def _levels(number: int, name: str, row: Found) -> Markup:
 
 def _kept(number: int, name: str, shares: Sequence[float]) -> Markup:
     top = max(range(len(shares)), key=lambda channel: shares[channel])
-    words = f"{site_name(name).capitalize()}: channel {top} has most outliers, {percent(shares[top])} of its values."
+    words = (
+        f"{site_name(name).capitalize()}: channel {top}, as its quantizer sees them, has most outliers, "
+        f"{percent(shares[top])} of its values."
+    )
     return figure(picture(f"kept{number}", words, (5.4, 2.6), partial(drawings.kept_channels, shares)), words)
 
 

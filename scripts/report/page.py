@@ -1,7 +1,6 @@
 """The page, made from the JSON of a report and nothing else."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from string import Template
@@ -10,6 +9,7 @@ from typing import Any
 from scripts.models import short_name
 from scripts.report import layer_sections, result_sections, storage_sections, task_sections
 from scripts.report.markup import Markup, element, text
+from scripts.text_files import replace_text
 
 _HERE = Path(__file__).parent
 _SECTIONS = (
@@ -38,8 +38,8 @@ def write_report(folder: Path, found: Mapping[str, Any]) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = json.dumps(found, indent=1, allow_nan=False) + "\n"
-    _replace(folder / "report.json", written)
-    _replace(folder / "report.html", page(json.loads(written)))
+    replace_text(folder / "report.json", written)
+    replace_text(folder / "report.html", page(json.loads(written)))
 
 
 def page(found: Mapping[str, Any]) -> str:
@@ -58,9 +58,3 @@ def _entry(section: Markup) -> Markup:
     """A line of the contents, from the section's own heading."""
     name, _, rest = section.partition('<h2 id="')[2].partition('">')
     return element("li", element("a", Markup(rest.partition("</h2>")[0]), href=f"#{name}"))
-
-
-def _replace(path: Path, content: str) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(content, encoding="utf-8")
-    os.replace(temporary, path)
