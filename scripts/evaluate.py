@@ -12,15 +12,18 @@ from scripts.console import Parser, UsageError, run, say, set_up_logging
 from scripts.evaluate_tasks import run_tasks
 from scripts.evaluate_text import run_text
 from scripts.evaluated import Evaluated, chosen_recipe, fitted, load_artifact
-from scripts.lm_eval_adapter import add_lm_eval_options, lm_eval_table, run_lm_eval
+from scripts.lm_eval_adapter import OF_LM_EVAL, add_lm_eval_options, lm_eval_table, run_lm_eval
 from scripts.protocol_options import add_protocol_options
 from scripts.report_options import add_report_options, check_report_options
-from scripts.scoring_options import add_scoring_options
+from scripts.scoring_options import OF_TEXTS, add_scoring_options
 from scripts.task_options import PERPLEXITY, add_task_options, task_names
 
 if TYPE_CHECKING:
     from scripts.models import LoadedModel
     from simquant.tasks import TaskResult
+
+
+_OF_MODELS = ("model", "quantizer_path", "recipe", "abits", "tasks", "predictions", "lm_eval", "report", "resume")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -75,6 +78,7 @@ def _main(argv: list[str]) -> int:
 
 def _score(args: argparse.Namespace) -> None:
     """Answers that were written earlier."""
+    options.refuse_given(args, _OF_MODELS, "--score reads answers that are written; no model is run")
     from simquant.tasks import score_predictions
 
     _show(args, _tasks_report(args, score_predictions(args.score)))
@@ -97,6 +101,10 @@ def _evaluate(args: argparse.Namespace, argv: Sequence[str]) -> None:
             )
     options.choose_defaults(args)
     names = task_names(args)
+    if PERPLEXITY not in names:
+        options.refuse_given(args, OF_TEXTS, "only losses on a text have it; add perplexity to --tasks")
+    if args.lm_eval is None:
+        options.refuse_given(args, OF_LM_EVAL, "no task of the harness is asked for; add --lm-eval")
     if args.report is not None or {PERPLEXITY, "drift"} & set(names):
         from calib.corpus import check_dataset
 

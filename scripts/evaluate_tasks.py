@@ -60,8 +60,7 @@ def run_tasks(
             steps=settings["steps"] if args.prefill_tokens or args.chunk_tokens else None,
             progress=lambda own: bar(own, "answering"),
         )
-        asked = {item.task for item in items}
-        return [result for result in score_predictions(path, tasks) if result.task in asked]
+        return score_predictions(path, tasks, only={(item.task, item.id) for item in items})
 
 
 def _tasks(args: argparse.Namespace) -> "Mapping[str, Task]":

@@ -88,7 +88,7 @@ def eviction_of(args: argparse.Namespace) -> "Eviction | None":
     except ValueError as error:
         raise UsageError(f"{flags}: {error}") from error
     if eviction.prefill == "all" and eviction.decoding is None:
-        raise UsageError(f"{flags}: nothing is dropped without --method or --decoding-metric")
+        raise UsageError(f"{flags}: nothing is dropped; add --decoding-metric, or a --method other than ALLKV")
     tasks = vars(args).get("tasks")  # whose prompts are one step each, of any length
     if eviction.prefill != "all" and not tasks and (args.prefill_tokens or 1) <= eviction.prefill_tokens:
         raise UsageError(

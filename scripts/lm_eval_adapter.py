@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from simquant import CachePolicy, Usage
 
 
+OF_LM_EVAL = ("lm_eval_limit", "lm_eval_fewshot", "lm_eval_include")
+"""Names of options that go with its tasks alone."""
+
+
 def add_lm_eval_options(parser: argparse.ArgumentParser) -> None:
     """Which tasks of the harness."""
     group = parser.add_argument_group("lm-evaluation-harness (pip install lm-eval)")
@@ -156,7 +160,7 @@ def _by_document(found: Mapping[str, Any], task: str, metric: str, variant: str)
 
 def _difference(exact: Mapping[int, float], quantized: Mapping[int, float]) -> dict[str, float]:
     """Of means over documents, paired; what is no mean has none."""
-    from simquant.tasks.result import mean_and_stderr
+    from simquant.figures import mean_and_stderr
 
     if len(exact) < 2 or exact.keys() != quantized.keys():
         return {}

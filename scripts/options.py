@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from scripts.console import UsageError
@@ -134,6 +135,19 @@ def foreign_hints(args: argparse.Namespace) -> "Hints":
         outlier_fraction=sparse["fraction"] if sparse else None,
         sink_tokens=max(0, args.first_few_fp16 or 0),
     )
+
+
+def refuse_given(args: argparse.Namespace, names: Sequence[str], why: str) -> None:
+    """Options that would have no effect are refused instead of ignored.
+
+    Raises
+    ------
+    UsageError
+        If any of them is given.
+    """
+    given = [name for name in names if vars(args).get(name) not in (None, False)]
+    if given:
+        raise UsageError(", ".join(f"--{name}".replace("_", "-") for name in given) + f": {why}")
 
 
 def whole(text: str) -> int:

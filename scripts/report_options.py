@@ -7,6 +7,8 @@ from pathlib import Path
 from scripts import options
 from scripts.console import UsageError
 
+WINDOWS = 8
+
 
 def add_report_options(parser: argparse.ArgumentParser) -> None:
     """Where the report goes, what it compares with, and how much text its pictures are taken from."""
@@ -23,10 +25,9 @@ def add_report_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--report-windows",
         type=options.positive,
-        default=8,
         metavar="N",
         help="windows from which the losses and errors of single layers are taken, each quantized alone: one pass for "
-        "the keys and one for the values of every layer (default: 8)",
+        f"the keys and one for the values of every layer (default: {WINDOWS})",
     )
 
 
@@ -39,8 +40,7 @@ def check_report_options(args: argparse.Namespace) -> None:
         If there can be no such folder, or the file to compare with is not what `compare_recipes` writes.
     """
     if args.report is None:
-        if args.report_compare is not None:
-            raise UsageError("--report-compare: no report is asked for; add --report FOLDER")
+        options.refuse_given(args, ("report_compare", "report_windows"), "no report is asked for; add --report FOLDER")
         return
     from scripts.report.compared import compared
 
@@ -49,6 +49,8 @@ def check_report_options(args: argparse.Namespace) -> None:
     try:
         args.report.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"--report {args.report}: no folder can be made there ({error.strerror})") from error
+        raise UsageError(
+            f"--report {args.report}: no folder can be made there ({error.strerror}); name another"
+        ) from error
     if not os.access(args.report, os.W_OK):
         raise UsageError(f"--report {args.report}: you may not write there; name another folder")

@@ -17,6 +17,10 @@ _MOST_OF_C4 = 256
 """Windows of a text that is too long to be read whole, as without --stride."""
 
 
+OF_TEXTS = ("stride", "resume", "site_losses", "clipping")
+"""Names of options that go with losses on texts alone."""
+
+
 def add_scoring_options(parser: argparse.ArgumentParser) -> None:
     """Strides, a log to go on from, and figures of single sites."""
     group = parser.add_argument_group("scoring")

@@ -51,10 +51,7 @@ def task_names(args: argparse.Namespace) -> tuple[str, ...]:
     from simquant.tasks.longbench_tasks import longbench_group
 
     if args.tasks is None:
-        given = [name for name in _OF_TASKS if getattr(args, name) is not None]
-        if given:
-            flags = ", ".join(f"--{name}".replace("_", "-") for name in given)
-            raise UsageError(f"{flags}: no task is asked for; add --tasks")
+        options.refuse_given(args, _OF_TASKS, "no task is asked for; add --tasks")
         return () if args.lm_eval is not None else (PERPLEXITY,)
     found: list[str] = []
     longbench = ("longbench", "longbench-e")
@@ -70,6 +67,8 @@ def task_names(args: argparse.Namespace) -> tuple[str, ...]:
                 f"--tasks: expected names out of {', '.join(short)}, longbench:DATASET; got {name!r}"
                 + (f"; did you mean {close[0]}?" if close else "")
             )
+    if set(found) == {PERPLEXITY}:
+        options.refuse_given(args, _OF_TASKS, "perplexity has no items; add a task to --tasks")
     return tuple(dict.fromkeys(found))
 
 

@@ -1,6 +1,8 @@
 """Eviction under the names of SCOPE and KIVI-SCOPE."""
 
 import difflib
+import re
+from collections.abc import Mapping
 from typing import Any
 
 from simquant.eviction import Eviction
@@ -44,7 +46,17 @@ def from_scope_options(**options: Any) -> Eviction:
         if _SCOPE_NAMES[name] in found:
             raise ValueError(f"SCOPE: {name} repeats another option ({_SCOPE_NAMES[name]} here); give one of them")
         found[_SCOPE_NAMES[name]] = _scope_value(value)
-    return Eviction(**found)
+    try:
+        return Eviction(**found)
+    except ValueError as error:
+        raise ValueError(_in_scope_names(str(error), options)) from error
+
+
+def _in_scope_names(message: str, options: Mapping[str, Any]) -> str:
+    """A message about fields of `Eviction`, about the options that were given instead."""
+    spelt = {_SCOPE_NAMES[name]: name for name in (*_SCOPE_NAMES, *options)}
+    words = spelt | {value: option for option, value in _SCOPE_VALUES.items() if option != "fullkv"}
+    return re.sub(r"\b[a-z_]+\b", lambda word: words.get(word[0], word[0]), message)
 
 
 def _scope_value(value: Any) -> Any:

@@ -521,7 +521,7 @@ def test_unknown_and_repeated_names_are_refused() -> None:
         from_scope_options(prefill_windown_size=512)
     with pytest.raises(ValueError, match=r"prefill_window_size repeats another option \(prefill_tokens here\)"):
         from_scope_options(max_capacity_prompt=64, prefill_window_size=64)
-    with pytest.raises(ValueError, match=r"prefill must be one of all, snapkv, .*; got 'pyramidinfer'"):
+    with pytest.raises(ValueError, match=r"method must be one of allkv, snapkv, .*; got 'pyramidinfer'"):
         from_scope_options(method="PyramidInfer")
 
 

@@ -83,13 +83,13 @@ def test_eviction_is_asked_for_under_the_names_of_scope() -> None:
         ("--protocol decode --residual-length 8 --block-tokens 4", "stands for both windows"),
         ("--method snapkv", "--method: only a cache drops tokens, step by step; add --protocol cache"),
         ("--protocol decode --decoding-metric slide", "--decoding-metric: only a cache drops tokens"),
-        ("--protocol cache --pooling avgpool", "nothing is dropped without --method or --decoding-metric"),
-        ("--protocol cache --method AllKV", "nothing is dropped without"),
+        ("--protocol cache --pooling avgpool", "nothing is dropped; add --decoding-metric, or a --method other than ALLKV"),
+        ("--protocol cache --method AllKV", "nothing is dropped"),
         ("--protocol cache --method SnapKV", "has 1 tokens and 2048 may stay; use more --prefill-tokens"),
-        ("--protocol cache --method best", "prefill must be one of all, snapkv"),
+        ("--protocol cache --method best", "method must be one of allkv, snapkv"),
         (
             "--protocol cache --decoding-metric slide --decoding-window-size 8",
-            "decoding_recent_tokens must be below decoding_tokens",
+            "decoding_recent_size must be below decoding_window_size",
         ),
     ],
 )

@@ -18,6 +18,7 @@ from calib.windows import split_windows
 from scripts.calibration_text import calibration_windows
 from scripts.evaluated import Evaluated
 from scripts.models import LoadedModel
+from scripts.report_options import WINDOWS
 
 _BESIDE_TEXT = ("tasks", "lm_eval")
 
@@ -86,7 +87,8 @@ class ReportedRun:
         """
         dataset = args.dataset.split(",")[0]
         text = load_corpus(dataset, "evaluation", loaded.encode, field=args.field)
-        limit = min(args.report_windows, args.limit or args.report_windows)
+        wanted = args.report_windows or WINDOWS
+        limit = min(wanted, args.limit or wanted)
         artifact = evaluated.artifact
         single = {dataset: {name: value for name, value in found.items() if name not in _BESIDE_TEXT}}
         return cls(
