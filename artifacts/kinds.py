@@ -11,12 +11,14 @@ from artifacts.centred import Centred
 from artifacts.codebook import Codebook, DynamicCodebook
 from artifacts.compact_sparse import CompactSparse
 from artifacts.dynamic_affine import DynamicAffine
+from artifacts.entropy_coded import EntropyCoded
 from artifacts.errors import ArtifactError, CorruptArtifactError, UnknownKindError
 from artifacts.float8 import DynamicFloat8, Float8
 from artifacts.hadamard import Hadamard
 from artifacts.identity import Identity
 from artifacts.mixed_codebook import MixedCodebook
 from artifacts.normalised import Normalised
+from artifacts.predicted import Predicted
 from artifacts.quantizer import Quantizer
 from artifacts.rotated import Rotated
 from artifacts.signed_affine import SignedAffine
@@ -35,6 +37,7 @@ KINDS: dict[str, type[Quantizer]] = {
         Codebook,
         DynamicCodebook,
         MixedCodebook,
+        EntropyCoded,
         Float8,
         DynamicFloat8,
         BlockFloat,
@@ -47,6 +50,7 @@ KINDS: dict[str, type[Quantizer]] = {
         Hadamard,
         Centred,
         Normalised,
+        Predicted,
     )
 }
 

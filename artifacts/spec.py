@@ -93,4 +93,5 @@ class QuantSpec:
 
     def _shown(self) -> list[tuple[str, Option]]:
         """Options worth a word."""
-        return [(name, value) for name, value in self.options.items() if name != "channels" and value is not False]
+        hidden = ("channels", "source_sites")
+        return [(name, value) for name, value in self.options.items() if name not in hidden and value is not False]

@@ -50,7 +50,7 @@ def calibrate(
     bits : int or None
         Code width for keys and values; None leaves it to the recipe.
     tier : {'basic', 'full'}
-        Which statistics to take.
+        Which statistics to take; `full` where the recipe reads them.
     fisher : bool
         Take squared gradients too: one backward pass for each window. Recipes that read them turn it on.
 
@@ -73,7 +73,8 @@ def calibrate(
         chosen = chosen.edited({"key": with_bits(bits), "value": with_bits(bits)})
     layers = attention_layers(model)
     check(chosen, site_shapes(layers, chosen.stage))
-    statistics = new_statistics(model, layers, stage=chosen.stage, tier=tier, fisher=fisher or chosen.needs_fisher)
+    taken: Tier = "full" if chosen.needs_full else tier
+    statistics = new_statistics(model, layers, stage=chosen.stage, tier=taken, fisher=fisher or chosen.needs_fisher)
     add_windows(model, layers, statistics, windows)
     return fit(statistics, chosen)
 

@@ -1,19 +1,20 @@
 """From statistics to an artifact, without the model."""
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Mapping
 
 from joblib import Parallel, delayed
 
 from artifacts.artifact import Artifact
 from artifacts.manifest import Manifest, tool_version
 from artifacts.sites import Site
+from calib.budget import fit_budget
+from calib.chain import Chain, Progress
 from calib.estimators import Estimator, Fit
 from calib.layer_choice import check
 from calib.recipe import Recipe
 from calib.statistics.model_statistics import ModelStatistics
 
-Progress = Callable[[Iterable[Any]], Iterable[Any]]
+__all__ = ["Progress", "cached_sites", "fit"]
 
 
 def fit(statistics: ModelStatistics, recipe: Recipe, *, jobs: int = 1, progress: Progress = iter) -> Artifact:
@@ -26,7 +27,8 @@ def fit(statistics: ModelStatistics, recipe: Recipe, *, jobs: int = 1, progress:
     recipe : Recipe
         What to fit.
     jobs : int
-        Sites fitted at a time (threads; an active joblib backend takes precedence).
+        Sites fitted at a time (threads; an active joblib backend takes precedence); where sites are predicted from one
+        another, or share a budget, it is one after the other.
     progress : callable
         Wraps the sites, for a progress bar.
 
@@ -38,10 +40,7 @@ def fit(statistics: ModelStatistics, recipe: Recipe, *, jobs: int = 1, progress:
         If the statistics lack a site or a statistic that the recipe reads.
     """
     estimators = check(recipe, [statistics.sites[site].shape for site in cached_sites(statistics, recipe)])
-    fits = Parallel(n_jobs=jobs, prefer="threads", return_as="generator")(
-        delayed(_fit_site)(statistics, estimator, site, recipe.sink_tokens) for site, estimator in estimators.items()
-    )
-    found: dict[Site, Fit] = dict(zip(estimators, progress(fits), strict=True))
+    found = _fits(statistics, recipe, estimators, (jobs, progress))
     quantizers = {site: fit.quantizer for site, fit in found.items()}
     head = "" if statistics.exact_head else "; first positions from a sample of the windows"
     manifest = Manifest(
@@ -73,6 +72,20 @@ def cached_sites(statistics: ModelStatistics, recipe: Recipe) -> list[Site]:
             f"Calibrate again with --stage {recipe.stage}, or use a recipe with stage: {wrong[0].stage}."
         )
     return cached
+
+
+def _fits(
+    statistics: ModelStatistics, recipe: Recipe, estimators: Mapping[Site, Estimator], how: tuple[int, Progress]
+) -> dict[Site, Fit]:
+    jobs, progress = how
+    if recipe.target_bits is not None:
+        return fit_budget(Chain(statistics, recipe.sink_tokens), estimators, recipe.target_bits, progress)
+    if any(estimator.sources(site, estimators) for site, estimator in estimators.items()):
+        return Chain(statistics, recipe.sink_tokens).fit(estimators, progress).fits
+    fits = Parallel(n_jobs=jobs, prefer="threads", return_as="generator")(
+        delayed(_fit_site)(statistics, estimator, site, recipe.sink_tokens) for site, estimator in estimators.items()
+    )
+    return dict(zip(estimators, progress(fits), strict=True))
 
 
 def _fit_site(statistics: ModelStatistics, estimator: Estimator, site: Site, sink_tokens: int) -> Fit:

@@ -9,6 +9,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from artifacts.sites import Stage
+from calib.cache_entry import CacheEntry
 from calib.estimators import AnyEstimator, Estimator
 from calib.modelslim_recipe import from_modelslim, is_modelslim
 from calib.override import CachedTensor, Override, merged
@@ -44,6 +45,11 @@ class Recipe(BaseModel):
         Hyper-parameters of the estimators for all layers.
     sink_tokens : int
         First positions of a sequence that stay exact and take no part in the fit, 0 to 8.
+    target_bits : float or None
+        Mean bits over all keys and values, shared out among the sites, each of which allots levels; None leaves every
+        site its own.
+    cache : CacheEntry or None
+        Which other tokens a cache keeps exact, where the method says so.
     include, exclude : tuple of str
         Globs over paths of attention modules, layers and sites: a site is quantized if `include` names it and `exclude`
         does not.
@@ -71,6 +77,8 @@ class Recipe(BaseModel):
     key: AnyEstimator
     value: AnyEstimator
     sink_tokens: int = Field(default=0, ge=0, le=8)
+    target_bits: float | None = Field(default=None, ge=0.25, le=8)
+    cache: CacheEntry | None = None
     include: Annotated[Patterns, Field(min_length=1)] = ("*",)
     exclude: Patterns = ()
     overrides: tuple[Override, ...] = ()
@@ -80,6 +88,11 @@ class Recipe(BaseModel):
         """Every override goes with the entry that it changes."""
         entries = [{tensor: self._entry(tensor, [one]) for tensor in one.tensors} for one in self.overrides]
         _OVERRIDES.validate_json(json.dumps({"overrides": entries}), strict=True)
+        for tensor in ("key", "value"):
+            if self.target_bits is not None and not getattr(self, tensor).allots:
+                raise ValueError(
+                    f"target_bits is shared out among levels; {tensor} needs an entry with method: allotted"
+                )
         return self
 
     def estimator(self, tensor: CachedTensor, overrides: Iterable[Override] = ()) -> Estimator:
@@ -100,6 +113,12 @@ class Recipe(BaseModel):
         """Whether any site's estimator reads squared gradients."""
         entries = [self.estimator(tensor, [one]) for one in self.overrides for tensor in one.tensors]
         return any(entry.needs_fisher for entry in (self.key, self.value, *entries))
+
+    @property
+    def needs_full(self) -> bool:
+        """Whether any site's estimator reads what only statistics of the tier `full` hold."""
+        entries = [self.estimator(tensor, [one]) for one in self.overrides for tensor in one.tensors]
+        return any(entry.needs_full for entry in (self.key, self.value, *entries))
 
     def edited(self, changes: Mapping[str, Any]) -> "Recipe":
         """The recipe with some entries changed, such as `{"key": {"bits": 3}}`, and checked again.

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from artifacts.artifact import Artifact
     from calib.recipe import Recipe
     from calib.statistics.model_statistics import ModelStatistics
+    from calib.statistics.site_statistics import Tier
 
 NSAMPLES = 16
 
@@ -45,7 +46,10 @@ def parser() -> argparse.ArgumentParser:
         help="sites fitted at a time, at most one for each core (default: 1)",
     )
     parser.add_argument(
-        "--statistics", choices=("basic", "full"), default="basic", help="what to gather (default: basic)"
+        "--statistics",
+        choices=("basic", "full"),
+        default="basic",
+        help="what to gather (default: what the recipe reads)",
     )
     parser.add_argument(
         "--fisher", action="store_true", help="weigh by squared gradients: one backward pass per window"
@@ -187,8 +191,9 @@ def _gather(args: argparse.Namespace, recipe: "Recipe") -> "ModelStatistics":
     if recipe.needs_fisher and not args.fisher:
         say(f"recipe {recipe.name} reads squared gradients: taking them, as with --fisher")
     fisher = args.fisher or recipe.needs_fisher
-    statistics = new_statistics(loaded.model, layers, stage=recipe.stage, tier=args.statistics, fisher=fisher, **origin)
-    say(f"statistics ({args.statistics}): {gigabytes(statistics.estimated_bytes())} at most")
+    tier: Tier = "full" if recipe.needs_full else args.statistics
+    statistics = new_statistics(loaded.model, layers, stage=recipe.stage, tier=tier, fisher=fisher, **origin)
+    say(f"statistics ({tier}): {gigabytes(statistics.estimated_bytes())} at most")
     if args.resume:
         statistics.merge(ModelStatistics.load(args.resume))
         windows = remaining_windows(windows, statistics, args.resume)

@@ -8,12 +8,14 @@ from calib.estimators.allotted import AllottedEstimator
 from calib.estimators.centred import CentredEstimator
 from calib.estimators.codebook import CodebookEstimator
 from calib.estimators.compact import CompactSparseEstimator
+from calib.estimators.entropy_coded import EntropyCodedEstimator
 from calib.estimators.estimator import Estimator, Fit
 from calib.estimators.floats import BlockFloatEstimator, Float8Estimator
 from calib.estimators.hadamard import HadamardEstimator
 from calib.estimators.identity import IdentityEstimator
 from calib.estimators.normalised import NormalisedEstimator
 from calib.estimators.outliers import Outliers
+from calib.estimators.predicted import PredictedEstimator
 from calib.estimators.rotated import RotatedEstimator
 from calib.estimators.signed import SignedEstimator
 from calib.estimators.streaming import StreamingEstimator
@@ -25,6 +27,7 @@ AnyEstimator = Annotated[
     | SignedEstimator
     | CodebookEstimator
     | AllottedEstimator
+    | EntropyCodedEstimator
     | Float8Estimator
     | BlockFloatEstimator
     | StreamingEstimator
@@ -32,11 +35,19 @@ AnyEstimator = Annotated[
     | CentredEstimator
     | NormalisedEstimator
     | HadamardEstimator
-    | RotatedEstimator,
+    | RotatedEstimator
+    | PredictedEstimator,
     Field(discriminator="method"),
 ]
 
-for _wrapping in (CompactSparseEstimator, CentredEstimator, NormalisedEstimator, HadamardEstimator, RotatedEstimator):
+for _wrapping in (
+    CompactSparseEstimator,
+    CentredEstimator,
+    NormalisedEstimator,
+    HadamardEstimator,
+    RotatedEstimator,
+    PredictedEstimator,
+):
     _wrapping.model_rebuild(_types_namespace={"AnyEstimator": AnyEstimator})
 
 __all__ = [
@@ -46,6 +57,7 @@ __all__ = [
     "CentredEstimator",
     "CodebookEstimator",
     "CompactSparseEstimator",
+    "EntropyCodedEstimator",
     "Estimator",
     "Fit",
     "Float8Estimator",
@@ -53,6 +65,7 @@ __all__ = [
     "IdentityEstimator",
     "NormalisedEstimator",
     "Outliers",
+    "PredictedEstimator",
     "RotatedEstimator",
     "SignedEstimator",
     "StreamingEstimator",

@@ -32,8 +32,7 @@ def allot(distortions: Float64[Tensor, "components counts"], bits: float) -> lis
     list of int
         Numbers of levels, some of them 1.
     """
-    n_components = len(distortions)
-    steps = sorted(step for c, row in enumerate(distortions.tolist()) for step in _hull_steps(c, row))
+    n_components, steps = len(distortions), _all_steps(distortions)
     most_bytes = int(n_components * bits / 8 + 1e-9)
     budget = 8.0 * most_bytes
     while True:  # words are a little longer than the logarithms say
@@ -42,6 +41,15 @@ def allot(distortions: Float64[Tensor, "components counts"], bits: float) -> lis
         if excess <= 0:
             return counts
         budget -= max(0.25, 8.0 * (excess - 1))
+
+
+def gains(distortions: Float64[Tensor, "components counts"]) -> tuple[tuple[float, float], ...]:
+    """(distortion saved per bit, bits) of all steps that `allot` chooses from, in its order."""
+    return tuple((-slope, bits) for slope, _, bits, _ in _all_steps(distortions))
+
+
+def _all_steps(distortions: Float64[Tensor, "components counts"]) -> list[tuple[float, int, float, int]]:
+    return sorted(step for c, row in enumerate(distortions.tolist()) for step in _hull_steps(c, row))
 
 
 def _hull_steps(component: int, distortions: Sequence[float]) -> list[tuple[float, int, float, int]]:

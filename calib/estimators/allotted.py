@@ -9,7 +9,7 @@ from torch import Tensor
 
 from artifacts.mixed_codebook import MixedCodebook, mean_bits
 from artifacts.quantizer import Quantizer
-from calib.estimators.allotment import LEVEL_COUNTS, allot
+from calib.estimators.allotment import LEVEL_COUNTS, allot, gains
 from calib.estimators.estimator import Estimator, Fit
 from calib.estimators.normal_values import (
     Histogram,
@@ -49,6 +49,11 @@ class AllottedEstimator(Estimator):
     bits: float = Field(default=2.5, ge=0.25, le=8)
     pooling: float = Field(default=0.0, ge=0, le=1)
 
+    @property
+    def allots(self) -> bool:
+        """Yes."""
+        return True
+
     def fit(self, statistics: SiteStatistics) -> Fit:
         """Reads the histograms of the channels."""
         ranges = channel_ranges(statistics, 0.0)
@@ -56,7 +61,8 @@ class AllottedEstimator(Estimator):
         values, _ = normal_values(statistics, ranges, scale_offset, torch.inf, fisher=False)
         centers, weights = rebin(values, len(ranges.low), _BINS)
         shares = weights / weights.sum(dim=1, keepdim=True).clamp_min(1.0)
-        counts = allot(_distortions(centers, shares) * scale_offset[0].double().square()[:, None], self.bits)
+        distortions = _distortions(centers, shares) * scale_offset[0].double().square()[:, None]
+        counts = allot(distortions, self.bits)
         tables = _tables(pooled((centers, weights), self.pooling), counts)
         nearest = torch.stack([table[table.abs().argmin()] for table in tables])
         scale, offset = exact_constants(scale_offset, nearest, ranges)
@@ -69,7 +75,7 @@ class AllottedEstimator(Estimator):
             n_levels=n_levels,
             levels=torch.cat(tables),
         )
-        return Fit(quantizer, ranges.source)
+        return Fit(quantizer, ranges.source, gains(distortions))
 
     def dynamic(self, shape: SiteShape) -> Quantizer:
         """There is none: levels are fitted."""

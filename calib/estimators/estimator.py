@@ -5,6 +5,7 @@ in it, and `fit` is a pure function of the statistics.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -12,6 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from artifacts.quantizer import Quantizer
+from artifacts.sites import Site
 from calib.statistics.site_statistics import SiteShape, SiteStatistics
 
 EXACT = "exact statistics"
@@ -20,10 +22,22 @@ _TRIAL_TOKENS = 16
 
 @dataclass(frozen=True)
 class Fit:
-    """A quantizer, and what it was read from: exact statistics, or an approximation and which."""
+    """A quantizer, what it was read from, and what other numbers of bits would have cost.
+
+    Parameters
+    ----------
+    quantizer : Quantizer
+        What was fitted.
+    source : str
+        Exact statistics, or an approximation and which.
+    steps : tuple of (float, float)
+        Of levels that are allotted: how much less distortion each step brings per bit, and its bits, in the order in
+        which they are taken; empty where bits are given.
+    """
 
     quantizer: Quantizer
     source: str
+    steps: tuple[tuple[float, float], ...] = ()
 
 
 class Estimator(BaseModel, ABC):
@@ -49,6 +63,20 @@ class Estimator(BaseModel, ABC):
     def needs_fisher(self) -> bool:
         """Whether the fit reads squared gradients."""
         return False
+
+    @property
+    def needs_full(self) -> bool:
+        """Whether the fit reads what only statistics of the tier `full` hold."""
+        return False
+
+    @property
+    def allots(self) -> bool:
+        """Whether levels are allotted under a number of bits that may be any."""
+        return False
+
+    def sources(self, site: Site, sites: Collection[Site]) -> tuple[Site, ...]:
+        """Those of `sites`, all earlier, whose decoded vectors the fit reads."""
+        return ()
 
     @final
     def check(self, shape: SiteShape) -> None:

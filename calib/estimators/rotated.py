@@ -1,5 +1,6 @@
 """Bases in which the components of a token hardly depend on one another, and errors count alike."""
 
+from dataclasses import replace
 from typing import Literal, final
 
 import torch
@@ -57,16 +58,20 @@ class RotatedEstimator(WrappingEstimator):
         """Whether the metric or what is wrapped reads squared gradients."""
         return self.metric == "fisher" or self.inner.needs_fisher
 
+    @property
+    def needs_full(self) -> bool:
+        """Moments of whole layers are those of the tier `full`."""
+        return self.scope == "layer" or self.inner.needs_full
+
     def fit(self, statistics: SiteStatistics) -> Fit:
         """Reads moments; what is wrapped is fitted to the rotated reservoir."""
-        root, covariance = _root(self._metric(statistics)), self._covariance(statistics)
-        if self.scope == "layer":
-            root = torch.block_diag(*root)[None]
+        metric, covariance = self._metric(statistics), self._covariance(statistics)
+        root = _root(metric) if self.scope == "head" else self._layer_root(metric, statistics)
         basis = (root @ _eigenvectors(root @ covariance @ root)).float()
         channels = statistics.shape.channels
         transform = Rotated(channels=channels, inner=Identity(channels=channels), basis=basis).transform
         inner = self.fit_inner(statistics.mapped(transform(statistics.rows)))
-        return Fit(Rotated(channels=channels, inner=inner.quantizer, basis=basis), inner.source)
+        return replace(inner, quantizer=Rotated(channels=channels, inner=inner.quantizer, basis=basis))
 
     def dynamic(self, shape: SiteShape) -> Quantizer:
         """There is none: bases are fitted."""
@@ -84,6 +89,20 @@ class RotatedEstimator(WrappingEstimator):
         query = _query_metric(statistics)
         traces = [metric.diagonal(dim1=1, dim2=2).sum(dim=1)[:, None, None] for metric in (fisher, query)]
         return (1 - self.query_share) * fisher + self.query_share * query * (traces[0] / traces[1].clamp_min(1e-300))
+
+    def _layer_root(
+        self, metric: Float64[Tensor, "heads head_dim head_dim"], statistics: SiteStatistics
+    ) -> Float64[Tensor, "1 channels channels"]:
+        """Root of the metric of a whole layer; the gradients of the reservoir tell how errors of several heads add up.
+
+        They are few: half of the metric stays that of all tokens, head by head.
+        """
+        if self.metric != "fisher":
+            root: Tensor = torch.block_diag(*_root(metric))
+            return root[None]
+        gradients, of_heads = statistics.row_gradients.double(), torch.block_diag(*metric)
+        sampled = gradients.mT @ gradients
+        return _root((of_heads + sampled * (of_heads.trace() / sampled.trace().clamp_min(1e-300)))[None] / 2)
 
     def _covariance(self, statistics: SiteStatistics) -> Float64[Tensor, "groups width width"]:
         if self.tokens == "score":

@@ -1,5 +1,7 @@
 """What estimators of wrapping quantizers share: the entry of what they wrap."""
 
+from dataclasses import replace
+
 from calib.estimators.estimator import EXACT, Estimator, Fit
 from calib.statistics.site_statistics import SiteStatistics
 
@@ -21,7 +23,19 @@ class WrappingEstimator(Estimator):
         needed: bool = self.inner.needs_fisher
         return needed
 
+    @property
+    def needs_full(self) -> bool:
+        """Whether what is wrapped reads what only the tier `full` holds."""
+        needed: bool = self.inner.needs_full
+        return needed
+
+    @property
+    def allots(self) -> bool:
+        """Whether what is wrapped allots levels."""
+        allotted: bool = self.inner.allots
+        return allotted
+
     def fit_inner(self, mapped: SiteStatistics) -> Fit:
         """The wrapped quantizer; mapped statistics are those of the reservoir, never of all tokens."""
         found: Fit = self.inner.fit(mapped)
-        return Fit(found.quantizer, found.source.replace(EXACT, f"reservoir of {len(mapped.rows)} tokens"))
+        return replace(found, source=found.source.replace(EXACT, f"reservoir of {len(mapped.rows)} tokens"))

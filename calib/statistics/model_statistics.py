@@ -8,6 +8,8 @@ from typing import cast
 
 import numpy as np
 import torch
+from jaxtyping import Float64
+from torch import Tensor
 
 from artifacts.errors import CorruptArtifactError, MismatchError
 from artifacts.manifest import Corpus
@@ -157,6 +159,23 @@ class ModelStatistics:
             )
         self._add_readers(chosen, sink_tokens)
         return chosen
+
+    def cross_second(self, a: Site, b: Site, sink_tokens: int) -> Float64[Tensor, "_ _"]:
+        """E[a_i b_j] between the channels of neighbouring sites, over all positions from `sink_tokens` on.
+
+        Raises
+        ------
+        ValueError
+            If the statistics do not hold it.
+        """
+        if a > b:
+            return self.cross_second(b, a, sink_tokens).mT
+        if (a, b) not in self.cross:
+            raise ValueError(f"{b}: the statistics lack moments with {a}. Take the tier full, and keys pre_rope.")
+        first = self.head.positions >= sink_tokens
+        left, right = (self.sites[site].head_rows[first].double() for site in (a, b))
+        n_tokens = int(self.sites[a].moments.n_tokens) + len(left)
+        return (self.cross[a, b].products.cpu() + left.mT @ right) / max(1, n_tokens)
 
     def _add_readers(self, chosen: SiteStatistics, sink_tokens: int) -> None:
         """The queries that read a key; and those that find a value, by the key beside it."""

@@ -13,6 +13,7 @@ from calib.statistics.channel_histogram import ChannelHistogram
 from calib.statistics.moments import Moments
 from calib.statistics.pair_norms import PairNorms, rotary_pairs
 from calib.statistics.row_sample import Choice, RowSample
+from calib.statistics.sources import Sources
 from calib.statistics.statistic import Statistic
 from calib.statistics.tails import Tails
 from calib.statistics.token_histogram import TokenHistogram
@@ -109,6 +110,7 @@ class SiteStatistics:
         self.query_energy: Float64[Tensor, " channels"] | None = None
         self.query_metric: Float64[Tensor, "heads head_dim head_dim"] | None = None
         self.token_weights: Float32[Tensor, " rows"] | None = None
+        self.sources: Sources | None = None
         self.samples = {name: torch.empty(0, channels) for name in sampled}
 
     @property
