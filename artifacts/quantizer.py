@@ -60,6 +60,11 @@ class Quantizer(ABC):
         """How many tokens share what is stored per call: 1, a group, or None for all tokens of the call."""
         return 1
 
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether what a token is decoded to depends on later tokens of its call."""
+        return self.tokens_per_scale != 1
+
     @final
     def encode(self, x: Float[Tensor, "tokens channels"], context: Context = ()) -> Codes:
         """What a cache stores for the tokens `x`.

@@ -37,6 +37,11 @@ class AbstractWrapper(Quantizer):
         """That of the wrapped quantizer."""
         return self.inner.tokens_per_scale
 
+    @property
+    def looks_ahead(self) -> bool:
+        """As the wrapped quantizer."""
+        return self.inner.looks_ahead
+
     def outside(self, x: Float[Tensor, "tokens channels"]) -> Bool[Tensor, "tokens channels"] | None:
         """Where the wrapped quantizer's range ends, whatever is kept beside it."""
         return self.inner.outside(x)

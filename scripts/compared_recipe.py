@@ -60,7 +60,7 @@ class ComparedRecipe:
     @property
     def causal(self) -> bool:
         """Whether every scale comes from one token alone, or from calibration."""
-        return all(quantizer.tokens_per_scale == 1 for quantizer in self.artifact.values())
+        return not any(quantizer.looks_ahead for quantizer in self.artifact.values())
 
     def to_json(self) -> dict[str, Any]:
         """Everything, site by site."""

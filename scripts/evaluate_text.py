@@ -64,7 +64,7 @@ def run_text(args: argparse.Namespace, loaded: "LoadedModel", evaluated: "Evalua
 
 
 def _warn_of_later_tokens(quantizers: "Mapping[Site, Quantizer]") -> None:
-    if any(quantizer.tokens_per_scale != 1 for quantizer in quantizers.values()):
+    if any(quantizer.looks_ahead for quantizer in quantizers.values()):
         say(
             "warning: a dynamic scale per channel is not causal: it looks at the later tokens of its window, which no "
             "cache can do, so the figures are too good. Calibrate for static scales, or use --pertoken k_proj v_proj."

@@ -13,6 +13,7 @@ from simquant.kivi_patch import patch_model, unpatch_model
 from simquant.packed import packed_cache
 from simquant.policy import CachePolicy, Window
 from simquant.result import EvalResult
+from simquant.saved_cache import load_cache, save_cache
 from simquant.scope_options import from_scope_options
 from simquant.scored_targets import ScoredTargets, strided_windows
 from simquant.simulate import simulate
@@ -46,11 +47,13 @@ __all__ = [
     "evaluate_each",
     "fake_quant_cache",
     "from_scope_options",
+    "load_cache",
     "loss_shares",
     "memory_savings",
     "packed_cache",
     "patch_model",
     "perplexity",
+    "save_cache",
     "simulate",
     "site_losses",
     "strided_windows",
