@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Integer, UInt8
 from torch import Tensor
 
-
 _SPREADS: dict[int, tuple[torch.dtype, tuple[tuple[int, int], ...]]] = {
     1: (torch.int64, ((28, 0x0000000F_0000000F), (14, 0x00030003_00030003), (7, 0x01010101_01010101))),
     2: (torch.int32, ((12, 0x000F000F), (6, 0x03030303))),

@@ -69,6 +69,10 @@ def read_batches(
         If the log is one of another evaluation, or holds anything else.
     """
     entries = log.start(settings)
+    if len(entries) > len(settings["batch_sizes"]):
+        raise WindowLogError(
+            f"{log.path}: expected at most {len(settings['batch_sizes'])} batches; got {len(entries)}. Delete the file"
+        )
     try:
         return [
             [BatchScores.from_json(data, own) for data, own in zip(entry, candidates, strict=True)] for entry in entries

@@ -102,7 +102,7 @@ class _Decoding:
                 )
             self._tables[layer.layer] = RotaryTables()
             if kwargs.get("position_embeddings") is not None:
-                self._tables[layer.layer].note(layer, kwargs["position_embeddings"])
+                self._tables[layer.layer].note(layer, kwargs["position_embeddings"], 0)
 
         return note
 

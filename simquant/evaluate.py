@@ -113,7 +113,7 @@ def evaluate(
     Raises
     ------
     NothingQuantizedError
-        If a quantizer has fewer than 16 bits and no token went through it.
+        If a quantizer has fewer than 16 bits and no token went through it, or no scored target reads one that did.
     WindowLogError
         If the log is one of another evaluation.
     """
@@ -160,7 +160,8 @@ def evaluate_each(
     Raises
     ------
     NothingQuantizedError
-        After the first batch, if a quantizer of a candidate has fewer than 16 bits and no token went through it.
+        If a quantizer of a candidate has fewer than 16 bits and no scored target reads what went through one; after the
+        first batch, if no token went through it.
     WindowLogError
         If the log is one of another evaluation.
     """
@@ -171,6 +172,8 @@ def evaluate_each(
         EvaluationRun(own, Protocol(name=protocol, policy=rules, steps=steps or Steps()))
         for own, rules in zip(candidates, policies, strict=True)
     ]
+    for run in runs:
+        run.check(windows.shape[1])
     batches = windows.split(batch_size)
     finished: list[list[BatchScores]] = []
     if log is not None:
@@ -182,7 +185,7 @@ def evaluate_each(
             for run, own in zip(runs, found, strict=True):
                 run.add(own)
             if log is not None and is_new:
-                log.append([own.to_json() for own in found])
+                log.append(index, [own.to_json() for own in found])
     return [run.result(windows, scored, normalization) for run in runs]
 
 

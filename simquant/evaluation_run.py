@@ -22,7 +22,7 @@ from simquant.usage import Usage
 
 
 class NothingQuantizedError(ValueError):
-    """A comparison was asked for in which nothing was quantized."""
+    """A comparison was asked for in which nothing was quantized, or nothing quantized was read."""
 
 
 @dataclass
@@ -45,6 +45,17 @@ class EvaluationRun:
 
     def __post_init__(self) -> None:
         self._usage = Usage(self.quantizers)
+
+    def check(self, n_tokens: int) -> None:
+        """Refuses windows of `n_tokens` in which every scored target would be predicted from exact tokens.
+
+        Raises
+        ------
+        NothingQuantizedError
+            If a quantizer has fewer than 16 bits and no scored target reads what one has encoded.
+        """
+        if self._lossy and not any(self.protocol.reads_codes(site.tensor, n_tokens) for site in self._lossy):
+            raise self._refusal(n_tokens)
 
     def score(
         self,
@@ -72,13 +83,8 @@ class EvaluationRun:
         self._usage.include(batch.usage)
         self._scores.extend(batch.scores)
         self._seconds += batch.seconds
-        if self._usage.quantized_fraction == 0 and any(q.spec.bits < 16 for q in self.quantizers.values()):
-            n_tokens = max(len(scores.nll) for scores in batch.scores) + 1
-            raise NothingQuantizedError(
-                "evaluate: fewer than 16 bits were asked for and no token was quantized "
-                f"({self.protocol.policy.describe()}, windows of {n_tokens} tokens). "
-                "Use longer windows or keep fewer tokens exact."
-            )
+        if self._lossy and self._usage.quantized_fraction == 0:
+            raise self._refusal(max(len(scores.nll) for scores in batch.scores) + 1)
 
     def result(self, windows: Tensor, scored: ScoredTargets, normalization: Normalization) -> EvalResult:
         """The figures over all batches."""
@@ -93,4 +99,16 @@ class EvaluationRun:
             seconds=self._seconds,
             cluster_nats=tuple(float(scores.loss.sum()) for scores in clusters),
             cluster_targets=tuple(len(scores.loss) for scores in clusters),
+        )
+
+    @property
+    def _lossy(self) -> list[Site]:
+        return [site for site, quantizer in self.quantizers.items() if quantizer.spec.bits < 16]
+
+    def _refusal(self, n_tokens: int) -> NothingQuantizedError:
+        policy = self.protocol.policy
+        return NothingQuantizedError(
+            "evaluate: fewer than 16 bits were asked for and no token was quantized that a scored target reads "
+            f"({policy.describe()}, windows of {n_tokens} tokens; {self.protocol.steps.describe()}, "
+            f"{policy.describe_prefill()}). Use longer windows, a shorter first step, or keep fewer tokens exact."
         )

@@ -45,6 +45,18 @@ def mean_of_sums(sums: Float64[Tensor, " clusters"], counts: Int64[Tensor, " clu
     return mean, math.sqrt(squares * n_clusters / (n_clusters - 1)) / n_targets
 
 
+def mean_and_stderr(values: Sequence[float]) -> tuple[float, float]:
+    """The mean of independent values, and its standard error (nan for one value).
+
+    Examples
+    --------
+    >>> mean_and_stderr([0.0, 1.0, 1.0, 0.0])
+    (0.5, 0.2886...)
+    """
+    sums = torch.tensor(values, dtype=torch.float64)
+    return mean_of_sums(sums, torch.ones(len(values), dtype=torch.int64))
+
+
 def clustered_rms(clusters: Sequence[Float64[Tensor, "_"]]) -> tuple[float, float]:
     """Root mean square over all targets, and its standard error to first order (0 where all are zero)."""
     mean, stderr = clustered_mean([cluster.square() for cluster in clusters])

@@ -76,6 +76,7 @@ def packed_cache(
         stack.enter_context(attention_replaced(model, session.handlers()))
         for layer in layers:
             stack.callback(layer.module.register_forward_pre_hook(session.before(layer), with_kwargs=True).remove)
+            stack.callback(layer.module.register_forward_hook(session.after(layer), always_call=True).remove)
         taps = {site: session.on_key(site) for site in quantizers if site.stage == "pre_rope"}
         stack.enter_context(tapped(layers, taps))
         yield session.new_cache
@@ -121,7 +122,17 @@ class _Session:
             hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
             store.arrival = Arrival(None, self._tokens.real(hidden.shape[0], hidden.shape[1]))
             if store.store.rotates and kwargs.get("position_embeddings") is not None:
-                cache.tables.note(layer, kwargs["position_embeddings"])
+                cache.tables.note(layer, kwargs["position_embeddings"], store.store.n_columns)
+
+        return hook
+
+    def after(self, layer: AttentionLayer) -> Callable[..., None]:
+        """A hook for the attention module, called also if it fails: what the step has brought is no later one's."""
+
+        def hook(*_: Any) -> None:
+            cache = self._in_use.pop(layer.layer, None)
+            if cache is not None:
+                cache.layers[layer.layer].arrival = None
 
         return hook
 

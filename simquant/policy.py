@@ -27,7 +27,7 @@ class Window:
     block_tokens: int = 1
 
     def __post_init__(self) -> None:
-        _check_counts(self)
+        _check_fields(self)
 
     def encoded_end(self, n_tokens: int, sink_tokens: int) -> int:
         """Where the encoded tokens of a sequence of `n_tokens` end; they begin after the sinks."""
@@ -67,7 +67,7 @@ class CachePolicy:
     keep_smallest_norm: int = 0
 
     def __post_init__(self) -> None:
-        _check_counts(self)
+        _check_fields(self)
 
     @classmethod
     def from_entry(cls, entry: Mapping[str, Any], sink_tokens: int) -> "CachePolicy":
@@ -116,6 +116,10 @@ class CachePolicy:
         kept = ", ".join(parts) if parts else "no token exempt"
         return kept if self.eviction is None else f"{kept}; {self.eviction.describe()}"
 
+    def describe_prefill(self) -> str:
+        """What the first step reads, for reports."""
+        return "exact prefill attention" if self.exact_prefill else "quantized prefill"
+
     @staticmethod
     def _describe(window: Window) -> str:
         n = window.residual_tokens
@@ -124,9 +128,11 @@ class CachePolicy:
         return " and ".join(part for part in (recent, blocks) if part)
 
 
-def _check_counts(policy: CachePolicy | Window) -> None:
+def _check_fields(policy: CachePolicy | Window) -> None:
+    who = type(policy).__name__
     for field in fields(policy):
         value, least = getattr(policy, field.name), 1 if field.name == "block_tokens" else 0
         if field.type is int and (type(value) is not int or value < least):
-            who = type(policy).__name__
             raise ValueError(f"{who}: {field.name} must be an integer from {least}; got {value!r}")
+        if field.type is bool and type(value) is not bool:  # any text of a file would pass for true
+            raise ValueError(f"{who}: {field.name} must be true or false; got {value!r:.60}")

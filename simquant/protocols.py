@@ -18,6 +18,7 @@ from simquant.packed import packed_cache
 from simquant.policy import CachePolicy
 from simquant.simulate import own_policy, simulate
 from simquant.steps import Steps
+from simquant.two_sided_attention import encoded_ends
 from simquant.usage import Usage
 
 ProtocolName = Literal["full", "decode", "cache"]
@@ -76,15 +77,22 @@ class Protocol:
         with context as usage:
             return logits(model, batch), usage
 
+    def reads_codes(self, tensor: Literal["key", "value", "query"], n_tokens: int) -> bool:
+        """Whether any scored target of a text of `n_tokens`, from 2, is predicted from keys or values that have codes.
+
+        If any is, the last one: its query, that of the last token but one, reads the most codes.
+        """
+        ends = encoded_ends(self.policy.window(tensor), self.policy, self.steps, n_tokens)
+        return min(int(ends[-2]), n_tokens - 1) > self.policy.sink_tokens
+
     def describe(self) -> str:
         """What a query reads, for reports; which tokens stay exact is the policy's to say."""
         if self.name == "full":
             return "fully quantized: every query, its own token included, reads decoded keys and values"
-        prefill = "exact prefill attention" if self.policy.exact_prefill else "quantized prefill"
         way = (
             "packed cache" if self.name == "cache" else "decode-exact: every query reads what a cache holds at its step"
         )
-        return f"{way}; {self.steps.describe()}, {prefill}"
+        return f"{way}; {self.steps.describe()}, {self.policy.describe_prefill()}"
 
     def _run_steps(
         self,

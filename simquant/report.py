@@ -11,6 +11,7 @@ from artifacts.sites import Site
 from simquant.policy import TENSORS, CachePolicy
 from simquant.protocols import Protocol
 from simquant.scored_targets import ScoredTargets
+from simquant.steps import Steps
 from simquant.usage import CONTEXT_TOKENS, Usage
 
 
@@ -28,6 +29,12 @@ def stored_bits(usage: Usage, policy: CachePolicy) -> dict[str, Any]:
     }
 
 
+def cache_phrases(quantizers: Mapping[Site, Quantizer], policy: CachePolicy) -> list[str]:
+    """Where keys are taken, and which tokens stay exact."""
+    stages = sorted({site.stage.replace("_rope", "-RoPE") for site in quantizers if site.stage})
+    return [f"keys {', '.join(stages)}", policy.describe()]
+
+
 def protocol_line(
     quantizers: Mapping[Site, Quantizer],
     protocol: Protocol,
@@ -36,17 +43,24 @@ def protocol_line(
     normalization: str,
 ) -> str:
     """What was quantized, when, and how perplexity is normalised."""
-    stages = sorted({site.stage.replace("_rope", "-RoPE") for site in quantizers if site.stage})
-    causal = protocol.name != "full" or all(quantizer.tokens_per_scale == 1 for quantizer in quantizers.values())
+    evicts = protocol.policy.eviction is not None
     return "; ".join(
         [
             protocol.describe(),
-            f"keys {', '.join(stages)}",
-            protocol.policy.describe(),
+            *cache_phrases(quantizers, protocol.policy),
             f"{len(windows)} windows of {windows.shape[1]} tokens, {scored.describe()}",
             "perplexity = exp(mean over targets)"
             if normalization == "targets"
             else "perplexity as GPTQ: exp(mean of the windows' means)",
-            *([] if causal else ["NOT CAUSAL: scales look at later tokens"]),
+            *(["bits by context length count evicted tokens, too"] if evicts else []),
+            *([] if _is_causal(quantizers, protocol) else ["NOT CAUSAL: scales look at later tokens"]),
         ]
     )
+
+
+def _is_causal(quantizers: Mapping[Site, Quantizer], protocol: Protocol) -> bool:
+    """Whether no query reads a token by a scale that a later token than its own has shaped."""
+    if not any(quantizer.looks_ahead for quantizer in quantizers.values()):
+        return True
+    steps = protocol.steps
+    return protocol.name != "full" and (steps == Steps() or (steps.chunk_tokens == 1 and protocol.policy.exact_prefill))

@@ -23,8 +23,11 @@ class RotaryTables:
         self._seen: list[weakref.ref[Tensor]] = []
         self._of_layer: dict[int, int] = {}
 
-    def note(self, layer: AttentionLayer, position_embeddings: tuple[Tensor, Tensor]) -> None:
-        """Takes down the tables of a step, if no other layer with the same ones has."""
+    def note(self, layer: AttentionLayer, position_embeddings: tuple[Tensor, Tensor], n_columns: int) -> None:
+        """Takes down the tables of a step, if no other layer with the same ones has.
+
+        The cache holds `n_columns` before the step: a step that failed has left its tables behind them.
+        """
         seen = [ref() is position_embeddings[0] for ref in self._seen]
         index = self._of_layer.get(layer.layer)
         if index is None:
@@ -36,7 +39,7 @@ class RotaryTables:
             self._tables.append(new)
             self._seen.append(weakref.ref(position_embeddings[0]))
             return
-        held = self._tables[index]
+        held = self._tables[index][:, :, :n_columns]
         rows = max(held.shape[1], new.shape[1])
         self._tables[index] = torch.cat([x.expand(-1, rows, -1, -1) for x in (held, new)], dim=2)
         self._seen[index] = weakref.ref(position_embeddings[0])

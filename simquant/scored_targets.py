@@ -1,5 +1,6 @@
 """Which targets of the windows are scored, and windows that overlap so that every scored target has context."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -30,7 +31,7 @@ class ScoredTargets:
         return [self.n_scored[first : first + batch_size] for first in range(0, len(self.n_scored), batch_size)]
 
     def clusters(self, scores: Sequence[Scores], window_tokens: int) -> list[Scores]:
-        """Units that standard errors may take for independent: windows, or as many strided ones as advance by one.
+        """Units that standard errors may take for independent: windows, or as many as advance by one's length.
 
         Parameters
         ----------
@@ -39,7 +40,7 @@ class ScoredTargets:
         window_tokens : int
             Length of a window.
         """
-        size = 1 if self.stride is None else max(1, round(window_tokens / self.stride))
+        size = 1 if self.stride is None else math.ceil(window_tokens / self.stride)
         return [Scores.cat(scores[first : first + size]) for first in range(0, len(scores), size)]
 
     def describe(self) -> str:

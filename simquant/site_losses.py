@@ -1,5 +1,6 @@
 """What each quantizer costs when all others are left out: which keys or values to give more bits."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -71,9 +72,15 @@ def site_losses(
 
 
 def loss_shares(losses: Mapping[Site, SiteLoss]) -> dict[Site, float]:
-    """Each site's share of the sum of what they lose alone, the largest first; what gains counts as nothing."""
-    total = sum(max(0.0, loss.nats) for loss in losses.values())
-    shares = {site: max(0.0, loss.nats) / total if total else 0.0 for site, loss in losses.items()}
+    """Each site's share of the sum of what they lose alone, the largest first; what gains counts as nothing.
+
+    Sites whose loss is infinite or no number share all of it.
+    """
+    nats = {site: math.inf if math.isnan(loss.nats) else max(0.0, loss.nats) for site, loss in losses.items()}
+    if math.inf in nats.values():
+        nats = {site: float(own == math.inf) for site, own in nats.items()}
+    total = sum(nats.values())
+    shares = {site: own / total if total else 0.0 for site, own in nats.items()}
     return dict(sorted(shares.items(), key=lambda item: -item[1]))
 
 

@@ -157,8 +157,7 @@ class TokenStore:
                 return
             self._forgotten_blocks += 1
             del self.blocks[0]
-            assert self._sinks is not None
-            self._sinks = self._sinks[:0].clone()
+            self._sinks = None if self._sinks is None else self._sinks[:0].clone()
 
     def keep(self, kept: Bool[Tensor, " tokens"]) -> None:
         """Drops the tokens where `kept` is false, all of which are encoded; those after them move up.
@@ -196,10 +195,7 @@ class TokenStore:
             If that would divide tokens that share scales, or needs what has been forgotten.
         """
         other = self.copy()
-        other.n_tokens = n_tokens = max(0, n_tokens)
-        if n_tokens >= self.n_tokens:
-            other.n_tokens = self.n_tokens
-            return other
+        other.n_tokens = n_tokens = max(0, min(n_tokens, self.n_tokens))
         n_recent = max(0, n_tokens - self.encoded_end)
         if self._sinks is not None and self._recent is not None:
             other._sinks, other._recent = _owned(self._sinks[:n_tokens]), _owned(self._recent[:n_recent])
@@ -280,10 +276,11 @@ class TokenStore:
     def _blocks_before(self, end: int) -> Iterator[Codes]:
         group = self.quantizer.tokens_per_scale or 1
         if (end - self.sink_tokens) % group or self._state is not None or end < self.first_token:
+            remedy = "Crop to a whole group, or keep" if self._state is None else "No scale is taken back: keep"
             raise CacheStateError(
                 f"{self.quantizer.label}: the cache cannot be cropped to {end} tokens: {self.encoded_end} are encoded, "
-                f"in groups of {group} that share scales, from token {max(self.sink_tokens, self.first_token)} on. Crop"
-                " to a whole group, or keep at least as many residual_tokens as are cropped at a time."
+                f"in groups of {group} that share scales, from token {max(self.sink_tokens, self.first_token)} on. "
+                f"{remedy} at least as many residual_tokens as are cropped at a time."
             )
         for first, codes in self._stored_blocks():
             if first + codes.shape[0] <= end:

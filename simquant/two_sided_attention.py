@@ -1,7 +1,7 @@
 """Attention in which each query reads some tokens exact and the others as a cache has encoded them."""
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from simquant.block_attention import Scoring, widened
@@ -11,6 +11,18 @@ from simquant.steps import Steps
 
 def encoded_tokens(window: Window, policy: CachePolicy, steps: Steps, n_tokens: int) -> Bool[Tensor, "queries tokens"]:
     """Which tokens (columns) a cache has encoded when each token (row) is read: a band below the diagonal.
+
+    Parameters
+    ----------
+    window, policy, steps, n_tokens
+        See `encoded_ends`.
+    """
+    tokens = torch.arange(n_tokens)
+    return (tokens >= policy.sink_tokens) & (tokens < encoded_ends(window, policy, steps, n_tokens)[:, None])
+
+
+def encoded_ends(window: Window, policy: CachePolicy, steps: Steps, n_tokens: int) -> Int64[Tensor, " tokens"]:
+    """Where the tokens end that a cache has encoded when each token is read; they begin after the sinks.
 
     Parameters
     ----------
@@ -25,8 +37,7 @@ def encoded_tokens(window: Window, policy: CachePolicy, steps: Steps, n_tokens: 
     ends = torch.tensor([window.encoded_end(n, policy.sink_tokens) for n in held.tolist()])
     if policy.exact_prefill:
         ends[: steps.prefill_tokens] = 0
-    tokens = torch.arange(n_tokens)
-    return (tokens >= policy.sink_tokens) & (tokens < ends[:, None])
+    return ends
 
 
 def two_sided_attention(

@@ -1,5 +1,6 @@
 """What was stored while a model ran, counted and never computed."""
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -7,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from artifacts.codes import Codes
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
+from simquant.stored import Stored
 from simquant.token_store import TokenStore
 
 CONTEXT_TOKENS = (2048, 32768, 131072)
@@ -23,6 +25,8 @@ class SiteUsage:
         Tokens that went through a quantizer, and tokens that the policy kept.
     encoded_bytes, exact_bytes : int
         What each of the two takes.
+    replaced_bytes : int
+        What the encoded tokens would take as they came.
     n_small : int
         Tokens among those that the policy kept whose keys have small norms; they have codes, too.
     """
@@ -31,6 +35,7 @@ class SiteUsage:
     n_exact: int = 0
     encoded_bytes: int = 0
     exact_bytes: int = 0
+    replaced_bytes: int = 0
     n_small: int = 0
 
 
@@ -45,6 +50,7 @@ class Usage:
         """Counts what was stored for encoded tokens."""
         self.sites[site].n_encoded += codes.shape[0]
         self.sites[site].encoded_bytes += codes.nbytes
+        self.sites[site].replaced_bytes += math.prod(codes.shape) * codes.dtype.itemsize
 
     def add_exact(self, site: Site, n_tokens: int, nbytes: int) -> None:
         """Counts tokens that stay as they are."""
@@ -55,6 +61,7 @@ class Usage:
         """Counts what a cache holds for a sequence."""
         self.sites[site].n_encoded += store.n_encoded
         self.sites[site].encoded_bytes += store.encoded_bytes
+        self.sites[site].replaced_bytes += Stored.of([store]).plain_bytes - store.exact_bytes
         self.sites[site].n_small += store.n_small
         self.add_exact(site, store.n_exact, store.exact_bytes)
 
@@ -98,7 +105,7 @@ class Usage:
         chosen = self._chosen(tensor)
         total = 0.0
         for site, use in chosen.items():
-            per_exact = use.exact_bytes / use.n_exact if use.n_exact else 0.0
+            per_exact = (use.exact_bytes + use.replaced_bytes) / ((use.n_exact + use.n_encoded) or 1)
             per_encoded = use.encoded_bytes / use.n_encoded if use.n_encoded else per_exact
             n_left = context_tokens - exact_tokens
             n_small = n_left * use.n_small / ((use.n_encoded + use.n_small) or 1)

@@ -11,7 +11,7 @@ from typing import Any
 from artifacts.storage import canonical_json
 
 _FORMAT = "kvcalib.windows"
-_VERSION = 1
+_VERSION = 2
 
 
 class WindowLogError(ValueError):
@@ -23,7 +23,8 @@ class WindowLog:
     """A file with a line for each finished batch of windows, after one that says what is evaluated.
 
     A line is written at once when its batch is finished, so that a run that is killed loses the batch at hand and no
-    more: what it left unfinished at the end is cut off. A log serves one run at a time.
+    more: what it left unfinished at the end is cut off. A log serves one run at a time: each line has the number of its
+    batch, by which the lines of two runs are found out.
 
     Parameters
     ----------
@@ -36,7 +37,7 @@ class WindowLog:
     >>> log = WindowLog(Path(tempfile.mkdtemp()) / "windows.jsonl")
     >>> log.start({"seqlen": 256})
     []
-    >>> log.append({"nats": 0.1})
+    >>> log.append(0, {"nats": 0.1})
     >>> log.start({"seqlen": 256})
     [{'nats': 0.1}]
     """
@@ -54,7 +55,8 @@ class WindowLog:
         Raises
         ------
         WindowLogError
-            If the file is no such log, is damaged, or has other settings: the message names them.
+            If the file is no such log, is damaged, was written by two runs at a time, or has other settings: the
+            message names them.
         """
         if not self.path.exists() or not self.path.stat().st_size:
             self._create(settings)
@@ -63,12 +65,12 @@ class WindowLog:
         self._check(first, settings)
         if lines and not _whole(lines[-1]):
             os.truncate(self.path, self.path.stat().st_size - len(lines.pop()))
-        return [self._entry(number, line) for number, line in enumerate(lines, start=2)]
+        return [self._found(batch, line) for batch, line in enumerate(lines)]
 
-    def append(self, entry: Any) -> None:
-        """Adds a finished batch, given as JSON values."""
+    def append(self, batch: int, found: Any) -> None:
+        """Adds what was found in a batch, given as JSON values; batches are numbered from 0."""
         with self.path.open("ab", buffering=0) as file:
-            file.write(f"{canonical_json(entry)}\n".encode())
+            file.write(f"{canonical_json({'batch': batch, 'found': found})}\n".encode())
 
     def _create(self, settings: Mapping[str, Any]) -> None:
         """Under another name first, so that no log is without its settings."""
@@ -98,12 +100,18 @@ class WindowLog:
                 + "\nRepeat what it was made with, or name another file."
             )
 
-    def _entry(self, number: int, line: bytes) -> Any:
+    def _found(self, batch: int, line: bytes) -> Any:
+        who = f"{self.path}: line {batch + 2}"
         if not _whole(line):
+            raise WindowLogError(f"{who} is damaged, and lines follow it. Delete the file, or the lines from there")
+        entry = json.loads(line)
+        if not isinstance(entry, dict) or entry.keys() != {"batch", "found"} or entry["batch"] != batch:
+            got = entry.get("batch") if isinstance(entry, dict) else entry
             raise WindowLogError(
-                f"{self.path}: line {number} is damaged, and lines follow it. Delete the file, or the lines from there"
+                f"{who}: expected batch {batch}; got {got!r:.40}. Have two runs written to it? Delete the file, or the "
+                "lines from there"
             )
-        return json.loads(line)
+        return entry["found"]
 
 
 def _whole(line: bytes) -> bool:

@@ -171,6 +171,14 @@ def test_cropping_into_a_group_is_refused() -> None:
         store.cropped(10)
 
 
+def test_whole_groups_of_a_running_state_are_not_offered_for_cropping() -> None:
+    quantizer = Streaming(channels=CHANNELS, bits=4, chunk_tokens=4, outlier_threshold_relative=1.5)
+    store = filled(store_of(quantizer, CachePolicy(block_tokens=4)), tokens(17, CHANNELS), [17])
+    with pytest.raises(CacheStateError, match="No scale is taken back: keep at least as many residual_tokens") as found:
+        store.cropped(8)
+    assert "whole group" not in str(found.value)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_store_holds_nothing_but_what_it_counts(dtype: torch.dtype) -> None:
     x = tokens(1000, dtype=dtype)
@@ -504,6 +512,41 @@ def test_a_half_written_step_is_found_at_the_next_update(site: Site, tiny_llama:
     assert torch.equal(step(tiny_llama, DynamicCache(), IDS), before)
 
 
+def interrupted(model: nn.Module, cache: object, ids: Tensor) -> None:
+    """A step that stops between the hook of the attention module and the update of the cache."""
+
+    def stop(*args: object) -> None:
+        raise RuntimeError("on purpose")
+
+    hook = model.model.layers[0].self_attn.v_proj.register_forward_pre_hook(stop)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        step(model, cache, ids)
+    hook.remove()
+
+
+@pytest.mark.parametrize("first", [0, 5])
+def test_a_step_that_stopped_before_the_cache_was_written_can_be_repeated(
+    first: int, tiny_llama: LlamaForCausalLM
+) -> None:
+    """Its cosines and sines are not those of later tokens."""
+    with packed_cache(tiny_llama, everywhere(per_token)) as new:
+        sound, cache = new(), new()
+        for part in (IDS[:, :first], IDS[:, first:9], IDS[:, 9:]):
+            if part.shape[1]:
+                interrupted(tiny_llama, cache, part)
+                assert torch.equal(step(tiny_llama, cache, part), step(tiny_llama, sound, part))
+    assert cache.nbytes == sound.nbytes
+
+
+def test_what_a_step_that_stopped_had_brought_is_no_other_models(tiny_llama: LlamaForCausalLM) -> None:
+    with packed_cache(tiny_llama, everywhere(per_token)) as new:
+        cache = new()
+        interrupted(tiny_llama, cache, IDS)
+        with pytest.raises(MismatchError, match="not inside the `packed_cache` context"):
+            cache.update(torch.zeros(2, 2, 12, 8), torch.zeros(2, 2, 12, 8), 0)
+    assert n_hooks(tiny_llama) == 0
+
+
 def test_an_exception_inside_attention_leaves_the_model_unpatched(
     tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -612,6 +655,14 @@ def test_a_policy_wants_counts(field: str) -> None:
             CachePolicy(**{field: value})
     with pytest.raises(ValueError, match="Window: block_tokens must be an integer from 1; got 0"):
         Window(block_tokens=0)
+
+
+@pytest.mark.parametrize("value", ["no", 1, None])
+def test_an_exact_prefill_is_true_or_false(value: object) -> None:
+    policy = CachePolicy()
+    object.__setattr__(policy, "exact_prefill", value)  # past the types, which only the tests check
+    with pytest.raises(ValueError, match="CachePolicy: exact_prefill must be true or false; got"):
+        policy.__post_init__()
 
 
 def test_a_policy_describes_itself() -> None:

@@ -83,7 +83,10 @@ def test_eviction_is_asked_for_under_the_names_of_scope() -> None:
         ("--protocol decode --residual-length 8 --block-tokens 4", "stands for both windows"),
         ("--method snapkv", "--method: only a cache drops tokens, step by step; add --protocol cache"),
         ("--protocol decode --decoding-metric slide", "--decoding-metric: only a cache drops tokens"),
-        ("--protocol cache --pooling avgpool", "nothing is dropped; add --decoding-metric, or a --method other than ALLKV"),
+        (
+            "--protocol cache --pooling avgpool",
+            "nothing is dropped; add --decoding-metric, or a --method other than ALLKV",
+        ),
         ("--protocol cache --method AllKV", "nothing is dropped"),
         ("--protocol cache --method SnapKV", "has 1 tokens and 2048 may stay; use more --prefill-tokens"),
         ("--protocol cache --method best", "method must be one of allkv, snapkv"),

@@ -20,6 +20,7 @@ from artifacts.sites import Site, Stage
 from artifacts.sparse import PercentileSparse
 from simquant import CachePolicy, NothingQuantizedError, Steps, Window, decode_exact, evaluate, packed_cache, simulate
 from simquant.block_attention import Scoring
+from simquant.eviction import Eviction
 from simquant.policy import TENSORS
 from simquant.protocols import Protocol
 from simquant.two_sided_attention import encoded_tokens, two_sided_attention
@@ -282,6 +283,77 @@ def test_a_window_that_holds_everything_is_refused(tiny_llama: LlamaForCausalLM)
     policy = CachePolicy(residual_tokens=40)
     with pytest.raises(NothingQuantizedError, match="last 40 tokens exact"):
         evaluate(tiny_llama, IDS, everywhere(per_token), policy=policy, protocol="decode")
+
+
+@pytest.mark.parametrize("protocol", ["decode", "cache"])
+def test_targets_that_an_exact_prefill_predicts_are_refused(protocol: str, tiny_llama: LlamaForCausalLM) -> None:
+    """Everything is stored as codes, and nothing of it is read."""
+    settings = {"policy": CachePolicy(exact_prefill=True), "protocol": protocol}
+    for prefill_tokens in (39, 40):  # the last token's query predicts no target
+        with pytest.raises(NothingQuantizedError, match=rf"a scored target reads .*prefill of {prefill_tokens} tokens"):
+            evaluate(tiny_llama, IDS, everywhere(per_token), steps=Steps(prefill_tokens=prefill_tokens), **settings)
+    found = evaluate(tiny_llama, IDS, everywhere(per_token), steps=Steps(prefill_tokens=38), **settings)
+    assert found.kl_mean > 0
+    sixteen = evaluate(tiny_llama, IDS, everywhere(identity), steps=Steps(prefill_tokens=40), **settings)
+    assert sixteen.quantized_fraction == 0
+
+
+@every_policy
+@every_steps
+def test_codes_are_read_where_the_band_says_so(policy: CachePolicy, steps: Steps) -> None:
+    protocol = Protocol(name="decode", policy=policy, steps=steps)
+    for tensor in TENSORS:
+        for n_tokens in (2, 9, 10, 11, 22, 23, 40):
+            band = encoded_tokens(policy.window(tensor), policy, steps, n_tokens).tril()
+            assert protocol.reads_codes(tensor, n_tokens) == bool(band[:-1].any())
+
+
+@pytest.mark.parametrize(
+    ("policy", "steps", "causal"),
+    [
+        (CachePolicy(block_tokens=4), Steps(), True),
+        (CachePolicy(block_tokens=4), Steps(prefill_tokens=16), False),
+        (CachePolicy(block_tokens=4, exact_prefill=True), Steps(prefill_tokens=16), True),
+        (CachePolicy(block_tokens=4, exact_prefill=True), Steps(prefill_tokens=16, chunk_tokens=4), False),
+    ],
+)
+def test_what_reads_scales_of_later_tokens_is_labelled(
+    policy: CachePolicy, steps: Steps, causal: bool, tiny_llama: LlamaForCausalLM
+) -> None:
+    settings = {"policy": policy, "steps": steps}
+    line = evaluate(tiny_llama, IDS, everywhere(per_group), protocol="decode", **settings).protocol
+    assert ("NOT CAUSAL" not in line) == causal
+    unchanged = []
+    with decode_exact(tiny_llama, everywhere(per_group), **settings):
+        for n_tokens in (14, 18):  # inside the first step, and after it
+            other = IDS.clone()
+            other[:, n_tokens:] = 2
+            before, after = (logits(tiny_llama, ids)[:, :n_tokens] for ids in (IDS, other))
+            unchanged.append(torch.allclose(before, after, atol=1e-5))
+    assert all(unchanged) == causal
+    single = evaluate(tiny_llama, IDS, everywhere(per_token), protocol="decode", **settings)
+    assert "NOT CAUSAL" not in single.protocol
+
+
+def test_bits_by_context_length_say_that_eviction_is_left_out(tiny_llama: LlamaForCausalLM) -> None:
+    eviction = Eviction(prefill="streaming_llm", prefill_tokens=8, prefill_recent_tokens=2)
+    settings = {"protocol": "cache", "steps": Steps(prefill_tokens=16)}
+    phrase = "bits by context length count evicted tokens, too"
+    for policy in (CachePolicy(eviction=eviction), CachePolicy()):
+        line = evaluate(tiny_llama, IDS, everywhere(per_token), policy=policy, **settings).protocol
+        assert (phrase in line) == (policy.eviction is not None)
+
+
+def test_exact_tokens_cost_what_they_take_though_no_window_holds_any(tiny_llama: LlamaForCausalLM) -> None:
+    """Windows that whole blocks fill end without exact tokens; a context of another length does not."""
+    policy, ids = CachePolicy(block_tokens=24), torch.cat([IDS, IDS[:, :9]], dim=1)
+    found = [
+        evaluate(tiny_llama, ids[:, :n], everywhere(per_token), policy=policy, protocol="decode").bits["amortised"]
+        for n in (48, 49)
+    ]
+    assert found[0] == found[1]
+    n_exact = 2048 % 24
+    assert found[0]["2048"]["value"] == pytest.approx((6 * (2048 - n_exact) + 32 * n_exact) / 2048)
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,14 @@ def test_strided_windows_cluster_until_they_are_a_window_apart() -> None:
     assert torch.equal(scored.clusters(scores, 8)[0].loss, loss[0])
 
 
+@pytest.mark.parametrize(("window_tokens", "stride"), [(100, 40), (100, 60), (24, 7), (24, 8), (24, 24)])
+def test_clusters_advance_by_a_window_at_least(window_tokens: int, stride: int) -> None:
+    scored = ScoredTargets((stride,) * 12, stride)
+    window = Scores(*torch.zeros(3, stride, dtype=torch.float64), torch.zeros(stride, dtype=torch.bool))
+    first = scored.clusters([window] * 12, window_tokens)[0]
+    assert window_tokens <= len(first.loss) < window_tokens + stride
+
+
 def test_more_context_predicts_better(tiny_llama: LlamaForCausalLM) -> None:
     """On text that the model has written, which its own context makes likely."""
     text = tiny_llama.generate(torch.tensor([[1]]), do_sample=True, min_new_tokens=119, max_new_tokens=119)[0]

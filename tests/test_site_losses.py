@@ -1,5 +1,7 @@
 """Losses of single sites: as if each were quantized alone, and told apart."""
 
+import math
+
 import pytest
 import torch
 from test_evaluate import CHANNELS, everywhere, per_token
@@ -59,3 +61,14 @@ def test_shares_add_up_and_gains_count_for_nothing() -> None:
     assert list(shares.values()) == pytest.approx([0.6, 0.3, 0.1, 0.0])
     assert list(shares) == [sites[2], sites[3], sites[0], sites[1]]
     assert set(loss_shares({s: SiteLoss(nats=-1.0, stderr=0.1, kl=0.1) for s in sites}).values()) == {0.0}
+
+
+@pytest.mark.parametrize("worst", [math.nan, math.inf])
+def test_a_loss_without_bounds_ranks_first(worst: float) -> None:
+    sites = list(everywhere(per_token))
+    losses = {s: SiteLoss(nats=n, stderr=0.1, kl=0.1) for s, n in zip(sites, (0.1, 0.6, worst, -0.3), strict=True)}
+    shares = loss_shares(losses)
+    assert next(iter(shares)) == sites[2]
+    assert list(shares.values()) == [1.0, 0.0, 0.0, 0.0]
+    both = loss_shares({**losses, sites[0]: SiteLoss(nats=math.inf, stderr=0.1, kl=0.1)})
+    assert (both[sites[0]], both[sites[2]]) == (0.5, 0.5)

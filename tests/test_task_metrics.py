@@ -35,11 +35,9 @@ def longest_common(a: str | list[str], b: str | list[str]) -> int:
     return table[-1][-1]
 
 
-def f_measure(n_common: int, found: list[str], wanted: list[str]) -> float:
-    if not found and not wanted:
-        return 1.0
+def f_measure(n_common: int, found: list[str], wanted: list[str], same: bool) -> float:
     if not n_common:
-        return 0.0
+        return float(same)
     precision, recall = n_common / len(found), n_common / len(wanted)
     return 2 * precision * recall / (precision + recall)
 
@@ -53,13 +51,14 @@ def test_token_f1_is_that_of_squad() -> None:
     for text, reference in sentences():
         found, wanted = squad_words(text), squad_words(reference)
         n_common = sum(min(n, Counter(wanted)[word]) for word, n in Counter(found).items())
-        assert token_f1(text, reference) == pytest.approx(f_measure(n_common, found, wanted))
+        assert token_f1(text, reference) == pytest.approx(f_measure(n_common, found, wanted, text == reference))
 
 
 def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence() -> None:
     for text, reference in sentences():
         found, wanted = (re.findall(r"\w+", each.lower()) for each in (text, reference))
-        assert rouge_l(text, reference) == pytest.approx(f_measure(longest_common(found, wanted), found, wanted))
+        n_common = longest_common(found, wanted)
+        assert rouge_l(text, reference) == pytest.approx(f_measure(n_common, found, wanted, text == reference))
 
 
 def test_the_longest_common_subsequence_of_random_letters_is_that_of_the_table() -> None:
@@ -75,6 +74,14 @@ def test_a_score_is_symmetric_one_for_equals_and_never_out_of_range(metric) -> N
         assert 0 <= metric(text, reference) <= 1
         assert metric(text, reference) == metric(reference, text)
         assert metric(text, text) == 1
+
+
+@pytest.mark.parametrize(
+    ("metric", "reference"), [(token_f1, "The"), (token_f1, "..."), (rouge_l, "..."), (edit_similarity, "  ")]
+)
+def test_an_empty_answer_scores_nothing_where_nothing_is_left_of_the_reference(metric, reference: str) -> None:
+    assert metric("", reference) == metric(reference, "") == 0
+    assert metric(reference, reference) == metric("", "") == 1
 
 
 def test_the_order_of_words_matters_to_rouge_alone() -> None:

@@ -19,6 +19,7 @@ from artifacts.identity import Identity
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
 from simquant import CachePolicy, NothingQuantizedError, Steps, packed_cache
+from simquant.figures import mean_and_stderr
 from simquant.tasks import (
     TASKS,
     Answer,
@@ -37,7 +38,6 @@ from simquant.tasks.answers import first_number_fits, found_share
 from simquant.tasks.drift import first_divergence
 from simquant.tasks.gsm8k import flexible_match, strict_match
 from simquant.tasks.gsm8k_examples import EXAMPLES
-from simquant.tasks.result import mean_and_stderr
 
 GRIDS = ("passkey", "needle")
 SYNTHETIC = ("multi_key", "multi_value", "variables", "common_words")
@@ -345,6 +345,45 @@ def test_a_broken_line_is_refused_with_its_number(tmp_path: Path, line: str, tol
         read_predictions(path)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"cell": {"a": [1]}},
+        {"cell": {"a": True}},
+        {"cell": {"a": math.nan}},
+        {"references": [1]},
+        {"choices": [None]},
+        {"tokens": ["a"]},
+        {"tokens": [True]},
+        {"side": ["fp"]},
+        {"n_prompt_tokens": -1},
+        {"quantized_fraction": True},
+        {"quantized_fraction": math.nan},
+        {"quantized_fraction": 1.5},
+    ],
+)
+def test_a_field_that_holds_something_else_is_refused_with_its_line(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    [name] = wrong
+    path = written(tmp_path / "p.jsonl", prediction())
+    line = json.dumps(json.loads(prediction("quantized").to_line()) | wrong)
+    path.write_text(f"{path.read_text()}{line}\n")
+    with pytest.raises(TaskError, match=f"line 2: {name} cannot be"):
+        score_predictions(path)
+
+
+@pytest.mark.parametrize("task", ["needle", "passkey", "gsm8k", "longbench:hotpotqa"])
+def test_answers_without_a_reference_are_refused(tmp_path: Path, task: str) -> None:
+    both = [prediction(side, task=task, references=()) for side in ("fp", "quantized")]
+    with pytest.raises(TaskError, match=f"{task} a: expected a reference"):
+        score_predictions(written(tmp_path / "p.jsonl", *both))
+
+
+def test_answers_without_tokens_cannot_drift(tmp_path: Path) -> None:
+    both = [prediction(side, task="drift", tokens=()) for side in ("fp", "quantized")]
+    with pytest.raises(TaskError, match="drift a: expected the tokens of both answers"):
+        score_predictions(written(tmp_path / "p.jsonl", *both))
+
+
 def test_an_empty_or_missing_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(TaskError, match="an empty file"):
@@ -412,12 +451,23 @@ def test_items_of_one_side_only_are_left_out(tmp_path: Path, caplog: pytest.LogC
         ([prediction("quantized"), prediction("quantized", id="b", protocol="x")], "expected one protocol"),
         ([prediction("quantized", task="passkeys")], "passkeys: expected a task .*; did you mean passkey"),
         ([prediction("quantized", id="b")], "expected items that both models answered"),
-        ([prediction("quantized", prompt_digest="x")], "expected the same prompt for both"),
+        ([prediction("quantized", prompt_digest="x")], "expected the same prompt, references and choices for both"),
+        ([prediction("quantized", choices=("x",))], "expected the same prompt, references and choices for both"),
     ],
 )
 def test_files_that_cannot_be_scored_are_refused(tmp_path: Path, others: list[Prediction], told: str) -> None:
     with pytest.raises(TaskError, match=told):
         score_predictions(written(tmp_path / "p.jsonl", *others, prediction()))
+
+
+def test_items_that_do_not_count_are_not_scored(tmp_path: Path) -> None:
+    right, wrong = (
+        [prediction(side, id=side_id, text=text) for side in ("fp", "quantized")]
+        for side_id, text in (("a", "12"), ("b", "13"))
+    )
+    path = written(tmp_path / "p.jsonl", *right, *wrong)
+    [result] = score_predictions(path, only={("passkey", "a")})
+    assert (result.n, result.fp) == (1, 1.0)
 
 
 def test_a_file_in_which_nothing_was_quantized_is_refused(tmp_path: Path) -> None:
@@ -524,6 +574,15 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tiny_llama: LlamaForCausalL
         assert cut.read_bytes() == content
 
 
+def test_a_run_stopped_inside_a_character_goes_on(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    path, asked = tmp_path / "p.jsonl", items(cell={"place": "caf\u00e9"})
+    run(tiny_llama, path, asked)
+    content = path.read_bytes()
+    path.write_bytes(content[: content.rindex("\u00e9".encode()) + 1])
+    assert len(run(tiny_llama, path, asked)) == 1
+    assert path.read_bytes() == content
+
+
 def test_a_larger_limit_asks_only_what_is_new(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
     run(tiny_llama, tmp_path / "p.jsonl", items(2))
     assert len(run(tiny_llama, tmp_path / "p.jsonl", items(3))) == 2
@@ -536,6 +595,8 @@ def test_a_larger_limit_asks_only_what_is_new(tiny_llama: LlamaForCausalLM, tmp_
         ({"steps": Steps(prefill_tokens=4)}, "expected answers of this protocol"),
         ({"bits": 3}, "expected answers of this protocol"),
         ({"asked": [replace(item, prompt="another one") for item in items()]}, "expected the answer to this prompt"),
+        ({"asked": items(references=("2",))}, "expected the answer to this prompt, with these references"),
+        ({"asked": items(choices=("1", "2"))}, "expected the answer to this prompt, with these references"),
         ({"asked": items() + items(1)}, "expected one item of that id; got two"),
     ],
 )
@@ -558,10 +619,27 @@ def test_a_prompt_that_is_too_long_is_refused_before_anything_is_asked(
     assert not (tmp_path / "p.jsonl").exists()
 
 
-def test_other_weights_are_another_model(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
+def of_norm(model: LlamaForCausalLM) -> None:
+    model.model.norm.weight.mul_(1.5)
+
+
+def behind_the_first_row(model: LlamaForCausalLM) -> None:
+    for weight in model.parameters():
+        weight[1:] += 0.5 * (weight.ndim == 2)
+
+
+def of_another_precision(model: LlamaForCausalLM) -> None:
+    model.bfloat16()
+
+
+@pytest.mark.parametrize("change", [of_norm, behind_the_first_row, of_another_precision])
+def test_other_weights_are_another_model(
+    tiny_llama: LlamaForCausalLM, tmp_path: Path, change: Callable[[LlamaForCausalLM], None]
+) -> None:
+    tiny_llama.bfloat16().float()  # values that both precisions hold
     run(tiny_llama, tmp_path / "p.jsonl")
     with torch.no_grad():
-        tiny_llama.model.norm.weight.mul_(1.5)
+        change(tiny_llama)
     with pytest.raises(TaskError, match="expected answers of this protocol"):
         run(tiny_llama, tmp_path / "p.jsonl")
 
@@ -573,6 +651,17 @@ def test_a_task_in_which_nothing_is_quantized_is_refused(tiny_llama: LlamaForCau
     assert {p.side for p in read_predictions(tmp_path / "p.jsonl")} == {"quantized"}
     sixteen = everywhere(tiny_llama, exact)
     run(tiny_llama, tmp_path / "exact.jsonl", policy=policy, quantizers=sixteen)
+
+
+def test_answers_that_an_exact_prefill_gives_alone_are_refused(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    """The first token of an answer reads what the first step reads."""
+    policy, one_token = CachePolicy(exact_prefill=True), items(max_new_tokens=1)
+    with pytest.raises(NothingQuantizedError, match="an exact prefill answers with its first token"):
+        run(tiny_llama, tmp_path / "one.jsonl", one_token, policy=policy)
+    run(tiny_llama, tmp_path / "steps.jsonl", one_token, policy=policy, steps=Steps(prefill_tokens=8))
+    run(tiny_llama, tmp_path / "more.jsonl", items(max_new_tokens=2), policy=policy)
+    for name in ("steps", "more"):
+        assert score_predictions(tmp_path / f"{name}.jsonl")[0].quantized_fraction == 1
 
 
 def test_the_protocol_line_says_what_was_run(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:

@@ -53,6 +53,14 @@ def test_the_demo_model_finds_passkeys_and_the_file_scores_alike(type_in: Progra
     assert "protocol: packed cache" in table
 
 
+def test_a_result_holds_the_items_asked_for_not_all_in_the_file(type_in: Program) -> None:
+    line = f"{DYNAMIC} --tasks passkey --task-depths 0 --predictions p.jsonl --json"
+    found(type_in(f"{line} --task-lengths 40 --task-limit 2"))
+    result = found(type_in(f"{line} --task-lengths 60 --task-limit 1"))["tasks"]["passkey"]
+    assert (result["n"], [cell["words"] for cell in result["cells"]]) == (1, [60])
+    assert found(type_in("--score p.jsonl --json"))["tasks"]["passkey"]["n"] == 3
+
+
 def test_all_made_tasks_are_solved_by_the_demo_model(type_in: Program) -> None:
     report = found(type_in(f"{QUICK} --tasks synthetic,needle --json"))["tasks"]
     assert list(report) == ["multi_key", "multi_value", "variables", "common_words", "needle"]

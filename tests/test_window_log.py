@@ -134,9 +134,28 @@ def test_damage_in_the_middle_is_named(log: WindowLog, tiny_llama: LlamaForCausa
     with pytest.raises(WindowLogError, match=r"windows.jsonl: line 3 is damaged, and lines follow it"):
         evaluate(tiny_llama, WINDOWS, everywhere(per_token), log=log)
     entry = json.loads(lines[2])
-    entry[0]["scores"][0]["nll"] = entry[0]["scores"][0]["nll"][:64]
+    scores = entry["found"][0]["scores"][0]
+    scores["nll"] = scores["nll"][:64]
     log.path.write_bytes(b"".join([*lines[:2], json.dumps(entry).encode() + b"\n", *lines[3:]]))
     with pytest.raises(WindowLogError, match="another form"):
+        evaluate(tiny_llama, WINDOWS, everywhere(per_token), log=log)
+
+
+@pytest.mark.parametrize("order", [[0, 1, 1, 2, 2], [0, 1, 2, 1, 2], [0, 2, 1], [0, 2]])
+def test_lines_of_two_runs_are_refused(order: list[int], log: WindowLog, tiny_llama: LlamaForCausalLM) -> None:
+    """Two runs at a time have written the same batches, or batches are missing."""
+    interrupt(tiny_llama, log, 2)
+    lines = log.path.read_bytes().splitlines(keepends=True)
+    log.path.write_bytes(b"".join(lines[index] for index in order))
+    with pytest.raises(WindowLogError, match=r"line \d: expected batch \d; got \d. Have two runs written to it\?"):
+        evaluate(tiny_llama, WINDOWS, everywhere(per_token), log=log)
+
+
+def test_batches_beyond_the_last_are_refused(log: WindowLog, tiny_llama: LlamaForCausalLM) -> None:
+    evaluate(tiny_llama, WINDOWS, everywhere(per_token), log=log)
+    entry = json.loads(log.path.read_bytes().splitlines()[-1])
+    log.append(len(WINDOWS), entry["found"])
+    with pytest.raises(WindowLogError, match="expected at most 5 batches; got 6"):
         evaluate(tiny_llama, WINDOWS, everywhere(per_token), log=log)
 
 

@@ -36,6 +36,8 @@ class Drift(Task):
 
     def scores(self, fp: Prediction, quantized: Prediction) -> tuple[float, float]:
         """1 for the exact model; share of the places where both have the same token, of the longer answer."""
+        if not fp.tokens or not quantized.tokens:
+            raise TaskError(f"{fp.task} {fp.id}: expected the tokens of both answers; got none. Remove its lines.")
         same = sum(a == b for a, b in zip(fp.tokens, quantized.tokens, strict=False))
         return 1.0, same / max(len(fp.tokens), len(quantized.tokens))
 

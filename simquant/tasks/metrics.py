@@ -34,7 +34,7 @@ def token_f1(text: str, reference: str, language: Language = "en") -> float:
     0.666...
     """
     found, wanted = (_answer_words(each) if language == "en" else _characters(each) for each in (text, reference))
-    return _f1((Counter(found) & Counter(wanted)).total(), len(found), len(wanted))
+    return _f1((Counter(found) & Counter(wanted)).total(), len(found), len(wanted), same=text == reference)
 
 
 def rouge_l(text: str, reference: str, language: Language = "en") -> float:
@@ -54,7 +54,7 @@ def rouge_l(text: str, reference: str, language: Language = "en") -> float:
     found, wanted = (
         re.findall(r"[^\W_]+", each.lower()) if language == "en" else _characters(each) for each in (text, reference)
     )
-    return _f1(common_subsequence(found, wanted), len(found), len(wanted))
+    return _f1(common_subsequence(found, wanted), len(found), len(wanted), same=text == reference)
 
 
 def class_match(text: str, reference: str, classes: Iterable[str]) -> float:
@@ -106,7 +106,7 @@ def edit_similarity(text: str, reference: str) -> float:
     lines = (line.strip() for line in text.splitlines())
     found = next((line for line in lines if line and not line.startswith(_NOT_CODE)), "")
     wanted = reference.strip()
-    return _f1(common_subsequence(found, wanted), len(found), len(wanted))
+    return _f1(common_subsequence(found, wanted), len(found), len(wanted), same=text == reference)
 
 
 def common_subsequence(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
@@ -130,9 +130,9 @@ def common_subsequence(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
     return len(a) - row.bit_count()
 
 
-def _f1(n_common: int, n_found: int, n_wanted: int) -> float:
-    """Two empty sides are the same."""
-    return 2 * n_common / (n_found + n_wanted) if n_found + n_wanted else 1.0
+def _f1(n_common: int, n_found: int, n_wanted: int, *, same: bool) -> float:
+    """Two sides of which nothing is left fit only if the texts were the same: no answer is not "the"."""
+    return 2 * n_common / (n_found + n_wanted) if n_found + n_wanted else float(same)
 
 
 def _answer_words(text: str) -> list[str]:

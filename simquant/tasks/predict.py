@@ -139,8 +139,14 @@ class _Speakers:
             for layer in cache.layers:
                 for site, store in layer.store.stores():
                     usage.add_store(site, store)
-        asked = any(quantizer.spec.bits < 16 for quantizer in self._quantizers.values())
-        return found, usage.quantized_fraction if asked else None
+        if all(quantizer.spec.bits >= 16 for quantizer in self._quantizers.values()):
+            return found, None
+        return found, usage.quantized_fraction if self._reads_codes(found) else 0.0
+
+    def _reads_codes(self, found: Answer) -> bool:
+        """Whether a token of the answer is predicted by any step but an exact first one."""
+        in_one_step = self._steps is None or self._steps.prefill_tokens >= found.n_prompt_tokens
+        return not (self._policy.exact_prefill and in_one_step and len(found.tokens) == 1)
 
 
 def _continued(path: Path) -> list[Prediction]:
@@ -162,8 +168,8 @@ def _check_same(path: Path, prediction: Prediction, protocols: Mapping[Side, str
             f"{who}: expected answers of this protocol:\n  {protocols[prediction.side]}\ngot those of\n  "
             f"{prediction.protocol}\nWrite to another file, or take the same model, quantizers and options."
         )
-    if item is not None and prediction.prompt_digest != prompt_digest(item.prompt):
+    if item is not None and prediction.question != (prompt_digest(item.prompt), item.references, item.choices):
         raise TaskError(
-            f"{who}: expected the answer to this prompt; got that to another. Write to another file, or take the same "
-            "data, seed and lengths."
+            f"{who}: expected the answer to this prompt, with these references and choices; got that to another. Write "
+            "to another file, or take the same data, seed and lengths."
         )

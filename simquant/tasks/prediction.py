@@ -1,7 +1,8 @@
 """What a model answered, kept line by line in a file."""
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, final, get_args
@@ -34,7 +35,8 @@ class Prediction:
     protocol : str
         How the answer came about, in one line.
     quantized_fraction : float or None
-        Share of the cached tokens that were quantized; None where no fewer than 16 bits were asked for.
+        Share of the cached tokens that were quantized, 0 if the answer was over before any was read; None where no
+        fewer than 16 bits were asked for.
     """
 
     task: str
@@ -50,19 +52,39 @@ class Prediction:
     protocol: str = ""
     quantized_fraction: float | None = None
 
+    @property
+    def question(self) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+        """What the answer and its score depend on: digest of the prompt, references and choices."""
+        return self.prompt_digest, self.references, self.choices
+
     def to_line(self) -> str:
         """One line of JSON."""
         return json.dumps(asdict(self), ensure_ascii=False)
 
 
-_TYPES: dict[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(("task", "id", "side", "text", "prompt_digest", "protocol"), str),
-    **dict.fromkeys(("tokens", "references", "choices"), list),
-    "cell": dict,
-    "n_prompt_tokens": int,
-    "quantized_fraction": (int, float, type(None)),
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_number(value: Any) -> bool:
+    """Neither a bool, which Python takes for an integer, nor infinite, nor NaN."""
+    return type(value) in (int, float) and abs(value) < math.inf
+
+
+_FITS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("task", "id", "text", "prompt_digest", "protocol"), _is_text),
+    "side": lambda value: value in get_args(Side),
+    "tokens": lambda value: isinstance(value, list) and all(map(_is_count, value)),
+    **dict.fromkeys(("references", "choices"), lambda value: isinstance(value, list) and all(map(_is_text, value))),
+    "cell": lambda value: isinstance(value, dict) and all(_is_text(v) or _is_number(v) for v in value.values()),
+    "n_prompt_tokens": _is_count,
+    "quantized_fraction": lambda value: value is None or (_is_number(value) and 0 <= value <= 1),
 }
-"""Of each field in JSON."""
+"""What each field may be in JSON."""
 
 
 def append_prediction(path: Path, prediction: Prediction) -> None:
@@ -87,12 +109,11 @@ def read_predictions(path: Path, *, complete: bool = True) -> list[Prediction]:
         If the file is missing or empty, or a line is not a prediction, or comes twice; with the line's number.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        content = path.read_bytes()
+        text = (content if complete else content[: content.rfind(b"\n") + 1]).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise TaskError(f"{path}: expected a file of predictions; got {error}. Check the path.") from error
-    if not complete:
-        text = text[: text.rfind("\n") + 1]
-    elif not text.strip():
+    if complete and not text.strip():
         raise TaskError(f"{path}: expected predictions; got an empty file. Make them with evaluate --predictions FILE")
     lines = text.split("\n")  # not splitlines(): JSON strings may hold other characters that it takes for line ends
     found: dict[tuple[str, str, str], Prediction] = {}
@@ -115,11 +136,11 @@ def _parse(line: str, where: str) -> Prediction:
     if not isinstance(record, dict):
         raise TaskError(f"{where}: expected a JSON object; got {line:.60}. Mend or remove the line.")
     missing = [name for name in ("task", "id", "side", "text", "references", "cell") if name not in record]
-    unknown = [name for name in record if name not in _TYPES]
+    unknown = [name for name in record if name not in _FITS]
     if missing or unknown:
         raise TaskError(f"{where}: expected the fields of a prediction; missing {missing}, unknown {unknown}.")
     for name, value in record.items():
-        if not isinstance(value, _TYPES[name]) or (name == "side" and value not in get_args(Side)):
+        if not _FITS[name](value):
             raise TaskError(f"{where}: {name} cannot be {value!r:.60}. Was it written by evaluate --predictions?")
     return Prediction(**{name: _tuple(value) for name, value in record.items()})
 
@@ -128,4 +149,4 @@ def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-assert _TYPES.keys() == {field.name for field in fields(Prediction)}
+assert _FITS.keys() == {field.name for field in fields(Prediction)}

@@ -1,7 +1,7 @@
 """What a task found."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, final
 
@@ -65,21 +65,6 @@ class TaskResult:
         width = max(len(name) for name, _ in rows)
         lines = [f"{name.rjust(width)}: {value}" for name, value in rows]
         return "\n".join([f"{self.task}, {self.metric}, n = {self.n}", *lines])
-
-
-def mean_and_stderr(values: Sequence[float]) -> tuple[float, float]:
-    """The mean, and its standard error (nan for one value).
-
-    Examples
-    --------
-    >>> mean_and_stderr([0.0, 1.0, 1.0, 0.0])
-    (0.5, 0.2886...)
-    """
-    n = len(values)
-    mean = math.fsum(values) / n
-    if n < 2:
-        return mean, math.nan
-    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1) / n)
 
 
 def _where(cell: Mapping[str, Any]) -> str:

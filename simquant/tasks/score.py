@@ -3,13 +3,14 @@
 import difflib
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from simquant.evaluate import NothingQuantizedError
+from simquant.figures import mean_and_stderr
 from simquant.tasks.errors import TaskError
 from simquant.tasks.prediction import Prediction, read_predictions
-from simquant.tasks.result import TaskResult, mean_and_stderr
+from simquant.tasks.result import TaskResult
 from simquant.tasks.table import TASKS
 from simquant.tasks.task import Task
 
@@ -18,7 +19,9 @@ logger = logging.getLogger(__name__)
 Pair = tuple[Prediction, Prediction]
 
 
-def score_predictions(path: Path, tasks: Mapping[str, Task] = TASKS) -> list[TaskResult]:
+def score_predictions(
+    path: Path, tasks: Mapping[str, Task] = TASKS, *, only: Container[tuple[str, str]] | None = None
+) -> list[TaskResult]:
     """The results of all tasks in a file of predictions, in its order.
 
     Parameters
@@ -27,6 +30,8 @@ def score_predictions(path: Path, tasks: Mapping[str, Task] = TASKS) -> list[Tas
         What `predict` wrote.
     tasks : mapping from str to Task
         Who scores which task.
+    only : container of (task, id) or None
+        The items that count; None is all.
 
     Raises
     ------
@@ -36,7 +41,7 @@ def score_predictions(path: Path, tasks: Mapping[str, Task] = TASKS) -> list[Tas
     NothingQuantizedError
         If fewer than 16 bits were asked for, and a task saw no quantized token.
     """
-    predictions = read_predictions(path)
+    predictions = [p for p in read_predictions(path) if only is None or (p.task, p.id) in only]
     for side in ("fp", "quantized"):
         protocols = {prediction.protocol for prediction in predictions if prediction.side == side}
         if len(protocols) > 1:
@@ -80,8 +85,8 @@ def check_quantized(task: str, predictions: Iterable[Prediction]) -> float | Non
     if share == 0:
         raise NothingQuantizedError(
             f"{task}: fewer than 16 bits were asked for and no token was quantized in {len(asked)} prompts of at most "
-            f"{max(n_tokens for _, n_tokens in asked)} tokens, answers included. Use longer prompts or keep fewer "
-            "tokens exact."
+            f"{max(n_tokens for _, n_tokens in asked)} tokens, answers included, or none was read: an exact prefill "
+            "answers with its first token. Use longer prompts or answers, or keep fewer tokens exact."
         )
     return share
 
@@ -96,8 +101,11 @@ def _pairs(path: Path, task: str, predictions: Sequence[Prediction]) -> list[Pai
             f"{len(quantized)} quantized ones. Go on with evaluate --predictions {path}"
         )
     for fp, other in pairs:
-        if fp.prompt_digest != other.prompt_digest or fp.references != other.references:
-            raise TaskError(f"{path}: {task} {fp.id}: expected the same prompt for both models; got different ones.")
+        if fp.question != other.question:
+            raise TaskError(
+                f"{path}: {task} {fp.id}: expected the same prompt, references and choices for both models; got "
+                "different ones. Remove both lines, and go on."
+            )
     alone = len(exact) + len(quantized) - 2 * len(pairs)
     if alone:
         logger.warning("%s: %s: %d answers of one model only are left out", path, task, alone)

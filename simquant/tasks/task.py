@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
+from simquant.tasks.errors import TaskError
 from simquant.tasks.item import Item
 from simquant.tasks.options import TaskOptions
 from simquant.tasks.prediction import Prediction
@@ -40,7 +41,15 @@ class Task(ABC):
         """How good an answer is, from 0 to 1; `item` holds the references."""
 
     def scores(self, fp: Prediction, quantized: Prediction) -> tuple[float, float]:
-        """The scores of both answers to an item; a task that compares them with each other replaces this."""
+        """The scores of both answers to an item; a task that compares them with each other replaces this.
+
+        Raises
+        ------
+        TaskError
+            If there is no reference to hold them against.
+        """
+        if not fp.references:
+            raise TaskError(f"{fp.task} {fp.id}: expected a reference to score by; got none. Mend or remove its lines.")
         return self.score(fp.text, fp), self.score(quantized.text, quantized)
 
     def others(self, fp: Prediction, quantized: Prediction) -> dict[str, tuple[float, float]]:
