@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scripts import options
-from scripts.calibrate import NSAMPLES
 from scripts.console import Parser, UsageError, run, say, set_up_logging
+from scripts.options import NSAMPLES
 from scripts.protocol_options import add_protocol_options
 
 if TYPE_CHECKING:

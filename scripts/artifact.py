@@ -7,7 +7,7 @@ from pathlib import Path
 
 from artifacts.storage import check_suffix, naming, read, written_by_kvcalib
 from scripts.console import Parser, UsageError, run, say
-from scripts.options import add_foreign_options, foreign_hints
+from scripts.foreign_options import add_foreign_options, foreign_hints
 
 FORMAT = "kvcalib.artifact"
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scripts import options
-from scripts.calibrate import NSAMPLES
 from scripts.console import Parser, UsageError, run, say, set_up_logging
 from scripts.evaluate_text import warn_of_overlap
+from scripts.options import NSAMPLES
 
 if TYPE_CHECKING:
     from calib.recipe import Recipe

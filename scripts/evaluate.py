@@ -12,8 +12,10 @@ from scripts.console import Parser, UsageError, run, say, set_up_logging
 from scripts.evaluate_tasks import run_tasks
 from scripts.evaluate_text import run_text
 from scripts.evaluated import Evaluated, chosen_recipe, fitted, load_artifact
+from scripts.foreign_options import add_normal_float
 from scripts.lm_eval_adapter import OF_LM_EVAL, add_lm_eval_options, lm_eval_table, run_lm_eval
 from scripts.protocol_options import add_protocol_options
+from scripts.recipe_options import add_recipe_options
 from scripts.report_options import add_report_options, check_report_options
 from scripts.scoring_options import OF_TEXTS, add_scoring_options
 from scripts.task_options import PERPLEXITY, add_task_options, task_names
@@ -36,11 +38,11 @@ def parser() -> argparse.ArgumentParser:
     parser = Parser("evaluate", __doc__)
     options.add_model_options(parser)
     options.add_text_options(parser)
-    options.add_recipe_options(parser, "that of the artifact; kvquant without one")
+    add_recipe_options(parser, "that of the artifact; kvquant without one")
     parser.add_argument(
         "--quantizer-path", type=Path, metavar="FILE", help="what `calibrate` wrote; without it scales are dynamic"
     )
-    options.add_normal_float(parser)
+    add_normal_float(parser)
     add_protocol_options(parser)
     add_scoring_options(parser)
     add_task_options(parser)

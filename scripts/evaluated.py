@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from scripts import options
 from scripts.console import UsageError, listing_of_runs, say
+from scripts.foreign_options import foreign_hints
 from scripts.protocol_options import protocol_settings
+from scripts.recipe_options import recipe_changes
 
 if TYPE_CHECKING:
     from artifacts.artifact import Artifact
@@ -91,7 +92,7 @@ def load_artifact(args: argparse.Namespace) -> "Artifact | None":
         return None
     if not args.quantizer_path.exists():
         raise UsageError(f"{args.quantizer_path}: no such file. {listing_of_runs()}")
-    hints = options.foreign_hints(args)
+    hints = foreign_hints(args)
     opened = open_artifact(args.quantizer_path, hints)
     for notice in opened.notices:
         say(f"note: {notice}")
@@ -117,12 +118,12 @@ def chosen_recipe(args: argparse.Namespace, artifact: "Artifact | None") -> "Rec
 
     if artifact is None:
         recipe = load_recipe(args.recipe or "kvquant")
-        return recipe.edited(options.recipe_changes(args, recipe.model_dump(mode="json")))
+        return recipe.edited(recipe_changes(args, recipe.model_dump(mode="json")))
     if artifact.manifest.recipe.get("name") == IMPORTED:
         return None
     recipe = Recipe.parse(dict(artifact.manifest.recipe), str(args.quantizer_path))
     base = recipe.model_dump(mode="json")
-    asked = recipe.edited(options.recipe_changes(args, base)).model_dump(mode="json")
+    asked = recipe.edited(recipe_changes(args, base)).model_dump(mode="json")
     rows = [row for name in ("stage", "key", "value") for row in _differences(name, base[name], asked[name])]
     if args.recipe and load_recipe(args.recipe).name != recipe.name:
         rows.append(f"recipe: the file has {recipe.name}, the command line {args.recipe}")

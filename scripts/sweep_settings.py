@@ -9,8 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from calib.statistics.site_statistics import Tier
 from scripts import evaluate
-from scripts.calibrate import NSAMPLES
-from scripts.options import choose_defaults
+from scripts.options import NSAMPLES, choose_defaults
 from scripts.protocol_options import _OF_STEPS
 from simquant.protocols import ProtocolName
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from random_models import random_llama
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -39,19 +39,7 @@ def _seeds() -> None:
 @pytest.fixture
 def tiny_llama() -> LlamaForCausalLM:
     """A fresh random Llama: 2 layers, 4 query heads on 2 KV heads of head_dim 8, vocab 64, context 128."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=128,
-        initializer_range=0.2,  # ten times the usual: attention is far from uniform, so damage to a key shows
-    )
-    return LlamaForCausalLM(config).eval()
+    return random_llama()
 
 
 @pytest.fixture(scope="session")

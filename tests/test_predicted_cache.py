@@ -4,8 +4,9 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
+from random_models import random_llama
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from artifacts.artifact import Artifact
 from artifacts.attention import AttentionLayer, attention_layers
@@ -23,19 +24,7 @@ IDS = torch.randint(1, 64, (2, 40), generator=torch.Generator().manual_seed(1))
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=128,
-        initializer_range=0.2,
-    )
-    return LlamaForCausalLM(config).eval()
+    return random_llama(num_hidden_layers=3)
 
 
 @pytest.fixture

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from random_models import random_llama
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from artifacts.affine import Affine
 from artifacts.artifact import Artifact, load, save
@@ -32,7 +33,7 @@ from calib.statistics.model_statistics import ModelStatistics
 from calib.statistics.site_statistics import SiteShape
 from calib.statistics.sources import Sources
 from scripts.calibrate import parser
-from scripts.options import recipe_changes
+from scripts.recipe_options import recipe_changes
 from simquant.attention_inputs import attention_inputs
 from simquant.packed import packed_cache
 from simquant.policy import CachePolicy, Window
@@ -377,19 +378,7 @@ def windows() -> Tensor:
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
     """Two layers, 4 query heads on 2 KV heads of head_dim 4."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=4,
-        max_position_embeddings=128,
-        initializer_range=0.3,
-    )
-    return LlamaForCausalLM(config).eval()
+    return random_llama(hidden_size=16, intermediate_size=32, head_dim=4, initializer_range=0.3)
 
 
 @pytest.fixture(scope="module")

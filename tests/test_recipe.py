@@ -13,7 +13,7 @@ from calib.recipe import Recipe, RecipeError, load_recipe, shipped_recipes
 from calib.recipe_errors import refusal
 from scripts.calibrate import parser
 from scripts.console import UsageError, dashes
-from scripts.options import recipe_changes
+from scripts.recipe_options import recipe_changes
 
 PLAIN: dict[str, Any] = {
     "name": "plain",

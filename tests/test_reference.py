@@ -13,8 +13,8 @@ import simquant
 from artifacts.attention import attention_layers
 from calib.calibration import add_windows, new_statistics
 from calib.statistics.model_statistics import ModelStatistics
-from scripts import options
 from scripts.calibrate import parser
+from scripts.recipe_options import recipe_changes
 
 FULL_PRECISION = 4.814
 KVQUANT = [
@@ -48,7 +48,7 @@ class Reference:
 
     def perplexity(self, recipe: str, flags: str, windows: Tensor | None = None, batch_size: int = 8) -> float:
         base = calib.load_recipe(recipe)
-        changes = options.recipe_changes(parser().parse_args(flags.split()), base.model_dump(mode="json"))
+        changes = recipe_changes(parser().parse_args(flags.split()), base.model_dump(mode="json"))
         artifact = calib.fit(self.statistics, base.edited(changes))
         with simquant.simulate(self.model, artifact):
             return simquant.perplexity(self.model, self.windows if windows is None else windows, batch_size=batch_size)
