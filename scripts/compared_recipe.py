@@ -8,7 +8,7 @@ from typing import Any
 from artifacts.artifact import Artifact
 from artifacts.sites import Site
 from simquant import EvalResult
-from simquant.site_errors import AttentionErrors
+from simquant.evaluation.site_errors import AttentionErrors
 from simquant.usage import CONTEXT_TOKENS
 
 LEGEND = """\

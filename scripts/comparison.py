@@ -20,9 +20,9 @@ from calib.statistics.model_statistics import ModelStatistics
 from calib.statistics.site_statistics import Tier
 from scripts.compared_recipe import ComparedRecipe
 from scripts.console import UsageError, bar, say
-from simquant.attention_inputs import AttentionInputs, attention_inputs
 from simquant.evaluate import evaluate_each
-from simquant.site_errors import AttentionErrors, attention_errors
+from simquant.evaluation.attention_inputs import AttentionInputs, attention_inputs
+from simquant.evaluation.site_errors import AttentionErrors, attention_errors
 
 
 @dataclass

@@ -12,8 +12,8 @@ from calib.layer_choice import check
 from calib.recipe import Recipe
 from scripts.models import LoadedModel, load_model
 from simquant import CachePolicy, CacheStateError, PackedCache, packed_cache
-from simquant.cacheable import group_tokens
-from simquant.stored import Stored
+from simquant.cache.cacheable import group_tokens
+from simquant.fake_quant.stored import Stored
 
 
 @final

@@ -4,8 +4,8 @@ import argparse
 from typing import Any
 
 from scripts.models import load_model
-from simquant.kivi import KIVISettings
-from simquant.kivi_patch import patch_model
+from simquant.kivi.kivi import KIVISettings
+from simquant.kivi.kivi_patch import patch_model
 
 
 def load_with_kivi(

@@ -160,7 +160,7 @@ def _by_document(found: Mapping[str, Any], task: str, metric: str, variant: str)
 
 def _difference(exact: Mapping[int, float], quantized: Mapping[int, float]) -> dict[str, float]:
     """Of means over documents, paired; what is no mean has none."""
-    from simquant.figures import mean_and_stderr
+    from simquant.evaluation.figures import mean_and_stderr
 
     if len(exact) < 2 or exact.keys() != quantized.keys():
         return {}

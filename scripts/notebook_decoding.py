@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from artifacts.attention import AttentionLayer
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
-from simquant.protocols import Protocol
-from simquant.scoring import window_logits
+from simquant.evaluation.protocols import Protocol
+from simquant.evaluation.scoring import window_logits
 
 
 @torch.no_grad()

@@ -75,7 +75,7 @@ def protocol_settings(
         If windows, steps or eviction are asked for under a protocol that has none, or two windows.
     """
     from simquant import CachePolicy, Steps
-    from simquant.cacheable import cache_policy
+    from simquant.cache.cacheable import cache_policy
 
     args = argparse.Namespace(**dict.fromkeys((*_OF_STEPS, *EVICTION_OPTIONS)) | vars(args))
     given = [name for name in _OF_STEPS if getattr(args, name) is not None]
@@ -119,8 +119,8 @@ def _add_window_options(group: Any) -> None:
 
 def _window(args: argparse.Namespace, quantizers: "Mapping[Site, Quantizer]") -> dict[str, Any]:
     """The windows that are asked for, which replace those of the recipe; nothing where none are."""
-    from simquant.cacheable import group_tokens
-    from simquant.policy import Window
+    from simquant.cache.cacheable import group_tokens
+    from simquant.cache.policy import Window
 
     if args.residual_length is not None:
         if args.residual_tokens is not None or args.block_tokens is not None:

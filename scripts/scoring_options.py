@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from calib.corpus import Corpus
-    from simquant.scored_targets import ScoredTargets
+    from simquant.evaluation.scored_targets import ScoredTargets
 
 _MOST_OF_C4 = 256
 """Windows of a text that is too long to be read whole, as without --stride."""
@@ -61,7 +61,7 @@ def scoring_windows(args: argparse.Namespace, corpus: "Corpus", seqlen: int) -> 
     """
     from calib.corpus import LazyDocuments
     from calib.windows import split_windows
-    from simquant.scored_targets import strided_windows
+    from simquant.evaluation.scored_targets import strided_windows
 
     if args.stride is None:
         return split_windows(corpus, seqlen=seqlen, limit=args.limit), None
@@ -79,7 +79,7 @@ def scoring_settings(args: argparse.Namespace, scored: "ScoredTargets | None", n
     UsageError
         If several data sets would share a log.
     """
-    from simquant.window_log import WindowLog
+    from simquant.evaluation.window_log import WindowLog
 
     if args.resume is not None and n_datasets > 1:
         raise UsageError(f"--resume {args.resume}: a log is of one text; evaluate one --dataset at a time")

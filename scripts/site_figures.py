@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from artifacts.quantizer import Quantizer
     from artifacts.sites import Site
     from scripts.models import LoadedModel
-    from simquant.site_losses import SiteLoss
+    from simquant.evaluation.site_losses import SiteLoss
 
 _SHOWN = 5
 
@@ -53,7 +53,7 @@ def site_figures(
 def _losses(
     args: argparse.Namespace, loaded: "LoadedModel", quantizers: Any, windows: "Tensor", settings: dict[str, Any]
 ) -> dict[str, Any]:
-    from simquant.site_losses import loss_shares, site_losses
+    from simquant.evaluation.site_losses import loss_shares, site_losses
 
     losses = site_losses(
         loaded.model,
@@ -80,7 +80,7 @@ def _clipping(
     args: argparse.Namespace, loaded: "LoadedModel", quantizers: Any, windows: "Tensor", sink_tokens: int
 ) -> dict[str, Any]:
     from artifacts.artifact import Artifact
-    from simquant.clipping import clipped_shares, drift_warning
+    from simquant.evaluation.clipping import clipped_shares, drift_warning
 
     layers = loaded.layers()
     evaluated = clipped_shares(loaded.model, windows, quantizers, sink_tokens=sink_tokens, layers=layers)

@@ -11,7 +11,7 @@ from calib.statistics.site_statistics import Tier
 from scripts import evaluate
 from scripts.options import NSAMPLES, choose_defaults
 from scripts.protocol_options import _OF_STEPS
-from simquant.protocols import ProtocolName
+from simquant.evaluation.protocols import ProtocolName
 
 
 class Settings(BaseModel):

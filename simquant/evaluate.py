@@ -14,17 +14,17 @@ from artifacts.attention import AttentionLayer, attention_layers
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
 from artifacts.taps import evaluating
-from simquant.batch_scores import BatchScores, read_batches
-from simquant.evaluation_run import EvaluationRun, NothingQuantizedError
-from simquant.evaluation_settings import evaluation_settings
-from simquant.figures import Normalization, clustered_mean, perplexity_of
-from simquant.policy import CachePolicy
-from simquant.protocols import Protocol, ProtocolName, default_policy
-from simquant.result import EvalResult
-from simquant.scored_targets import ScoredTargets, scored_targets
-from simquant.scoring import score, window_logits
-from simquant.steps import Steps
-from simquant.window_log import WindowLog
+from simquant.cache.policy import CachePolicy
+from simquant.evaluation.batch_scores import BatchScores, read_batches
+from simquant.evaluation.evaluation_run import EvaluationRun, NothingQuantizedError
+from simquant.evaluation.evaluation_settings import evaluation_settings
+from simquant.evaluation.figures import Normalization, clustered_mean, perplexity_of
+from simquant.evaluation.protocols import Protocol, ProtocolName, default_policy
+from simquant.evaluation.result import EvalResult
+from simquant.evaluation.scored_targets import ScoredTargets, scored_targets
+from simquant.evaluation.scoring import score, window_logits
+from simquant.evaluation.steps import Steps
+from simquant.evaluation.window_log import WindowLog
 
 __all__ = ["NothingQuantizedError", "clustered_mean", "evaluate", "evaluate_each", "perplexity"]
 

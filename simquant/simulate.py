@@ -14,9 +14,9 @@ from artifacts.fingerprint import model_fingerprint
 from artifacts.layout import from_rows, to_rows
 from artifacts.quantizer import Context, Quantizer
 from artifacts.sites import Site
-from simquant.decoded_sources import DecodedSources
-from simquant.policy import CachePolicy
-from simquant.tokens import Tokens, watch_tokens
+from simquant.cache.decoded_sources import DecodedSources
+from simquant.cache.policy import CachePolicy
+from simquant.cache.tokens import Tokens, watch_tokens
 from simquant.usage import Usage
 
 

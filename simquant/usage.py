@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, fields
 from artifacts.codes import Codes
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
-from simquant.stored import Stored
-from simquant.token_store import TokenStore
+from simquant.cache.token_store import TokenStore
+from simquant.fake_quant.stored import Stored
 
 CONTEXT_TOKENS = (2048, 32768, 131072)
 """Context lengths over which static bytes are spread in reports."""

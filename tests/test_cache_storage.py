@@ -26,7 +26,7 @@ from artifacts.dynamic_affine import DynamicAffine
 from artifacts.quantizer import Quantizer
 from artifacts.streaming import Streaming
 from simquant import CachePolicy, packed_cache
-from simquant.cacheable import check_cacheable
+from simquant.cache.cacheable import check_cacheable
 
 CHANNELS = 16
 HELD = [
@@ -73,7 +73,7 @@ def live_bytes() -> int:
 def test_nbytes_is_what_the_process_has_more_of(
     name: str, n_small: int, tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("simquant.layer_store.BLOCK_TOKENS", 32)
+    monkeypatch.setattr("simquant.cache.layer_store.BLOCK_TOKENS", 32)
     ids = torch.randint(3, 64, (2, 80))
     policy = CachePolicy(sink_tokens=1, residual_tokens=4, block_tokens=4, keep_smallest_norm=n_small)
     quantizers = everywhere(lambda: QUANTIZERS[name](CHANNELS, 3), "post_rope")

@@ -23,7 +23,7 @@ from artifacts.sites import Site
 from artifacts.sparse import RankSparse, ThresholdSparse
 from calib import calibrate
 from calib.estimators.fixed_levels import fixed_levels
-from simquant.clipping import clipped_shares, drift_warning
+from simquant.evaluation.clipping import clipped_shares, drift_warning
 
 LOW, HIGH = -torch.linspace(0.5, 2, 8), torch.linspace(1, 4, 8)
 X = 3 * torch.randn(500, 8, generator=torch.Generator().manual_seed(5))

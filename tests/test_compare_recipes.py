@@ -24,10 +24,11 @@ from scripts import calibrate as calibrate_program
 from scripts import compare_recipes, comparison
 from scripts import evaluate as evaluate_program
 from scripts.pareto import Point, label_points, pareto_front, plot_pareto, save_pareto
-from simquant import CachePolicy, evaluate, simulate, site_errors
-from simquant.attention_inputs import attention_inputs
+from simquant import CachePolicy, evaluate, simulate
 from simquant.evaluate import evaluate_each
-from simquant.site_errors import AttentionErrors, attention_errors
+from simquant.evaluation import site_errors
+from simquant.evaluation.attention_inputs import attention_inputs
+from simquant.evaluation.site_errors import AttentionErrors, attention_errors
 
 WINDOW = torch.arange(1, 25) * 7 % 64
 RATIOS = ("logits", "key_output", "value_output", "output")

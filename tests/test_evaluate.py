@@ -20,8 +20,9 @@ from artifacts.quantizer import Quantizer
 from artifacts.sites import Site, Stage
 from artifacts.sparse import ThresholdSparse
 from calib import calibrate
-from simquant import CachePolicy, EvalResult, NothingQuantizedError, evaluate, perplexity, scoring, simulate
-from simquant.figures import clustered_mean, clustered_rms, perplexity_of
+from simquant import CachePolicy, EvalResult, NothingQuantizedError, evaluate, perplexity, simulate
+from simquant.evaluation import scoring
+from simquant.evaluation.figures import clustered_mean, clustered_rms, perplexity_of
 
 CHANNELS = 16
 REQUIRED = {

@@ -29,11 +29,11 @@ from simquant import (
     packed_cache,
     simulate,
 )
-from simquant.attention_inputs import attention_inputs
-from simquant.block_attention import Scoring
-from simquant.scores import attention_received, pooled
-from simquant.survivors import Survivors
-from simquant.token_store import TokenStore
+from simquant.cache.block_attention import Scoring
+from simquant.cache.token_store import TokenStore
+from simquant.evaluation.attention_inputs import attention_inputs
+from simquant.eviction.scores import attention_received, pooled
+from simquant.eviction.survivors import Survivors
 
 CHANNELS = 16
 PROMPT = (torch.arange(40) * 7 % 61 + 2)[None]
@@ -130,7 +130,7 @@ def test_a_store_goes_on_with_what_it_kept(name: str) -> None:
 def test_scores_are_the_summed_attention_weights(
     sinks: bool, softcap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("simquant.scores._SCORES", 150)  # so that queries come in parts
+    monkeypatch.setattr("simquant.eviction.scores._SCORES", 150)  # so that queries come in parts
     query, key, visible = torch.randn(6, 5, 8), torch.randn(2, 37, 8), torch.rand(5, 37) < 0.5
     visible[3] = False  # sees nothing
     logits = torch.randn(6) if sinks else None

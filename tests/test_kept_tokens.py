@@ -14,8 +14,8 @@ from transformers import DynamicCache, LlamaForCausalLM
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Stage
 from simquant import CachePolicy, Eviction, PackedCache, decode_exact, evaluate, packed_cache, simulate
-from simquant.kept_exact import KeptExact
-from simquant.small_norms import SmallNorms
+from simquant.cache.kept_exact import KeptExact
+from simquant.cache.small_norms import SmallNorms
 
 POLICIES = {
     "token by token": CachePolicy(sink_tokens=1, residual_tokens=5, keep_smallest_norm=2),
@@ -203,7 +203,7 @@ def test_rows_are_reordered_and_steps_taken_back(tiny_llama: LlamaForCausalLM) -
 
 
 def test_a_sliding_window_forgets_kept_tokens_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("simquant.layer_store.BLOCK_TOKENS", 4)
+    monkeypatch.setattr("simquant.cache.layer_store.BLOCK_TOKENS", 4)
     model = build("gemma3_text")
     with packed_cache(model, everywhere(per_token), policy=CachePolicy(keep_smallest_norm=3)) as new:
         cache = new()

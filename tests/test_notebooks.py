@@ -19,7 +19,7 @@ from scripts.example_quantizer import SquareLevels
 from scripts.notebook_decoding import log_probabilities, revised_shares
 from scripts.notebook_plots import plot_tokens_read
 from simquant import CachePolicy
-from simquant.protocols import Protocol
+from simquant.evaluation.protocols import Protocol
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)

@@ -21,9 +21,9 @@ from artifacts.quantizer import Quantizer
 from artifacts.sites import Site, Stage
 from artifacts.streaming import Streaming
 from simquant import CachePolicy, CacheStateError, Window, packed_cache
-from simquant.block_attention import BlockAttention, Scoring
-from simquant.cacheable import check_cacheable, group_tokens
-from simquant.token_store import TokenStore
+from simquant.cache.block_attention import BlockAttention, Scoring
+from simquant.cache.cacheable import check_cacheable, group_tokens
+from simquant.cache.token_store import TokenStore
 
 CHANNELS = 16
 CAUSAL = [name for name in QUANTIZERS if make(name).tokens_per_scale == 1]
@@ -342,7 +342,7 @@ def test_a_prompt_can_come_in_pieces_that_are_all_padding(tiny_llama: LlamaForCa
 
 
 def test_a_sliding_window_forgets_what_it_has_passed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("simquant.layer_store.BLOCK_TOKENS", 4)
+    monkeypatch.setattr("simquant.cache.layer_store.BLOCK_TOKENS", 4)
     model = build("gemma3_text")
     dynamic = DynamicCache(config=model.config)
     ids = torch.randint(3, 64, (1, 40))
@@ -555,7 +555,7 @@ def test_an_exception_inside_attention_leaves_the_model_unpatched(
     def failing(*args: object) -> None:
         raise RuntimeError("on purpose")
 
-    monkeypatch.setattr("simquant.block_attention.BlockAttention.add", failing)
+    monkeypatch.setattr("simquant.cache.block_attention.BlockAttention.add", failing)
     with pytest.raises(RuntimeError, match="on purpose"), packed_cache(tiny_llama, everywhere(per_token)) as new:
         step(tiny_llama, new(), IDS)
     assert n_hooks(tiny_llama) == 0

@@ -14,8 +14,8 @@ from artifacts.codes import Codes
 from artifacts.errors import MismatchError
 from calib import calibrate
 from simquant import CachePolicy, PackedCache, Steps, Window, packed_cache, simulate
-from simquant.decode import decode_exact
-from simquant.eviction import Eviction
+from simquant.evaluation.decode import decode_exact
+from simquant.eviction.eviction import Eviction
 
 POLICY = CachePolicy(sink_tokens=2, residual_tokens=5)
 AT_ONCE = CachePolicy(sink_tokens=2)

@@ -34,11 +34,11 @@ from calib.statistics.site_statistics import SiteShape
 from calib.statistics.sources import Sources
 from scripts.calibrate import parser
 from scripts.recipe_options import recipe_changes
-from simquant.attention_inputs import attention_inputs
-from simquant.packed import packed_cache
-from simquant.policy import CachePolicy, Window
+from simquant.cache.packed import packed_cache
+from simquant.cache.policy import CachePolicy, Window
+from simquant.evaluation.attention_inputs import attention_inputs
+from simquant.evaluation.site_errors import attention_errors
 from simquant.simulate import simulate
-from simquant.site_errors import attention_errors
 
 KEY0, VALUE0, KEY1, VALUE1 = (
     Site(0, "key", "pre_rope"),

@@ -15,7 +15,7 @@ from scripts import evaluate as evaluate_program
 from scripts.console import UsageError
 from scripts.protocol_options import add_protocol_options, protocol_settings
 from simquant import CachePolicy, Eviction, Window, decode_exact, packed_cache
-from simquant.cacheable import cache_policy
+from simquant.cache.cacheable import cache_policy
 
 KIVI = {"residual_tokens": 1, "block_tokens": 8, "values": {"residual_tokens": 9}, "exact_prefill": True}
 KIVI_POLICY = CachePolicy(residual_tokens=1, block_tokens=8, values=Window(residual_tokens=9), exact_prefill=True)

@@ -19,11 +19,11 @@ from artifacts.quantizer import Quantizer
 from artifacts.sites import Site, Stage
 from artifacts.sparse import PercentileSparse
 from simquant import CachePolicy, NothingQuantizedError, Steps, Window, decode_exact, evaluate, packed_cache, simulate
-from simquant.block_attention import Scoring
-from simquant.eviction import Eviction
-from simquant.policy import TENSORS
-from simquant.protocols import Protocol
-from simquant.two_sided_attention import encoded_tokens, two_sided_attention
+from simquant.cache.block_attention import Scoring
+from simquant.cache.policy import TENSORS
+from simquant.evaluation.protocols import Protocol
+from simquant.evaluation.two_sided_attention import encoded_tokens, two_sided_attention
+from simquant.eviction.eviction import Eviction
 
 POLICIES = {
     "all": CachePolicy(),

@@ -17,7 +17,7 @@ from artifacts.quantizer import Quantizer
 from artifacts.sites import Site, Stage
 from artifacts.storage import read, write
 from simquant import CachePolicy, CacheStateError, Eviction, load_cache, packed_cache, save_cache
-from simquant.saved_cache import FORMAT
+from simquant.cache.saved_cache import FORMAT
 
 CHANNELS = 16
 IDS = torch.randint(3, 64, (2, 30), generator=torch.Generator().manual_seed(0))
@@ -107,7 +107,7 @@ def test_padding_is_remembered(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> 
 
 
 def test_blocks_stay_blocks(tiny_llama: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("simquant.layer_store.BLOCK_TOKENS", 8)
+    monkeypatch.setattr("simquant.cache.layer_store.BLOCK_TOKENS", 8)
     path = tmp_path / "cache.safetensors"
     assert goes_on(tiny_llama, quantizers("dynamic"), POLICIES["all"], path)
     with packed_cache(tiny_llama, quantizers("dynamic"), policy=POLICIES["all"]) as new:
@@ -119,7 +119,7 @@ def test_blocks_stay_blocks(tiny_llama: LlamaForCausalLM, tmp_path: Path, monkey
 
 
 def test_what_a_sliding_window_has_passed_stays_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("simquant.layer_store.BLOCK_TOKENS", 8)
+    monkeypatch.setattr("simquant.cache.layer_store.BLOCK_TOKENS", 8)
     path = tmp_path / "cache.safetensors"
     model = build("gemma3_text")  # its first layer has one, and another rotary table than the second
     assert goes_on(model, quantizers("dynamic"), CachePolicy(sink_tokens=1), path)

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from simquant import CachePolicy, Steps, decode_exact, evaluate, perplexity, simulate
-from simquant.figures import clustered_mean
-from simquant.scored_targets import ScoredTargets, strided_windows
-from simquant.scoring import Scores
+from simquant.evaluation.figures import clustered_mean
+from simquant.evaluation.scored_targets import ScoredTargets, strided_windows
+from simquant.evaluation.scoring import Scores
 
 TEXT = torch.randint(0, 64, (83,), generator=torch.Generator().manual_seed(1))
 

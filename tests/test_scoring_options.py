@@ -20,8 +20,9 @@ from scripts.console import UsageError
 from scripts.models import LoadedModel, load_model
 from scripts.scoring_options import add_scoring_options, scoring_settings, scoring_windows
 from scripts.site_figures import site_figures
-from simquant import CachePolicy, clipping
-from simquant.scored_targets import strided_windows
+from simquant import CachePolicy
+from simquant.evaluation import clipping
+from simquant.evaluation.scored_targets import strided_windows
 
 TEXT = Corpus(name="text", documents=(torch.arange(100), torch.arange(50)), digest="")
 

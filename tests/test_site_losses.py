@@ -13,7 +13,7 @@ from artifacts.identity import Identity
 from artifacts.sites import Site
 from calib import calibrate
 from simquant import CachePolicy, evaluate
-from simquant.site_losses import SiteLoss, loss_shares, site_losses
+from simquant.evaluation.site_losses import SiteLoss, loss_shares, site_losses
 
 WINDOWS = torch.randint(0, 64, (4, 24), generator=torch.Generator().manual_seed(3))
 WORST = Site(1, "key", "pre_rope")

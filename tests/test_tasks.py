@@ -19,7 +19,7 @@ from artifacts.identity import Identity
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
 from simquant import CachePolicy, NothingQuantizedError, Steps, packed_cache
-from simquant.figures import mean_and_stderr
+from simquant.evaluation.figures import mean_and_stderr
 from simquant.tasks import (
     TASKS,
     Answer,

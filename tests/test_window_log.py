@@ -22,8 +22,8 @@ from artifacts.artifact import Artifact
 from calib import calibrate
 from simquant import CachePolicy, EvalResult, Steps, evaluate
 from simquant.evaluate import evaluate_each
-from simquant.scored_targets import strided_windows
-from simquant.window_log import WindowLog, WindowLogError
+from simquant.evaluation.scored_targets import strided_windows
+from simquant.evaluation.window_log import WindowLog, WindowLogError
 
 WINDOWS = torch.randint(0, 64, (5, 24), generator=torch.Generator().manual_seed(2))
 
@@ -219,7 +219,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from artifacts.dynamic_affine import DynamicAffine
 from artifacts.sites import Site
 from simquant import evaluate
-from simquant.window_log import WindowLog
+from simquant.evaluation.window_log import WindowLog
 
 torch.manual_seed(0)
 model = LlamaForCausalLM(LlamaConfig.from_pretrained(sys.argv[1])).eval()

@@ -16,10 +16,10 @@ from artifacts.sites import Site
 from scripts.console import bar
 from scripts.report.quantizer_views import kept_mask
 from scripts.report.reported_run import ReportedRun
-from simquant.attention_inputs import AttentionInputs, attention_inputs
-from simquant.clipping import clipped_shares, drift_warning
-from simquant.site_errors import AttentionErrors, attention_errors
-from simquant.site_losses import SiteLoss, loss_shares, site_losses
+from simquant.evaluation.attention_inputs import AttentionInputs, attention_inputs
+from simquant.evaluation.clipping import clipped_shares, drift_warning
+from simquant.evaluation.site_errors import AttentionErrors, attention_errors
+from simquant.evaluation.site_losses import SiteLoss, loss_shares, site_losses
 
 _ERRORS = ("logits", "key_output", "value_output", "output")
 """Of `AttentionErrors.relative`."""

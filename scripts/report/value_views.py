@@ -15,7 +15,7 @@ from artifacts.sites import Site
 from scripts.report.quantizer_views import levels_over_values, static_range
 from scripts.report.reported_run import ReportedRun
 from scripts.report.site_findings import rows_of
-from simquant.attention_inputs import attention_inputs
+from simquant.evaluation.attention_inputs import attention_inputs
 
 _WINDOWS = 4
 """Enough for a picture, and they are held in memory."""

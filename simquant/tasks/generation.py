@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from artifacts.evidence import text_config
-from simquant.steps import Steps
+from simquant.evaluation.steps import Steps
 from simquant.tasks.errors import TaskError
 from simquant.tasks.item import Item
 

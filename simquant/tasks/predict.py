@@ -11,10 +11,10 @@ from artifacts.attention import attention_layers
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
 from artifacts.taps import evaluating
-from simquant.cacheable import cache_policy
-from simquant.packed import packed_cache
-from simquant.policy import CachePolicy
-from simquant.steps import Steps
+from simquant.cache.cacheable import cache_policy
+from simquant.cache.packed import packed_cache
+from simquant.cache.policy import CachePolicy
+from simquant.evaluation.steps import Steps
 from simquant.tasks.errors import TaskError
 from simquant.tasks.generation import Answer, answer, prompt_tokens
 from simquant.tasks.item import Item

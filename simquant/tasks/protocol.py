@@ -10,10 +10,10 @@ from artifacts.fingerprint import model_fingerprint
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
 from artifacts.storage import canonical_json
-from simquant.evaluation_settings import quantizers_digest, weights_digest
-from simquant.policy import CachePolicy
-from simquant.report import cache_phrases
-from simquant.steps import Steps
+from simquant.cache.policy import CachePolicy
+from simquant.evaluation.evaluation_settings import quantizers_digest, weights_digest
+from simquant.evaluation.report import cache_phrases
+from simquant.evaluation.steps import Steps
 
 _SHOWN = 12
 """Hexadecimal digits of a digest: two runs meet by chance once in 10^14."""

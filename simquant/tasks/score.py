@@ -7,7 +7,7 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from simquant.evaluate import NothingQuantizedError
-from simquant.figures import mean_and_stderr
+from simquant.evaluation.figures import mean_and_stderr
 from simquant.tasks.errors import TaskError
 from simquant.tasks.prediction import Prediction, read_predictions
 from simquant.tasks.result import TaskResult

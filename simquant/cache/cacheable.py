@@ -1,0 +1,76 @@
+"""Which quantizers a packed cache can hold, and under which policy."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from artifacts.artifact import Artifact
+from artifacts.errors import MismatchError
+from artifacts.quantizer import Quantizer
+from artifacts.sites import Site
+from simquant.cache.policy import CachePolicy
+
+
+def check_cacheable(quantizers: Mapping[Site, Quantizer], policy: CachePolicy) -> None:
+    """A cache under the policy can hand every quantizer what it encodes together.
+
+    Raises
+    ------
+    MismatchError
+        If scales span all tokens of a call, or groups of tokens that do not fill the blocks of the window; or if a
+        site is predicted from others under a policy that treats their tokens differently.
+    """
+    for site, quantizer in quantizers.items():
+        who, group = f"{site}: {quantizer.spec.describe()}", quantizer.tokens_per_scale
+        block_tokens = policy.window(site.tensor).block_tokens
+        if group is None:
+            raise MismatchError(
+                f"{who} shares scales among all tokens, later ones included: no cache can do that. Use scales of one "
+                "token, of groups of tokens (group_size) or calibrated ones, or the protocol 'full'."
+            )
+        if block_tokens % group:
+            raise MismatchError(
+                f"{who} encodes groups of {group} tokens, the policy hands over {block_tokens} at once; they would "
+                f"leave the window in the middle of a group. Use block_tokens={group} or a multiple of it."
+            )
+        if quantizer.sources and not _alike_everywhere(policy):
+            raise MismatchError(
+                f"{who} is predicted from {', '.join(map(str, quantizer.sources))}, whose tokens must be encoded when "
+                f"its own are; got a policy with {policy.describe()}. Use one window for keys and values, without "
+                "eviction and without tokens kept for their small norm."
+            )
+
+
+def cache_policy(
+    quantizers: Artifact | Mapping[Site, Quantizer], entry: Mapping[str, Any] | None = None
+) -> CachePolicy:
+    """The policy that goes with quantizers where none is given.
+
+    Parameters
+    ----------
+    quantizers : Artifact or mapping from Site to Quantizer
+        The sinks are an artifact's; without an entry, tokens leave at once, in the fewest whole groups.
+    entry : mapping or None
+        What a recipe says under `cache`; None takes what the artifact's own says.
+
+    Raises
+    ------
+    ValueError
+        If the entry is none.
+    """
+    manifest = quantizers.manifest if isinstance(quantizers, Artifact) else None
+    sink_tokens = 0 if manifest is None else manifest.sink_tokens
+    entry = entry if manifest is None or entry is not None else manifest.recipe.get("cache")
+    if entry is None:
+        return CachePolicy(sink_tokens=sink_tokens, block_tokens=group_tokens(quantizers))
+    return CachePolicy.from_entry(entry, sink_tokens)
+
+
+def _alike_everywhere(policy: CachePolicy) -> bool:
+    """Whether every site encodes the same tokens at the same step."""
+    return policy.values is None and policy.eviction is None and not policy.keep_smallest_norm
+
+
+def group_tokens(quantizers: Mapping[Site, Quantizer]) -> int:
+    """The fewest tokens that are whole groups for all quantizers with scales over groups of tokens."""
+    return math.lcm(*(quantizer.tokens_per_scale or 1 for quantizer in quantizers.values()))

@@ -1,0 +1,164 @@
+"""A model that keeps its keys and values packed, in `generate()` and elsewhere."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from artifacts.artifact import Artifact
+from artifacts.attention import AttentionLayer, attention_layers, tapped
+from artifacts.errors import MismatchError
+from artifacts.quantizer import Quantizer
+from artifacts.sites import Site
+from simquant.cache.arrival import Arrival
+from simquant.cache.block_attention import Scoring, attend
+from simquant.cache.cacheable import cache_policy, check_cacheable
+from simquant.cache.decoded_sources import DecodedSources
+from simquant.cache.layer_store import LayerStore
+from simquant.cache.policy import CachePolicy
+from simquant.cache.tokens import Tokens, watch_tokens
+from simquant.cache.transformers_cache import Handler, PackedCache, attention_replaced
+from simquant.eviction.evictor import Evictor, Reading, check_evictable
+from simquant.simulate import check_fit
+
+
+@contextmanager
+def packed_cache(
+    model: nn.Module,
+    quantizers: Artifact | Mapping[Site, Quantizer],
+    *,
+    policy: CachePolicy | None = None,
+    layers: Sequence[AttentionLayer] | None = None,
+) -> Iterator[Callable[[], PackedCache]]:
+    """Inside the context the model runs on caches that keep codes, and reads them block by block.
+
+    The model is as it was afterwards, also after an exception. Logits of identity quantizers differ from those of a
+    `DynamicCache` by rounding alone: sums are taken block by block, in float32.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A transformers causal language model.
+    quantizers : Artifact or mapping from Site to Quantizer
+        One for the keys and one for the values of every layer; identities keep a layer exact.
+    policy : CachePolicy or None
+        Which tokens stay exact, and when the others are encoded; None takes what the artifact's recipe says, and
+        otherwise keeps none but its sinks.
+    layers : sequence of AttentionLayer or None
+        From `attention_layers(model)`, if they are known already.
+
+    Yields
+    ------
+    callable
+        Makes an empty cache, to be passed as `past_key_values`; each text needs its own.
+
+    Raises
+    ------
+    MismatchError
+        If the artifact was made for another model or covers only some layers, if a quantizer shares scales among
+        tokens that the policy does not hand over together, if the policy evicts what cannot be, or if a cache comes
+        from elsewhere.
+
+    Examples
+    --------
+    >>> def reply(model, quantizers, ids):
+    ...     with packed_cache(model, quantizers, policy=CachePolicy(sink_tokens=1, residual_tokens=128)) as new_cache:
+    ...         return model.generate(ids, past_key_values=new_cache())
+    """
+    layers = attention_layers(model) if layers is None else layers
+    policy = check_fit(model, quantizers, policy or cache_policy(quantizers), layers)
+    check_cacheable(quantizers, policy)
+    check_evictable(policy, layers)
+    with ExitStack() as stack:
+        session = _Session(layers, quantizers, policy, stack.enter_context(watch_tokens(model)))
+        stack.enter_context(attention_replaced(model, session.handlers()))
+        for layer in layers:
+            stack.callback(layer.module.register_forward_pre_hook(session.before(layer), with_kwargs=True).remove)
+            stack.callback(layer.module.register_forward_hook(session.after(layer), always_call=True).remove)
+        taps = {site: session.on_key(site) for site in quantizers if site.stage == "pre_rope"}
+        stack.enter_context(tapped(layers, taps))
+        yield session.new_cache
+
+
+class _Session:
+    """What happens inside one `packed_cache` context: tells the cache in use what `update` does not."""
+
+    def __init__(
+        self,
+        layers: Sequence[AttentionLayer],
+        quantizers: Mapping[Site, Quantizer],
+        policy: CachePolicy,
+        tokens: Tokens,
+    ) -> None:
+        self._layers, self._quantizers, self._policy, self._tokens = layers, quantizers, policy, tokens
+        self._in_use: dict[int, PackedCache] = {}
+        self._evictor = None if policy.eviction is None else Evictor(policy.eviction, len(layers))
+
+    def new_cache(self) -> PackedCache:
+        """An empty cache for this model."""
+        sources = DecodedSources(self._quantizers)
+        stores = [LayerStore(layer, self._quantizers, self._policy, sources) for layer in self._layers]
+        return PackedCache(stores, self)
+
+    def handlers(self) -> dict[nn.Module, Handler]:
+        """How each attention module reads."""
+        return {layer.module: self._reader(layer) for layer in self._layers}
+
+    def before(self, layer: AttentionLayer) -> Callable[..., None]:
+        """A hook for the attention module: which cache is in use, and what the step brings besides keys and values."""
+
+        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            cache = kwargs.get("past_key_values")
+            if not isinstance(cache, PackedCache) or cache.session is not self:
+                got = "a packed cache of another context" if isinstance(cache, PackedCache) else type(cache).__name__
+                raise MismatchError(
+                    f"layers.{layer.layer}: expected past_key_values=new_cache() of the context that the model is in; "
+                    f"got {got}. Pass one, or leave the context to run the model without a packed cache."
+                )
+            self._in_use[layer.layer] = cache
+            store = cache.layers[layer.layer]
+            hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            store.arrival = Arrival(None, self._tokens.real(hidden.shape[0], hidden.shape[1]))
+            if store.store.rotates and kwargs.get("position_embeddings") is not None:
+                cache.tables.note(layer, kwargs["position_embeddings"], store.store.n_columns)
+
+        return hook
+
+    def after(self, layer: AttentionLayer) -> Callable[..., None]:
+        """A hook for the attention module, called also if it fails: what the step has brought is no later one's."""
+
+        def hook(*_: Any) -> None:
+            cache = self._in_use.pop(layer.layer, None)
+            if cache is not None:
+                cache.layers[layer.layer].arrival = None
+
+        return hook
+
+    def on_key(self, site: Site) -> Callable[[Tensor], None]:
+        """A handler that hands keys before rotation to the cache in use."""
+
+        def handle(x: Float[Tensor, "batch kv_heads tokens head_dim"]) -> None:
+            layer = self._in_use[site.layer].layers[site.layer]
+            assert layer.arrival is not None, "the attention module's hook comes first"
+            layer.arrival = Arrival(x, layer.arrival.real)
+
+        return handle
+
+    def _reader(self, layer: AttentionLayer) -> Handler:
+        def read(
+            query: Tensor, key: Tensor, value: Tensor, visible: Bool[Tensor, "batch queries tokens"], scoring: Scoring
+        ) -> Tensor:
+            cache = self._in_use[layer.layer]
+            store = cache.layers[layer.layer].store
+            if self._policy.exact_prefill and store.n_columns == query.shape[2]:
+                mean = attend(query, key, value, visible, scoring)
+            else:
+                mean = store.attend(query, visible, scoring, cache.tables)
+            if self._evictor is not None:
+                self._evictor.after_step(store, Reading(query, visible, scoring, cache.tables))
+            store.end_step()
+            return mean
+
+        return read

@@ -1,0 +1,290 @@
+"""All of the packed cache that depends on a release of transformers (5.17 to 5.23).
+
+The attention and the mask interface are registered both: with the first alone the mask is None, and attention silently
+sees the future.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from artifacts.errors import MismatchError, UnsupportedModelError
+from simquant.cache.arrival import Arrival
+from simquant.cache.block_attention import Scoring, attend
+from simquant.cache.errors import CacheStateError
+from simquant.cache.layer_store import LayerStore
+from simquant.cache.rotary_tables import RotaryTables
+
+__all__ = ["Handler", "PackedCache", "PackedLayer", "attention_replaced"]
+
+Handler = Callable[[Tensor, Tensor, Tensor, Bool[Tensor, "batch queries tokens"], Scoring], Tensor]
+"""Gets query, key and value "batch heads tokens head_dim", what is visible, and how to score."""
+
+_NAME = "kvcalib"
+_HANDLERS: dict[nn.Module, Handler] = {}
+
+
+class PackedLayer(CacheLayerMixin):
+    """A `LayerStore` as transformers sees it."""
+
+    supports_early_init = False
+    is_croppable = True
+    is_sliding = False  # masks cover all columns; the store itself drops what a window has passed
+
+    def __init__(self, store: LayerStore) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.store = store
+        self.arrival: Arrival | None = None
+        self._writing = False
+        self._home: torch.device | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing: streams are made when the first tokens come."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Stores the tokens of a step, and hands them back: attention reads the rest from the store."""
+        arrival, self.arrival = self.arrival, None
+        self._check(arrival, key_states)
+        assert arrival is not None
+        self.prefetch()
+        self._home, self._writing = key_states.device, True
+        self.store.append(key_states if arrival.key is None else arrival.key, value_states, arrival.real)
+        self._writing = False
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """All columns, from the first."""
+        return self.store.n_columns + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Columns so far, padding included."""
+        return self.store.n_columns
+
+    def get_max_length(self) -> int:
+        """No limit."""
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """No limit, under the name of transformers 5.17."""
+        return -1
+
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
+        """Removes that many columns if negative; keeps that many if positive, as transformers 5.17 asks."""
+        n_columns = int(tokens_to_remove)  # transformers 5.17 passes a tensor
+        self.store.crop(n_columns if n_columns > 0 else self.store.n_columns + n_columns)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every sequence that many times."""
+        self.batch_select_indices(torch.arange(len(self.store.streams)).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """These sequences, in this order."""
+        self.store.select(torch.arange(len(self.store.streams))[indices.cpu()].tolist())
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """These sequences, in this order, for beam search."""
+        self.batch_select_indices(beam_idx)
+
+    def reset(self) -> None:
+        """Empties the layer."""
+        self.store.clear()
+        self.arrival, self._writing = None, False
+
+    def offload(self) -> None:
+        """Moves what is stored to main memory, until the next update."""
+        self.store.to(torch.device("cpu"))
+
+    def prefetch(self) -> None:
+        """Moves what is stored back to the device that the tokens came from."""
+        if self._home is not None and self._home.type != "cpu":
+            self.store.to(self._home)
+
+    def _check(self, arrival: Arrival | None, key: Tensor) -> None:
+        who, layer = f"layers.{self.store.layer.layer}", self.store.layer
+        if (key.shape[1], key.shape[3]) != (layer.kv_heads, layer.head_dim):
+            raise MismatchError(
+                f"{who}: the cache was made for {layer.kv_heads} heads of {layer.head_dim} channels; got "
+                f"{key.shape[1]} of {key.shape[3]}. Use a cache that was made for this model."
+            )
+        if arrival is None:
+            raise MismatchError(
+                f"{who}: the cache was updated by a model that is not inside the `packed_cache` context that made it. "
+                "Call the model it was made for, inside the context."
+            )
+        if self._writing:
+            raise CacheStateError(
+                f"{who}: an earlier step stopped while this layer was written; the cache cannot be used. Make a new "
+                "one."
+            )
+
+
+class PackedCache(Cache):
+    """A cache of a transformers model whose history is packed.
+
+    Parameters
+    ----------
+    stores : sequence of LayerStore
+        One for each layer, in order.
+    session : object
+        The context that made it; a model may use caches of its own context only.
+    """
+
+    def __init__(self, stores: Sequence[LayerStore], session: object) -> None:
+        super().__init__(layers=[PackedLayer(store) for store in stores])
+        self.layers: list[PackedLayer]  # type: ignore[assignment]  # no other kind is ever put in
+        self.session = session
+        self.tables = RotaryTables()
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Stores a step's keys and values of one layer.
+
+        Raises
+        ------
+        MismatchError
+            If another model is running.
+        CacheStateError
+            If an earlier step stopped between two layers.
+        """
+        if not 0 <= layer_idx < len(self.layers):
+            raise MismatchError(
+                f"layers.{layer_idx}: the cache was made for a model of {len(self.layers)} layers. Use a cache that "
+                "was made for this one."
+            )
+        held = [layer.store.n_columns for layer in self.layers]
+        done = held[0] if layer_idx else held[0] + key_states.shape[2]
+        if held != [done] * layer_idx + [done - key_states.shape[2]] * (len(held) - layer_idx):
+            raise CacheStateError(
+                f"layers.{layer_idx}: an earlier step stopped between two layers, which hold {min(held)} and "
+                f"{max(held)} tokens; the cache cannot be used. Make a new one."
+            )
+        return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that is held: codes, scales, exact tokens and rotary tables; what beams share counts once."""
+        held = {tensor.data_ptr(): tensor.nbytes for tensor in self.tensors()}
+        return sum(held.values())
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Everything that is held."""
+        yield from self.tables.tensors()
+        for layer in self.layers:
+            yield from layer.store.tensors()
+
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
+        """Removes that many tokens if negative, keeps that many if positive; where a layer refuses, in no layer."""
+        stores = [layer.store for layer in self.layers]
+        before = [(store.streams, store.n_columns) for store in stores]
+        try:
+            super().crop(int(tokens_to_remove))
+        except CacheStateError:
+            for store, held in zip(stores, before, strict=True):
+                store.streams, store.n_columns = held
+            raise
+        self.tables.crop(self.get_seq_length())
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps these sequences of the batch, in this order."""
+        super().batch_select_indices(indices)
+        self.tables.select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every sequence that many times."""
+        self.batch_select_indices(torch.arange(len(self.layers[0].store.streams)).repeat_interleave(repeats))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """These sequences, in this order, for beam search."""
+        self.batch_select_indices(beam_idx)
+
+    def reset(self) -> None:
+        """Empties the cache."""
+        super().reset()  # type: ignore[no-untyped-call]
+        self.tables = RotaryTables()
+
+
+@contextmanager
+def attention_replaced(model: nn.Module, handlers: Mapping[nn.Module, Handler]) -> Iterator[None]:
+    """Inside the context the attention modules of a model compute attention by their handlers.
+
+    On leaving, also by an exception, the model is as it was.
+
+    Raises
+    ------
+    MismatchError
+        If the model is inside such a context already.
+    UnsupportedModelError
+        If the model does not choose its attention function by name.
+    """
+    if not _HANDLERS.keys().isdisjoint(handlers):
+        raise MismatchError(
+            f"{type(model).__name__}: its attention is replaced already. Leave the outer context first: packed caches "
+            "and the protocol 'decode' do not nest; several caches can come from one context."
+        )
+    AttentionInterface.register(_NAME, _attention)
+    AttentionMaskInterface.register(_NAME, _mask)
+    configs = {id(module.config): module.config for module in model.modules() if isinstance(module, PreTrainedModel)}
+    before = [(config, config._attn_implementation) for config in configs.values()]
+    _HANDLERS.update(handlers)
+    try:
+        for config, _ in before:
+            config._attn_implementation = _NAME
+        _check_dispatch(model, handlers)
+        yield
+    finally:
+        for config, implementation in before:
+            config._attn_implementation = implementation
+        for module in handlers:
+            del _HANDLERS[module]
+
+
+def _check_dispatch(model: nn.Module, handlers: Mapping[nn.Module, Handler]) -> None:
+    for module in handlers:
+        if getattr(getattr(module, "config", None), "_attn_implementation", None) != _NAME:
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: {type(module).__name__} does not choose its attention function by "
+                "config._attn_implementation, so that it cannot read a packed cache. Use the protocol 'full'."
+            )
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    if options.get("dropout"):
+        raise UnsupportedModelError(
+            f"{type(module).__name__}: attention over a packed cache has no dropout; use model.eval()"
+        )
+    scoring = Scoring(
+        scaling=options.get("scaling") or query.shape[-1] ** -0.5,
+        softcap=options.get("softcap"),
+        sink_logits=options.get("s_aux"),
+    )
+    return _HANDLERS.get(module, attend)(query, key, value, _visible(attention_mask, module), scoring), None
+
+
+def _visible(mask: Tensor | None, module: nn.Module) -> Bool[Tensor, "batch queries tokens"]:
+    """The mask as booleans, one for all heads."""
+    if mask is None or mask.ndim != 4 or mask.shape[1] != 1:
+        got = None if mask is None else tuple(mask.shape)
+        raise UnsupportedModelError(
+            f"{type(module).__name__}: expected a mask of shape (batch, 1, queries, tokens); got {got}"
+        )
+    if mask.dtype == torch.bool:
+        return mask[:, 0]
+    seen, hidden = mask[:, 0] == 0, mask[:, 0] <= torch.finfo(mask.dtype).min / 2
+    if not (seen | hidden).all():
+        raise UnsupportedModelError(
+            f"{type(module).__name__}: the mask adds to scores; only masks that hide tokens are read"
+        )
+    return seen
+
+
+def _mask(*args: Any, **options: Any) -> Tensor | None:
+    """Always a whole mask, never 'causal, so none is needed'."""
+    return sdpa_mask(*args, **{**options, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})

@@ -1,0 +1,1 @@
+"""Three ways to run a model on a quantized cache, and the figures of each."""

@@ -1,0 +1,114 @@
+"""One set of quantizers while the windows of an evaluation pass."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from artifacts.artifact import Artifact
+from artifacts.attention import AttentionLayer
+from artifacts.quantizer import Quantizer
+from artifacts.sites import Site
+from simquant.evaluation.batch_scores import BatchScores
+from simquant.evaluation.figures import Normalization, figures
+from simquant.evaluation.protocols import Protocol
+from simquant.evaluation.report import protocol_line, stored_bits
+from simquant.evaluation.result import EvalResult
+from simquant.evaluation.scored_targets import ScoredTargets
+from simquant.evaluation.scoring import Scores, score, window_logits
+from simquant.usage import Usage
+
+
+class NothingQuantizedError(ValueError):
+    """A comparison was asked for in which nothing was quantized, or nothing quantized was read."""
+
+
+@dataclass
+class EvaluationRun:
+    """Quantizers and a protocol, with what they have scored and stored so far.
+
+    Parameters
+    ----------
+    quantizers : Artifact or mapping from Site to Quantizer
+        See `simulate`.
+    protocol : Protocol
+        How the quantized logits come about.
+    """
+
+    quantizers: Artifact | Mapping[Site, Quantizer]
+    protocol: Protocol
+    _usage: Usage = field(init=False)
+    _scores: list[Scores] = field(default_factory=list, init=False)
+    _seconds: float = field(default=0.0, init=False)
+
+    def __post_init__(self) -> None:
+        self._usage = Usage(self.quantizers)
+
+    def check(self, n_tokens: int) -> None:
+        """Refuses windows of `n_tokens` in which every scored target would be predicted from exact tokens.
+
+        Raises
+        ------
+        NothingQuantizedError
+            If a quantizer has fewer than 16 bits and no scored target reads what one has encoded.
+        """
+        if self._lossy and not any(self.protocol.reads_codes(site.tensor, n_tokens) for site in self._lossy):
+            raise self._refusal(n_tokens)
+
+    def score(
+        self,
+        model: nn.Module,
+        layers: Sequence[AttentionLayer],
+        batch: Int64[Tensor, "windows tokens"],
+        fp: Float[Tensor, "windows tokens vocab"],
+        n_scored: Sequence[int],
+    ) -> BatchScores:
+        """What the quantized model makes of a batch whose full-precision logits are `fp`."""
+        start = time.perf_counter()
+        on_device = batch.to(next(model.parameters()).device)
+        quantized, usage = self.protocol.run(model, on_device, self.quantizers, layers, logits=window_logits)
+        scores = tuple(score(fp, quantized, batch, n_scored))
+        return BatchScores(scores, usage, time.perf_counter() - start)
+
+    def add(self, batch: BatchScores) -> None:
+        """Takes a batch in.
+
+        Raises
+        ------
+        NothingQuantizedError
+            If a quantizer has fewer than 16 bits and no token went through it so far.
+        """
+        self._usage.include(batch.usage)
+        self._scores.extend(batch.scores)
+        self._seconds += batch.seconds
+        if self._lossy and self._usage.quantized_fraction == 0:
+            raise self._refusal(max(len(scores.nll) for scores in batch.scores) + 1)
+
+    def result(self, windows: Tensor, scored: ScoredTargets, normalization: Normalization) -> EvalResult:
+        """The figures over all batches."""
+        clusters = scored.clusters(self._scores, windows.shape[1])
+        return EvalResult(
+            **figures(clusters, normalization),
+            bits=stored_bits(self._usage, self.protocol.policy),
+            quantized_fraction=self._usage.quantized_fraction,
+            protocol=protocol_line(self.quantizers, self.protocol, windows, scored, normalization),
+            n_targets=sum(len(scores.nll) for scores in clusters),
+            n_windows=len(windows),
+            seconds=self._seconds,
+            cluster_nats=tuple(float(scores.loss.sum()) for scores in clusters),
+            cluster_targets=tuple(len(scores.loss) for scores in clusters),
+        )
+
+    @property
+    def _lossy(self) -> list[Site]:
+        return [site for site, quantizer in self.quantizers.items() if quantizer.spec.bits < 16]
+
+    def _refusal(self, n_tokens: int) -> NothingQuantizedError:
+        policy = self.protocol.policy
+        return NothingQuantizedError(
+            "evaluate: fewer than 16 bits were asked for and no token was quantized that a scored target reads "
+            f"({policy.describe()}, windows of {n_tokens} tokens; {self.protocol.steps.describe()}, "
+            f"{policy.describe_prefill()}). Use longer windows, a shorter first step, or keep fewer tokens exact."
+        )

@@ -1,0 +1,118 @@
+"""Means over targets with their standard errors; neighbouring targets are not independent, whole windows nearly are."""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float64, Int64
+from torch import Tensor
+
+from simquant.evaluation.scoring import Scores
+
+Normalization = Literal["targets", "gptq"]
+
+
+def clustered_mean(
+    clusters: Sequence[Float64[Tensor, "_"]] | Float64[Tensor, "clusters targets"],
+) -> tuple[float, float]:
+    """Mean over all targets, and its standard error with clusters as the independent units (nan for one cluster).
+
+    Parameters
+    ----------
+    clusters : sequence of Float64[Tensor, "targets"]
+        A value for each target, cluster by cluster; clusters may differ in size.
+    """
+    sums = torch.stack([cluster.sum() for cluster in clusters])
+    return mean_of_sums(sums, torch.tensor([len(cluster) for cluster in clusters]))
+
+
+def mean_of_sums(sums: Float64[Tensor, " clusters"], counts: Int64[Tensor, " clusters"]) -> tuple[float, float]:
+    """The same from the sum and the number of targets of each cluster.
+
+    The error is that of a ratio of sums: sqrt(C / (C - 1) * sum((sum_c - n_c * mean)^2)) / n.
+
+    References
+    ----------
+    Taylor linearisation for cluster samples: Cochran, Sampling Techniques (1977), section 9A.
+    """
+    n_clusters, n_targets = len(sums), int(counts.sum())
+    mean = float(sums.sum()) / n_targets
+    if n_clusters < 2:
+        return mean, math.nan
+    squares = float((sums - mean * counts).square().sum())
+    return mean, math.sqrt(squares * n_clusters / (n_clusters - 1)) / n_targets
+
+
+def mean_and_stderr(values: Sequence[float]) -> tuple[float, float]:
+    """The mean of independent values, and its standard error (nan for one value).
+
+    Examples
+    --------
+    >>> mean_and_stderr([0.0, 1.0, 1.0, 0.0])
+    (0.5, 0.2886...)
+    """
+    sums = torch.tensor(values, dtype=torch.float64)
+    return mean_of_sums(sums, torch.ones(len(values), dtype=torch.int64))
+
+
+def clustered_rms(clusters: Sequence[Float64[Tensor, "_"]]) -> tuple[float, float]:
+    """Root mean square over all targets, and its standard error to first order (0 where all are zero)."""
+    mean, stderr = clustered_mean([cluster.square() for cluster in clusters])
+    rms = math.sqrt(mean)
+    return rms, stderr / (2 * rms) if rms else stderr
+
+
+def perplexity_of(
+    clusters: Sequence[Float64[Tensor, "_"]], normalization: Normalization = "targets"
+) -> tuple[float, float]:
+    """exp of the mean negative log probability, and its standard error to first order.
+
+    Parameters
+    ----------
+    clusters : sequence of Float64[Tensor, "targets"]
+        Negative log probabilities, cluster by cluster.
+    normalization : {'targets', 'gptq'}
+        Mean over all targets, or over the clusters' means; the same for clusters of equal size.
+    """
+    mean, stderr = clustered_mean(clusters)
+    if normalization == "gptq":
+        mean = float(torch.stack([cluster.mean() for cluster in clusters]).mean())
+    perplexity = float(torch.tensor(mean, dtype=torch.float64).exp())  # infinite where math.exp would raise
+    return perplexity, perplexity * stderr
+
+
+def figures(clusters: Sequence[Scores], normalization: Normalization = "targets") -> dict[str, float]:
+    """Every figure of `EvalResult` that comes from scores, by name.
+
+    Parameters
+    ----------
+    clusters : sequence of Scores
+        Independent units, as a rule windows.
+    normalization : {'targets', 'gptq'}
+        See `perplexity_of`.
+    """
+    kl = torch.cat([scores.kl for scores in clusters])
+    delta_p = [scores.delta_p for scores in clusters]
+    pairs = {
+        "fp_perplexity": perplexity_of([scores.fp_nll for scores in clusters], normalization),
+        "perplexity": perplexity_of([scores.nll for scores in clusters], normalization),
+        "loss_nats": clustered_mean([scores.loss for scores in clusters]),
+        "kl_mean": clustered_mean([scores.kl for scores in clusters]),
+        "top1_flips": clustered_mean([(~scores.agrees).double() for scores in clusters]),
+        "delta_p_mean": clustered_mean(delta_p),
+        "delta_p_rms": clustered_rms(delta_p),
+    }
+    return {
+        **{name: value for name, (value, _) in pairs.items()},
+        **{f"{name}_stderr": stderr for name, (_, stderr) in pairs.items()},
+        "kl_p99": _percentile(kl, 0.99),
+        "kl_p999": _percentile(kl, 0.999),
+        "top1_agreement": float(torch.cat([scores.agrees for scores in clusters]).double().mean()),
+    }
+
+
+def _percentile(values: Float64[Tensor, " targets"], share: float) -> float:
+    """One of the values, so that it is defined for infinite ones too."""
+    return float(np.quantile(values.numpy(), share, method="higher"))

@@ -1,0 +1,114 @@
+"""The three ways to run a model on a quantized cache."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from artifacts.artifact import Artifact
+from artifacts.attention import AttentionLayer
+from artifacts.quantizer import Quantizer
+from artifacts.sites import Site
+from simquant.cache.cacheable import cache_policy
+from simquant.cache.packed import packed_cache
+from simquant.cache.policy import CachePolicy
+from simquant.evaluation.decode import decode_exact
+from simquant.evaluation.steps import Steps
+from simquant.evaluation.two_sided_attention import encoded_ends
+from simquant.simulate import own_policy, simulate
+from simquant.usage import Usage
+
+ProtocolName = Literal["full", "decode", "cache"]
+
+
+def default_policy(quantizers: Artifact | Mapping[Site, Quantizer], protocol: ProtocolName) -> CachePolicy:
+    """Where none is given: the sinks alone where every token is quantized, else what goes with the quantizers."""
+    return own_policy(quantizers) if protocol == "full" else cache_policy(quantizers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """How quantized logits of a text come about.
+
+    Parameters
+    ----------
+    name : {'full', 'decode', 'cache'}
+        Every token quantized before it is read; one pass in which each query sees what a cache holds at its step; or
+        step by step through a packed cache. The last two agree up to rounding.
+    policy : CachePolicy
+        Which tokens stay exact.
+    steps : Steps
+        How the text enters the cache; 'full' has no steps.
+    """
+
+    name: ProtocolName
+    policy: CachePolicy
+    steps: Steps = field(default_factory=Steps)
+
+    def __post_init__(self) -> None:
+        if self.name not in get_args(ProtocolName):
+            raise ValueError(f"protocol: expected one of {', '.join(get_args(ProtocolName))}; got {self.name!r}")
+        if self.name == "full" and not (self.policy.encodes_at_once and self.steps == Steps()):
+            raise ValueError(
+                f"protocol: 'full' quantizes every token but the sinks in one pass; got {self.policy.describe()}, "
+                f"{self.steps.describe()}. Use the protocol 'decode', or drop windows and steps."
+            )
+
+    def run(
+        self,
+        model: nn.Module,
+        batch: Int64[Tensor, "windows tokens"],
+        quantizers: Artifact | Mapping[Site, Quantizer],
+        layers: Sequence[AttentionLayer],
+        *,
+        logits: Callable[[nn.Module, Tensor], Tensor],
+    ) -> tuple[Float[Tensor, "windows tokens vocab"], Usage]:
+        """The logits and what was stored; `logits` runs the model on whole texts."""
+        if self.name == "cache":
+            return self._run_steps(model, batch, quantizers, layers)
+        context = (
+            simulate(model, quantizers, policy=self.policy, layers=layers)
+            if self.name == "full"
+            else decode_exact(model, quantizers, policy=self.policy, steps=self.steps, layers=layers)
+        )
+        with context as usage:
+            return logits(model, batch), usage
+
+    def reads_codes(self, tensor: Literal["key", "value", "query"], n_tokens: int) -> bool:
+        """Whether any scored target of a text of `n_tokens`, from 2, is predicted from keys or values that have codes.
+
+        If any is, the last one: its query, that of the last token but one, reads the most codes.
+        """
+        ends = encoded_ends(self.policy.window(tensor), self.policy, self.steps, n_tokens)
+        return min(int(ends[-2]), n_tokens - 1) > self.policy.sink_tokens
+
+    def describe(self) -> str:
+        """What a query reads, for reports; which tokens stay exact is the policy's to say."""
+        if self.name == "full":
+            return "fully quantized: every query, its own token included, reads decoded keys and values"
+        way = (
+            "packed cache" if self.name == "cache" else "decode-exact: every query reads what a cache holds at its step"
+        )
+        return f"{way}; {self.steps.describe()}, {self.policy.describe_prefill()}"
+
+    def _run_steps(
+        self,
+        model: nn.Module,
+        batch: Tensor,
+        quantizers: Artifact | Mapping[Site, Quantizer],
+        layers: Sequence[AttentionLayer],
+    ) -> tuple[Tensor, Usage]:
+        usage = Usage(quantizers)
+        with packed_cache(model, quantizers, policy=self.policy, layers=layers) as new_cache:
+            cache = new_cache()
+            logits = [
+                model(input_ids=batch[:, start:end], past_key_values=cache, use_cache=True).logits
+                for start, end in self.steps.spans(batch.shape[1])
+            ]
+        for layer in cache.layers:
+            for site, store in layer.store.stores():
+                usage.add_store(site, store)
+        return torch.cat(logits, dim=1), usage

@@ -1,0 +1,66 @@
+"""What a result says about how it came about: bits, and the protocol in phrases."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxtyping import Int64
+from torch import Tensor
+
+from artifacts.quantizer import Quantizer
+from artifacts.sites import Site
+from simquant.cache.policy import TENSORS, CachePolicy
+from simquant.evaluation.protocols import Protocol
+from simquant.evaluation.scored_targets import ScoredTargets
+from simquant.evaluation.steps import Steps
+from simquant.usage import CONTEXT_TOKENS, Usage
+
+
+def stored_bits(usage: Usage, policy: CachePolicy) -> dict[str, Any]:
+    """Bits per element as counted, and with static bytes and exact tokens at some context lengths."""
+    amortised = {
+        str(n): {tensor: usage.amortised_bits(tensor, n, policy.exact_tokens(tensor, n)) for tensor in TENSORS}
+        for n in CONTEXT_TOKENS
+    }
+    return {
+        **{tensor: usage.bits(tensor) for tensor in TENSORS},
+        "average": usage.average_bits,
+        "static_bytes": {tensor: usage.static_bytes(tensor) for tensor in TENSORS},
+        "amortised": amortised,
+    }
+
+
+def cache_phrases(quantizers: Mapping[Site, Quantizer], policy: CachePolicy) -> list[str]:
+    """Where keys are taken, and which tokens stay exact."""
+    stages = sorted({site.stage.replace("_rope", "-RoPE") for site in quantizers if site.stage})
+    return [f"keys {', '.join(stages)}", policy.describe()]
+
+
+def protocol_line(
+    quantizers: Mapping[Site, Quantizer],
+    protocol: Protocol,
+    windows: Int64[Tensor, "windows tokens"],
+    scored: ScoredTargets,
+    normalization: str,
+) -> str:
+    """What was quantized, when, and how perplexity is normalised."""
+    evicts = protocol.policy.eviction is not None
+    return "; ".join(
+        [
+            protocol.describe(),
+            *cache_phrases(quantizers, protocol.policy),
+            f"{len(windows)} windows of {windows.shape[1]} tokens, {scored.describe()}",
+            "perplexity = exp(mean over targets)"
+            if normalization == "targets"
+            else "perplexity as GPTQ: exp(mean of the windows' means)",
+            *(["bits by context length count evicted tokens, too"] if evicts else []),
+            *([] if _is_causal(quantizers, protocol) else ["NOT CAUSAL: scales look at later tokens"]),
+        ]
+    )
+
+
+def _is_causal(quantizers: Mapping[Site, Quantizer], protocol: Protocol) -> bool:
+    """Whether no query reads a token by a scale that a later token than its own has shaped."""
+    if not any(quantizer.looks_ahead for quantizer in quantizers.values()):
+        return True
+    steps = protocol.steps
+    return protocol.name != "full" and (steps == Steps() or (steps.chunk_tokens == 1 and protocol.policy.exact_prefill))

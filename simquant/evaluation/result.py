@@ -1,0 +1,151 @@
+"""What an evaluation found, with units and errors."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from simquant.evaluation.figures import mean_of_sums
+
+_NOT_IN_JSON = ("cluster_nats", "cluster_targets")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalResult:
+    """Figures of one evaluation, full precision against quantized on the same tokens.
+
+    A `_stderr` is the standard error of the figure that it is named after, with windows as the independent units (nan
+    for a single window); strided windows count together until they have moved on by a window's length. Where a figure
+    is a function of a mean, it is the error to first order.
+
+    Parameters
+    ----------
+    fp_perplexity, perplexity : float
+        Of the model as it is, and with its cache quantized.
+    loss_nats : float
+        Mean rise of a target's negative log probability, paired; negative where the quantized model does better.
+    kl_mean, kl_p99, kl_p999 : float
+        KL(fp || quantized) in nats per target: mean, 99th and 99.9th percentile.
+    top1_agreement, top1_flips : float
+        Share of targets where both models rank the same token first, and where they do not.
+    delta_p_mean, delta_p_rms : float
+        Change of the target's probability, quantized less full precision, from -1 to 1: its mean, and its root mean
+        square. llama.cpp prints both as per cent.
+    bits : dict
+        Counted bits per element of keys and values, static bytes, and both together at some context lengths.
+    quantized_fraction : float
+        Share of tokens, over all sites, that were quantized.
+    protocol : str
+        What was quantized, which targets are scored, and how perplexity is normalised, in one line.
+    n_targets, n_windows : int
+        Scored tokens and windows.
+    seconds : float
+        Wall time.
+    cluster_nats : tuple of float
+        The loss summed over the targets of each independent unit, from which results are compared; not in the JSON.
+    cluster_targets : tuple of int
+        How many targets those are.
+    """
+
+    fp_perplexity: float
+    fp_perplexity_stderr: float
+    perplexity: float
+    perplexity_stderr: float
+    loss_nats: float
+    loss_nats_stderr: float
+    kl_mean: float
+    kl_mean_stderr: float
+    kl_p99: float
+    kl_p999: float
+    top1_agreement: float
+    top1_flips: float
+    top1_flips_stderr: float
+    delta_p_mean: float
+    delta_p_mean_stderr: float
+    delta_p_rms: float
+    delta_p_rms_stderr: float
+    bits: dict[str, Any]
+    quantized_fraction: float
+    protocol: str
+    n_targets: int
+    n_windows: int
+    seconds: float
+    cluster_nats: tuple[float, ...] = ()
+    cluster_targets: tuple[int, ...] = ()
+
+    def loss_beyond(self, other: "EvalResult") -> tuple[float, float]:
+        """Nats per target that this loses more than `other`, and the standard error of the difference.
+
+        Both were found on the same windows, so what is hard about a window cancels: the error is smaller than either
+        result's own.
+
+        Raises
+        ------
+        ValueError
+            If the windows are not the same.
+        """
+        same_text = math.isclose(self.fp_perplexity, other.fp_perplexity, rel_tol=1e-3)  # batch sizes round otherwise
+        if not self.cluster_targets or self.cluster_targets != other.cluster_targets or not same_text:
+            raise ValueError(
+                "results: two evaluations of the same windows were expected; got "
+                + " and ".join(
+                    f"{r.n_targets} targets in {r.n_windows} windows of full-precision perplexity {r.fp_perplexity:.4f}"
+                    for r in (self, other)
+                )
+            )
+        mine, others = (torch.tensor(r.cluster_nats, dtype=torch.float64) for r in (self, other))
+        return mean_of_sums(mine - others, torch.tensor(self.cluster_targets))
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values; what is no finite number becomes null and is named under `non_finite`."""
+        plain = {name: value for name, value in asdict(self).items() if name not in _NOT_IN_JSON}
+        sides = {
+            side: {name: plain.pop(prefix + name) for name in ("perplexity", "perplexity_stderr")}
+            for side, prefix in (("fp", "fp_"), ("quantized", ""))
+        }
+        non_finite: dict[str, str] = {}
+        cleaned: dict[str, Any] = _finite({**sides, **plain}, "", non_finite)
+        return {**cleaned, "non_finite": non_finite} if non_finite else cleaned
+
+    def table(self) -> str:
+        """A table for people."""
+        rows = [*self._losses(), *self._storage(), ("protocol", self.protocol), ("seconds", f"{self.seconds:.1f}")]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name.rjust(width)}: {value}" for name, value in rows)
+
+    def _losses(self) -> list[tuple[str, str]]:
+        return [
+            ("perplexity, full precision", f"{self.fp_perplexity:.4f} ± {self.fp_perplexity_stderr:.4f}"),
+            ("perplexity, quantized", f"{self.perplexity:.4f} ± {self.perplexity_stderr:.4f}"),
+            ("loss", f"{self.loss_nats:+.5f} nats per token, standard error {self.loss_nats_stderr:.5f}"),
+            (
+                "KL(fp || quantized)",
+                f"{self.kl_mean:.5f} ± {self.kl_mean_stderr:.5f} mean, {self.kl_p99:.4f} at the 99th and "
+                f"{self.kl_p999:.4f} at the 99.9th percentile",
+            ),
+            ("first choice changed", f"{self.top1_flips:.2%} ± {self.top1_flips_stderr:.2%}"),
+            (
+                "change of target's probability",
+                f"{self.delta_p_rms:.3%} ± {self.delta_p_rms_stderr:.3%} root mean square, "
+                f"{self.delta_p_mean:+.3%} ± {self.delta_p_mean_stderr:.3%} mean",
+            ),
+        ]
+
+    def _storage(self) -> list[tuple[str, str]]:
+        both = {"bits per element, stored": self.bits} | {
+            f"with static bytes, {int(n) // 1024}K tokens": bits for n, bits in self.bits["amortised"].items()
+        }
+        return [
+            *((name, f"keys {bits['key']:.3f}, values {bits['value']:.3f}") for name, bits in both.items()),
+            ("quantized_fraction", f"{self.quantized_fraction:.6g}"),
+        ]
+
+
+def _finite(value: Any, name: str, non_finite: dict[str, str]) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item, f"{name}.{key}" if name else key, non_finite) for key, item in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        non_finite[name] = str(value)
+        return None
+    return value

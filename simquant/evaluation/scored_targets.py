@@ -1,0 +1,124 @@
+"""Which targets of the windows are scored, and windows that overlap so that every scored target has context."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from simquant.evaluation.scoring import Scores
+
+
+@dataclass(frozen=True, eq=False)
+class ScoredTargets:
+    """How many of the last targets of each window are scored; the tokens before them are context.
+
+    Parameters
+    ----------
+    n_scored : tuple of int
+        Of each window, from 1 to its tokens but one.
+    stride : int or None
+        By how many tokens each window is ahead of the one before; None where windows share no tokens.
+    """
+
+    n_scored: tuple[int, ...]
+    stride: int | None = None
+
+    def split(self, batch_size: int) -> list[tuple[int, ...]]:
+        """The numbers of each batch of windows."""
+        return [self.n_scored[first : first + batch_size] for first in range(0, len(self.n_scored), batch_size)]
+
+    def clusters(self, scores: Sequence[Scores], window_tokens: int) -> list[Scores]:
+        """Units that standard errors may take for independent: windows, or as many as advance by one's length.
+
+        Parameters
+        ----------
+        scores : Sequence[Scores]
+            Of each window.
+        window_tokens : int
+            Length of a window.
+        """
+        size = 1 if self.stride is None else math.ceil(window_tokens / self.stride)
+        return [Scores.cat(scores[first : first + size]) for first in range(0, len(scores), size)]
+
+    def describe(self) -> str:
+        """One phrase for reports."""
+        if self.stride is None:
+            return "all but the first of each scored"
+        return f"each {self.stride} tokens ahead of the last and scored on as many, a text's first window on all"
+
+
+def scored_targets(
+    windows: Int64[Tensor, "windows tokens"], scored: ScoredTargets | None, normalization: str
+) -> ScoredTargets:
+    """The targets to score: those given, for windows that have them, or all tokens but the first of each window.
+
+    Raises
+    ------
+    ValueError
+        If there are no windows or no targets, or the normalization is not one of such targets.
+    """
+    if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
+        raise ValueError(
+            f"windows: expected at least one window of at least 2 tokens; got shape {tuple(windows.shape)}"
+        )
+    n_windows, most = windows.shape[0], windows.shape[1] - 1
+    scored = ScoredTargets((most,) * n_windows) if scored is None else scored
+    if len(scored.n_scored) != n_windows or not all(1 <= n <= most for n in scored.n_scored):
+        raise ValueError(
+            f"scored targets: expected {n_windows} numbers from 1 to {most}, one for each window of {most + 1} tokens; "
+            f"got {len(scored.n_scored)}, from {min(scored.n_scored, default=None)} to "
+            f"{max(scored.n_scored, default=None)}. Take windows and targets from the same call of `strided_windows`"
+        )
+    if scored.stride is not None and normalization != "targets":
+        raise ValueError(
+            f"normalization: {normalization!r} is a mean over windows that score equally many targets; got windows "
+            f"with a stride of {scored.stride} tokens. Use 'targets'"
+        )
+    return scored
+
+
+def strided_windows(
+    documents: Iterable[Int64[Tensor, "_"]], *, seqlen: int, stride: int, limit: int | None = None
+) -> tuple[Int64[Tensor, "windows tokens"], ScoredTargets]:
+    """Overlapping windows, and the targets that make every one of them count once.
+
+    Each window of a document begins `stride` tokens after the one before and scores its last `stride` targets, the
+    first window all of its own, as in the sliding window that the documentation of transformers describes for
+    perplexity. All windows have `seqlen` tokens: what is left at the end of a document is dropped.
+
+    Parameters
+    ----------
+    documents : iterable of Int64[Tensor, "tokens"]
+        Token ids; no window spans two documents.
+    seqlen : int
+        Length of a window in tokens, from 2.
+    stride : int
+        From 1 to `seqlen`. At `seqlen` windows share nothing, and the first token of each is not scored.
+    limit : int or None
+        Windows at most.
+
+    Raises
+    ------
+    ValueError
+        If the numbers are out of range, or no document has `seqlen` tokens.
+    """
+    if seqlen < 2 or not 1 <= stride <= seqlen or (limit is not None and limit < 1):
+        raise ValueError(
+            "strided windows: expected seqlen from 2, stride from 1 to seqlen and a limit from 1; "
+            f"got seqlen={seqlen}, stride={stride}, limit={limit}"
+        )
+    parts: list[Tensor] = []
+    n_scored: list[int] = []
+    for document in documents:
+        if limit is not None and len(n_scored) >= limit:
+            break
+        if len(document) >= seqlen:
+            parts.append(document.unfold(0, seqlen, stride))  # a view: what overlaps is in memory once
+            n_scored += [seqlen - 1] + [min(stride, seqlen - 1)] * (len(parts[-1]) - 1)
+    if not parts:
+        raise ValueError(f"strided windows: no document has {seqlen} tokens; use a smaller seqlen or a longer text")
+    windows = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return windows[:limit], ScoredTargets(tuple(n_scored[:limit]), stride)

@@ -1,0 +1,130 @@
+"""What quantizing a layer does to its logits and to its output, on the queries of the exact model."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from artifacts.quantizer import Quantizer
+from artifacts.sites import Site
+from artifacts.taps import AttentionLayer
+from simquant.evaluation.attention_inputs import AttentionInputs
+
+_LOGITS = 2**24
+"""Logits that are held at a time, to bound memory for long windows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionErrors:
+    """Squared errors of one layer, summed over queries, and the energies that they are related to; windows add up.
+
+    Parameters
+    ----------
+    logits, logit_energy : float
+        (q . (k - k'))^2 over the keys that each query sees, and (q . k)^2 about the query's mean over these keys.
+    key_output, value_output, output : float
+        Squared distance from the exact attention output: with k' and exact values, with v' and exact keys, with both.
+    output_energy : float
+        The square of the exact output.
+    """
+
+    logits: float = 0.0
+    logit_energy: float = 0.0
+    key_output: float = 0.0
+    value_output: float = 0.0
+    output: float = 0.0
+    output_energy: float = 0.0
+
+    def __add__(self, other: "AttentionErrors") -> "AttentionErrors":
+        return AttentionErrors(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+
+    def relative(self) -> dict[str, float]:
+        """`logits`, `key_output`, `value_output` and `output` over their energies; 0 where nothing changed."""
+        outputs = ("key_output", "value_output", "output")
+        return {
+            "logits": _ratio(self.logits, self.logit_energy),
+            **{name: _ratio(getattr(self, name), self.output_energy) for name in outputs},
+        }
+
+
+@torch.no_grad()
+def attention_errors(
+    inputs: AttentionInputs, quantizers: Mapping[Site, Quantizer], *, sink_tokens: int = 0
+) -> AttentionErrors:
+    """What quantizing this layer alone does, everything before it being exact.
+
+    Parameters
+    ----------
+    inputs : AttentionInputs
+        Of one layer and window.
+    quantizers : Mapping[Site, Quantizer]
+        Those of the layer's keys, at either stage, and values; others are not looked at.
+    sink_tokens : int
+        First tokens of the window that stay exact.
+    """
+    layer = inputs.layer
+    query = inputs.rotated(inputs.query)[0].float().unflatten(0, (layer.kv_heads, -1))
+    cached = (inputs.rotated(inputs.key), inputs.value, *inputs.decoded(quantizers, sink_tokens))
+    wide = [x.float().transpose(0, 1) for x in cached]
+    n_tokens = query.shape[2]
+    block = max(1, _LOGITS // (layer.q_heads * n_tokens))
+    found = AttentionErrors()
+    for first in range(0, n_tokens, block):
+        last = min(first + block, n_tokens)
+        found += _errors(layer, query[:, :, first:last], [x[:, :, :last] for x in wide])
+    return found
+
+
+def _errors(
+    layer: AttentionLayer,
+    query: Float[Tensor, "kv_heads group queries head_dim"],
+    cached: Sequence[Float[Tensor, "kv_heads 1 keys head_dim"]],
+) -> AttentionErrors:
+    """Of the last queries over exact keys and values, and those that were stored; no key is later than the queries."""
+    key, value, stored_key, stored_value = cached
+    visible = _visible(query.shape[2], key.shape[2], layer.sliding_window).to(query.device)
+    logits, error = query @ key.mT, query @ (key - stored_key).mT
+    weights, stored_weights = (_weights(x, visible, layer) for x in (logits, logits - error))
+    exact = weights @ value
+    mean = (logits * visible).sum(dim=-1, keepdim=True) / visible.sum(dim=-1, keepdim=True)
+    return AttentionErrors(
+        logits=_energy(error * visible),
+        logit_energy=_energy((logits - mean) * visible),
+        key_output=_energy(stored_weights @ value - exact),
+        value_output=_energy(weights @ stored_value - exact),
+        output=_energy(stored_weights @ stored_value - exact),
+        output_energy=_energy(exact),
+    )
+
+
+def _visible(n_queries: int, n_keys: int, sliding_window: int | None) -> Bool[Tensor, "queries keys"]:
+    distance = torch.arange(n_keys - n_queries, n_keys)[:, None] - torch.arange(n_keys)
+    return (distance >= 0) & (distance < (sliding_window or n_keys))
+
+
+def _weights(
+    logits: Float[Tensor, "kv_heads group queries keys"], visible: Bool[Tensor, "queries keys"], layer: AttentionLayer
+) -> Float[Tensor, "kv_heads group queries keys"]:
+    """The layer's softmax, with its own scaling, cap on logits (Gemma 2) and logit that draws no value (gpt-oss)."""
+    module = layer.module
+    logits = logits * getattr(module, "scaling", layer.head_dim**-0.5)
+    cap = getattr(module, "attn_logit_softcapping", None)
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
+    logits = logits.masked_fill(~visible, -math.inf)
+    sinks = getattr(module, "sinks", None)
+    if sinks is None:
+        return logits.softmax(dim=-1)
+    drain = sinks.float().view(layer.kv_heads, -1, 1, 1).expand(-1, -1, logits.shape[2], 1)
+    return torch.cat([logits, drain], dim=-1).softmax(dim=-1)[..., :-1]
+
+
+def _energy(x: Tensor) -> float:
+    return float(x.square().sum(dtype=torch.float64))
+
+
+def _ratio(error: float, energy: float) -> float:
+    return error / energy if energy else math.inf if error else 0.0

@@ -1,0 +1,1 @@
+"""Tokens that a packed cache drops for good."""

@@ -1,0 +1,1 @@
+"""Any cache object with quantizers in front of it."""

@@ -1,0 +1,1 @@
+"""KIVI under the names that its users know."""
