@@ -46,7 +46,7 @@ class Stored:
     Parameters
     ----------
     format : str
-        What the file is: `kvcalib.artifact` or `kvcalib.statistics`.
+        What the file is: `kvcalib.artifact`, `kvcalib.statistics` or `kvcalib.cache`.
     header : Mapping[str, Any]
         JSON values.
     arrays : Mapping[str, Array]
