@@ -256,7 +256,7 @@ def test_a_model_has_one_open_kivi_cache(tiny_llama: LlamaForCausalLM) -> None:
 @pytest.mark.parametrize("protocol", ["decode", "cache"])
 def test_the_kivi_recipe_is_evaluated_as_kivi_keeps_tokens(protocol: str, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--recipe", "kivi-2", "--protocol", protocol, "--seqlen", "160", "--limit", "1", "--device", "cpu"]
-    assert evaluate_program.main(["demo", *flags, "--prefill-tokens", "144", "--chunk-tokens", "8", "--json"]) == 0
+    assert evaluate_program.main(["demo", *flags, "--prefill-tokens", "144", "--chunk-tokens", "1", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["bits"]["key"] == found["bits"]["value"] == 3
     assert found["quantized_fraction"] == (128 + 160 - 129) / (2 * 160)
