@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from scripts import options
 from scripts.console import Parser, UsageError, run, say, set_up_logging
 from scripts.options import NSAMPLES
+from scripts.outputs import output_folder
 from scripts.protocol_options import add_protocol_options
 
 if TYPE_CHECKING:
@@ -63,8 +64,7 @@ def _main(argv: list[str]) -> int:
     recipe = load_recipe(args.recipe)
     ingredients = _ingredients(args.ingredients)
     setup = Setup(recipe, _settings(args))
-    folder: Path = args.output or Path("runs") / f"ablate-{short_name(args.model)}-{recipe.name}"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = output_folder(args.output or Path("runs") / f"ablate-{short_name(args.model)}-{recipe.name}")
     found = ablate(setup, args.model, ingredients)
     command = shlex.join(["python", "-m", "scripts.ablate", *argv])
     results = {"command": command, "recipe": recipe.model_dump(mode="json"), **found.to_json()}

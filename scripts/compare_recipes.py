@@ -4,7 +4,6 @@ Run it from the checkout: `python -m scripts.compare_recipes MODEL --dataset FIL
 """
 
 import argparse
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from scripts import options
 from scripts.console import Parser, UsageError, run, say, set_up_logging
 from scripts.evaluate_text import warn_of_overlap
 from scripts.options import NSAMPLES
+from scripts.outputs import output_folder
 
 if TYPE_CHECKING:
     from calib.recipe import Recipe
@@ -51,7 +51,9 @@ def _main(argv: list[str]) -> int:
     set_up_logging(args.verbose)
     options.choose_defaults(args)
     recipes = _recipes(args.recipes)
-    folder = _folder(args)
+    from scripts.models import short_name
+
+    folder = output_folder(args.output or Path("runs") / f"compare-{short_name(args.model)}")
     from scripts.comparison_report import write_report
 
     try:
@@ -73,19 +75,6 @@ def _recipes(names: str | None) -> "list[Recipe]":
     if twice:
         raise UsageError(f"--recipes: several are called {twice[0]}; name each once, and files by `name:` of their own")
     return recipes
-
-
-def _folder(args: argparse.Namespace) -> Path:
-    from scripts.models import short_name
-
-    folder: Path = args.output or Path("runs") / f"compare-{short_name(args.model)}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--output {folder}: no folder can be made there ({error.strerror}); name another") from error
-    if not os.access(folder, os.W_OK):
-        raise UsageError(f"--output {folder}: you may not write there; name another folder")
-    return folder
 
 
 def _compare(args: argparse.Namespace, recipes: "list[Recipe]") -> "tuple[dict[str, Any], list[ComparedRecipe]]":

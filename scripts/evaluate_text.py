@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from scripts.console import bar, say
+from scripts.console import UsageError, bar, say
 from scripts.scoring_options import scoring_settings, scoring_windows
 from scripts.site_figures import site_figures
 
@@ -44,6 +44,7 @@ def run_text(args: argparse.Namespace, loaded: "LoadedModel", evaluated: "Evalua
     elif args.protocol == "full":
         _warn_of_later_tokens(evaluated.quantizers)
     settings = evaluated.settings(args)
+    _check_steps(args, windows.shape[1])
     result = evaluate(
         loaded.model,
         windows,
@@ -61,6 +62,20 @@ def run_text(args: argparse.Namespace, loaded: "LoadedModel", evaluated: "Evalua
         )
         print(result.table())
     return result.to_json() | site_figures(args, loaded, evaluated.quantizers, windows, settings)
+
+
+def _check_steps(args: argparse.Namespace, n_tokens: int) -> None:
+    """A step longer than a window would be named in the report and never made.
+
+    Raises
+    ------
+    UsageError
+        If one is asked for.
+    """
+    for name in ("prefill_tokens", "chunk_tokens"):
+        if (getattr(args, name) or 1) > n_tokens:
+            flag = f"--{name}".replace("_", "-")
+            raise UsageError(f"{flag} {getattr(args, name)}: windows have {n_tokens} tokens; use at most as many")
 
 
 def _warn_of_later_tokens(quantizers: "Mapping[Site, Quantizer]") -> None:

@@ -1,4 +1,4 @@
-"""Where `calibrate` writes, and whether it can, found out before the model runs."""
+"""Where the programs write, and whether they can, found out before a model runs."""
 
 import argparse
 import os
@@ -27,6 +27,23 @@ def _bits(entry: Any) -> int:
     while not hasattr(entry, "bits") and hasattr(entry, "inner"):
         entry = entry.inner
     return int(getattr(entry, "bits", 16))
+
+
+def output_folder(folder: Path, option: str = "--output") -> Path:
+    """The folder, made where it does not exist.
+
+    Raises
+    ------
+    UsageError
+        If there can be no such folder, or none to write to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{option} {folder}: no folder can be made there ({error.strerror}); name another") from error
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"{option} {folder}: you may not write there; name another folder")
+    return folder
 
 
 def check_outputs(output: Path, statistics: Path | None, *, force: bool) -> None:

@@ -1,11 +1,10 @@
 """Options of the command line for the report of an evaluation."""
 
 import argparse
-import os
 from pathlib import Path
 
 from scripts import options
-from scripts.console import UsageError
+from scripts.outputs import output_folder
 
 WINDOWS = 8
 
@@ -46,11 +45,4 @@ def check_report_options(args: argparse.Namespace) -> None:
 
     if args.report_compare is not None:
         compared(args.report_compare, None)
-    try:
-        args.report.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(
-            f"--report {args.report}: no folder can be made there ({error.strerror}); name another"
-        ) from error
-    if not os.access(args.report, os.W_OK):
-        raise UsageError(f"--report {args.report}: you may not write there; name another folder")
+    output_folder(args.report, "--report")

@@ -6,7 +6,6 @@ are relative to the folder where the program is started.
 """
 
 import argparse
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from scripts import options
 from scripts.console import FAILURE, Parser, UsageError, run, say, set_up_logging
+from scripts.outputs import output_folder
 
 if TYPE_CHECKING:
     from scripts.sweep_grid import Grid
@@ -57,7 +57,7 @@ def _main(argv: list[str]) -> int:
     from scripts.sweep_workers import Workers
 
     grid = load_grid(args.grid)
-    folder = _folder(args)
+    folder = output_folder(args.output or Path("runs") / f"sweep-{args.grid.stem}").resolve()
     command = shlex.join(["python", "-m", "scripts.sweep", *argv])
     workers = Workers(jobs=args.jobs, backend=args.backend, scheduler=args.scheduler)
     try:
@@ -107,17 +107,6 @@ def _search(args: argparse.Namespace, grid: "Grid", runner: "Runner", command: s
     print((runner.folder / "search.md").read_text(encoding="utf-8"), end="")
     say(f"{runner.folder}: search.json, search.md" + (", best.yaml" if found.best else ""))
     return 0 if "best" in found.held_out and found.held_out["best"].error is None else FAILURE
-
-
-def _folder(args: argparse.Namespace) -> Path:
-    folder: Path = args.output or Path("runs") / f"sweep-{args.grid.stem}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--output {folder}: no folder can be made there ({error.strerror}); name another") from error
-    if not os.access(folder, os.W_OK):
-        raise UsageError(f"--output {folder}: you may not write there; name another folder")
-    return folder.resolve()
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ from artifacts import artifact as artifacts_file
 from artifacts import load, save
 from artifacts.sites import Site
 from scripts import artifact, calibrate, evaluate
+from scripts.console import UsageError
+from scripts.outputs import output_folder
 
 REQUIRED = {
     "fp",
@@ -255,6 +257,28 @@ def test_sixteen_bits_go_the_same_way_and_quantize_nothing(works: Program) -> No
         assert (found["quantized_fraction"], found["loss_nats"], found["top1_agreement"]) == (0, 0, 1)
         table = works(f"evaluate model {line} --dataset b.txt --limit 2").out
         assert "quantized_fraction: 0\n" in table
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("--protocol decode --prefill-tokens 9999", "--prefill-tokens 9999: windows have"),
+        ("--protocol cache --chunk-tokens 9999", "--chunk-tokens 9999: windows have"),
+    ],
+)
+def test_steps_longer_than_a_window_are_refused(type_in: Program, flags: str, told: str) -> None:
+    """Regression: a report once named a first step of 999 tokens for windows of 64."""
+    refused = type_in(f"{EVALUATE} --abits 4 --pertoken k_proj v_proj {flags}")
+    assert refused.status == 2
+    assert told in refused.err
+
+
+def test_a_folder_for_results_that_cannot_be_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    """Regression: ablate once told of a file in the folder's place as a bare system error."""
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UsageError, match=r"--output .*file: no folder can be made there \(.*\); name another"):
+        output_folder(tmp_path / "file")
+    assert output_folder(tmp_path / "new" / "folder").is_dir()
 
 
 def test_force_never_replaces_what_kvcalib_did_not_write(type_in: Program, here: Path) -> None:

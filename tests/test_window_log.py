@@ -247,3 +247,8 @@ def test_a_killed_process_loses_one_window_at_most(log: WindowLog, tiny_llama: L
     whole = evaluate(tiny_llama, WINDOWS, everywhere(per_token))
     assert found.loss_nats == pytest.approx(whole.loss_nats, rel=1e-4)  # another process may round otherwise
     assert (found.bits, found.quantized_fraction) == (whole.bits, whole.quantized_fraction)
+
+
+def test_a_folder_is_no_log(tmp_path: Path) -> None:
+    with pytest.raises(WindowLogError, match="got a folder"):
+        WindowLog(tmp_path).start({})

@@ -58,6 +58,8 @@ class WindowLog:
             If the file is no such log, is damaged, was written by two runs at a time, or has other settings: the
             message names them.
         """
+        if self.path.is_dir():
+            raise WindowLogError(f"{self.path}: expected a file for the log; got a folder. Name a file in it")
         if not self.path.exists() or not self.path.stat().st_size:
             self._create(settings)
             return []
