@@ -46,8 +46,8 @@ class Recipe(BaseModel):
     sink_tokens : int
         First positions of a sequence that stay exact and take no part in the fit, 0 to 8.
     target_bits : float or None
-        Mean bits over all keys and values, shared out among the sites, each of which allots levels; None leaves every
-        site its own.
+        Mean bits over all keys and values, shared out among the sites, by method `allotted` or `entropy`; None leaves
+        every site its own.
     cache : CacheEntry or None
         Which other tokens a cache keeps exact, where the method says so.
     include, exclude : tuple of str
@@ -77,7 +77,7 @@ class Recipe(BaseModel):
     key: AnyEstimator
     value: AnyEstimator
     sink_tokens: int = Field(default=0, ge=0, le=8)
-    target_bits: float | None = Field(default=None, ge=0.25, le=8)
+    target_bits: float | None = Field(default=None, gt=0, le=8)
     cache: CacheEntry | None = None
     include: Annotated[Patterns, Field(min_length=1)] = ("*",)
     exclude: Patterns = ()
@@ -89,10 +89,8 @@ class Recipe(BaseModel):
         entries = [{tensor: self._entry(tensor, [one]) for tensor in one.tensors} for one in self.overrides]
         _OVERRIDES.validate_json(json.dumps({"overrides": entries}), strict=True)
         for tensor in ("key", "value"):
-            if self.target_bits is not None and not getattr(self, tensor).allots:
-                raise ValueError(
-                    f"target_bits is shared out among levels; {tensor} needs an entry with method: allotted"
-                )
+            if self.target_bits is not None and getattr(self, tensor).allowance is None:
+                raise ValueError(f"target_bits is shared out; {tensor} needs an entry with method: allotted or entropy")
         return self
 
     def estimator(self, tensor: CachedTensor, overrides: Iterable[Override] = ()) -> Estimator:

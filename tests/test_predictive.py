@@ -22,13 +22,13 @@ from artifacts.predicted import Predicted
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
 from artifacts.spec import QuantSpec
-from calib.budget import share_out
 from calib.calibration import add_windows, calibrate, new_statistics
-from calib.estimators import Fit, PredictedEstimator
+from calib.estimators import Allowance, Fit, PredictedEstimator
 from calib.estimators.estimator import trial_statistics
 from calib.estimators.predictor import NormalEquations, _without, fit_predictor, shrinkage
 from calib.fitting import fit
 from calib.recipe import Recipe, RecipeError, load_recipe, shipped_recipes
+from calib.shares import share_out
 from calib.statistics.model_statistics import ModelStatistics
 from calib.statistics.site_statistics import SiteShape
 from calib.statistics.sources import Sources
@@ -340,27 +340,31 @@ def test_sources_are_the_neighbours_that_are_asked_for(
 # ---- budgets
 
 
-def as_fit(slopes: list[float]) -> Fit:
-    """Levels that bring these distortions per bit, a bit a step, over 16 channels."""
-    return Fit(Identity(channels=16), "", tuple((slope, 1.0) for slope in slopes))
+def asking(slopes: list[float], unit_bits: int = 8) -> tuple[Fit, Allowance]:
+    """Levels that bring these distortions per bit, a bit a step, over 16 channels, and what they can be given."""
+    fit = Fit(Identity(channels=16), "", tuple((slope, 1.0) for slope in slopes))
+    return fit, Allowance(unit_bits=unit_bits, least=0.25, most=8.0)
 
 
 def test_bytes_go_where_they_save_most() -> None:
     steep, flat = ([scale * 2.0**-n for n in range(64)] for scale in (4096.0, 1.0))
-    fits = {KEY0: as_fit(steep), VALUE0: as_fit(flat)}
-    found = share_out(fits, dict.fromkeys(fits, 1.0), 2.0)
+    sites = {KEY0: asking(steep), VALUE0: asking(flat)}
+    found = share_out(sites, dict.fromkeys(sites, 1.0), 2.0)
     assert found[KEY0] + found[VALUE0] == 4.0
     assert found[KEY0] - found[VALUE0] == pytest.approx(12 / 16, abs=8 / 16)  # 2^12 is twelve steps of a bit
-    weighted = share_out(fits, {KEY0: 1.0, VALUE0: 4096.0}, 2.0)
+    weighted = share_out(sites, {KEY0: 1.0, VALUE0: 4096.0}, 2.0)
     assert weighted == {KEY0: 2.0, VALUE0: 2.0}
+    finer = {KEY0: asking(steep, unit_bits=1), VALUE0: asking(flat, unit_bits=1)}
+    assert share_out(finer, dict.fromkeys(finer, 1.0), 2.0) == {KEY0: 2.375, VALUE0: 1.625}
 
 
-def test_no_site_gets_less_or_more_than_can_be_allotted() -> None:
-    fits = {KEY0: as_fit([1.0] * 200), VALUE0: as_fit([1e-9] * 200), KEY1: as_fit([])}
-    found = share_out(fits, dict.fromkeys(fits, 1.0), 3.0)
-    assert sum(found.values()) == 9.0
+@pytest.mark.parametrize("target", [0.75, 1.1, 3.0, 8.0])
+def test_no_site_gets_less_or_more_than_it_can_be_given(target: float) -> None:
+    sites = {KEY0: asking([1.0] * 200), VALUE0: asking([1e-9] * 200, unit_bits=1), KEY1: asking([])}
+    found = share_out(sites, dict.fromkeys(sites, 1.0), target)
+    assert 3 * target - 1 / 16 < sum(found.values()) <= 3 * target
     assert all(0.25 <= bits <= 8 for bits in found.values())
-    assert found[KEY0] == 8.0
+    assert found[KEY0] == pytest.approx(min(8.0, 3 * target - 0.75), abs=0.5)
 
 
 # ---- models
@@ -490,11 +494,22 @@ def test_a_budget_is_met_in_stored_bytes(
 
 
 def test_a_budget_is_for_sites_that_allot_levels(statistics: ModelStatistics) -> None:
-    with pytest.raises(RecipeError, match="target_bits is shared out among levels; key needs"):
+    with pytest.raises(RecipeError, match="target_bits is shared out; key needs an entry with method: allotted or"):
         load_recipe("kvquant-3").edited({"target_bits": 2.0})
     exact = load_recipe("predictive").edited({"target_bits": 2.0, "exclude": ["layers.0.key*"]})
     with pytest.raises(RecipeError, match=r"layers\.0\.key\.pre_rope: target_bits"):
         fit(statistics, exact)
+    with pytest.raises(RecipeError, match=r"layers\.0\.key\.pre_rope: target_bits must be from 0\.25 to 8"):
+        fit(statistics, load_recipe("predictive").edited({"target_bits": 0.2}))
+
+
+def test_streams_share_a_budget_by_nearly_one_step(statistics: ModelStatistics) -> None:
+    """As wide for every site, in shares of what its tokens vary by: then the last bit saves as much anywhere."""
+    coded = {"inner": {"inner": {"method": "entropy", "bits": 1.0}}}
+    artifact = fit(statistics, load_recipe("predictive").edited({"key": coded, "value": coded, "target_bits": 1.5}))
+    bits = torch.tensor([q.spec.bits for q in artifact.values()])
+    assert float(bits.mean()) == pytest.approx(1.5, abs=0.15)
+    assert float(bits.max() - bits.min()) > 0.05
 
 
 def total_error(artifact: Artifact, rows: Mapping[Site, Tensor]) -> float:

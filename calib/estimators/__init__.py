@@ -9,7 +9,7 @@ from calib.estimators.centred import CentredEstimator
 from calib.estimators.codebook import CodebookEstimator
 from calib.estimators.compact import CompactSparseEstimator
 from calib.estimators.entropy_coded import EntropyCodedEstimator
-from calib.estimators.estimator import Estimator, Fit
+from calib.estimators.estimator import Allowance, Estimator, Fit
 from calib.estimators.floats import BlockFloatEstimator, Float8Estimator
 from calib.estimators.hadamard import HadamardEstimator
 from calib.estimators.identity import IdentityEstimator
@@ -52,6 +52,7 @@ for _wrapping in (
 
 __all__ = [
     "AllottedEstimator",
+    "Allowance",
     "AnyEstimator",
     "BlockFloatEstimator",
     "CentredEstimator",

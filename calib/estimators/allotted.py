@@ -10,7 +10,7 @@ from torch import Tensor
 from artifacts.mixed_codebook import MixedCodebook, mean_bits
 from artifacts.quantizer import Quantizer
 from calib.estimators.allotment import LEVEL_COUNTS, allot, gains
-from calib.estimators.estimator import Estimator, Fit
+from calib.estimators.estimator import Allowance, Estimator, Fit
 from calib.estimators.normal_values import (
     Histogram,
     exact_constants,
@@ -22,6 +22,8 @@ from calib.estimators.normal_values import (
 from calib.estimators.ranges import channel_ranges
 from calib.kmeans import distortion_by_levels, kmeans_1d
 from calib.statistics.site_statistics import SiteShape, SiteStatistics
+
+_LEAST_BITS, _MOST_BITS = 0.25, 8.0
 
 _BINS = 256
 """Bins over a channel's range."""
@@ -46,13 +48,13 @@ class AllottedEstimator(Estimator):
     """
 
     method: Literal["allotted"] = "allotted"
-    bits: float = Field(default=2.5, ge=0.25, le=8)
+    bits: float = Field(default=2.5, ge=_LEAST_BITS, le=_MOST_BITS)
     pooling: float = Field(default=0.0, ge=0, le=1)
 
     @property
-    def allots(self) -> bool:
-        """Yes."""
-        return True
+    def allowance(self) -> Allowance:
+        """Whole bytes of a token."""
+        return Allowance(unit_bits=8, least=_LEAST_BITS, most=_MOST_BITS)
 
     def fit(self, statistics: SiteStatistics) -> Fit:
         """Reads the histograms of the channels."""

@@ -21,6 +21,23 @@ _TRIAL_TOKENS = 16
 
 
 @dataclass(frozen=True)
+class Allowance:
+    """Numbers of bits that a site can be given out of a budget for all of them.
+
+    Parameters
+    ----------
+    unit_bits : int
+        Bits of a token that are given at a time.
+    least, most : float
+        Limits, in bits per channel.
+    """
+
+    unit_bits: int
+    least: float
+    most: float
+
+
+@dataclass(frozen=True)
 class Fit:
     """A quantizer, what it was read from, and what other numbers of bits would have cost.
 
@@ -31,8 +48,8 @@ class Fit:
     source : str
         Exact statistics, or an approximation and which.
     steps : tuple of (float, float)
-        Of levels that are allotted: how much less distortion each step brings per bit, and its bits, in the order in
-        which they are taken; empty where bits are given.
+        Where bits may be any: how much less distortion each step brings per bit, and its bits, in the order in which
+        they are taken; else empty.
     """
 
     quantizer: Quantizer
@@ -70,9 +87,9 @@ class Estimator(BaseModel, ABC):
         return False
 
     @property
-    def allots(self) -> bool:
-        """Whether levels are allotted under a number of bits that may be any."""
-        return False
+    def allowance(self) -> Allowance | None:
+        """What `bits` may be where they come out of a budget for all sites; None where they cannot."""
+        return None
 
     def sources(self, site: Site, sites: Collection[Site]) -> tuple[Site, ...]:
         """Those of `sites`, all earlier, whose decoded vectors the fit reads."""

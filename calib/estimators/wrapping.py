@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from calib.estimators.estimator import EXACT, Estimator, Fit
+from calib.estimators.estimator import EXACT, Allowance, Estimator, Fit
 from calib.statistics.site_statistics import SiteStatistics
 
 
@@ -30,10 +30,10 @@ class WrappingEstimator(Estimator):
         return needed
 
     @property
-    def allots(self) -> bool:
-        """Whether what is wrapped allots levels."""
-        allotted: bool = self.inner.allots
-        return allotted
+    def allowance(self) -> Allowance | None:
+        """That of what is wrapped."""
+        allowance: Allowance | None = self.inner.allowance
+        return allowance
 
     def fit_inner(self, mapped: SiteStatistics) -> Fit:
         """The wrapped quantizer; mapped statistics are those of the reservoir, never of all tokens."""
