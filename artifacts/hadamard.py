@@ -43,6 +43,11 @@ class Hadamard(AbstractTransform):
             )
         self._check_signs()
 
+    @property
+    def decode_multiply_adds(self) -> int:
+        """Those of the wrapped quantizer, and as many for each channel as a block can be halved."""
+        return self.inner.decode_multiply_adds + self.channels * (self.group_size.bit_length() - 1)
+
     def transform(self, x: Float32[Tensor, "tokens channels"]) -> Float32[Tensor, "tokens channels"]:
         """Signs, then the transform of each block."""
         return hadamard(x if self.signs is None else x * self.signs, self.group_size)

@@ -17,6 +17,11 @@ class Identity(Quantizer):
 
     kind: ClassVar[str] = "identity"
 
+    @property
+    def decode_multiply_adds(self) -> int:
+        """None."""
+        return 0
+
     def _encode(self, x: Float[Tensor, "tokens channels"], context: Context) -> Codes:
         return Codes(tensors={"values": x}, shape=(x.shape[0], x.shape[1]), dtype=x.dtype)
 

@@ -65,6 +65,12 @@ class Predicted(AbstractWrapper):
         """Sites whose decoded vectors are the context, in this order."""
         return tuple(Site.parse(name) for name in self.source_sites.split())
 
+    @property
+    def decode_multiply_adds(self) -> int:
+        """Those of the wrapped quantizer, and products with A or its factors; sources are decoded for themselves."""
+        factors = [self.weight] if self.expansion is None else [self.weight, self.expansion]
+        return self.inner.decode_multiply_adds + sum(factor.numel() for factor in factors)
+
     def predict(self, context: Context) -> Float32[Tensor, "tokens channels"]:
         """p for each token of the context."""
         parts = self._used.split([u.shape[1] for u in context])

@@ -147,6 +147,11 @@ class Quantizer(ABC):
         """Bytes that are stored once, whatever the number of tokens."""
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
+    @property
+    def decode_multiply_adds(self) -> int:
+        """Multiply-adds to decode a token from its codes: one a channel, where it is scaled and shifted."""
+        return self.channels
+
     def to(self, device: torch.device) -> "Quantizer":
         """The same quantizer with its tensors on `device`."""
         moved = {

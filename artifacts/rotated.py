@@ -51,6 +51,11 @@ class Rotated(AbstractTransform):
             )
         self._check_condition()
 
+    @property
+    def decode_multiply_adds(self) -> int:
+        """Those of the wrapped quantizer, and a product with the inverse of M."""
+        return self.inner.decode_multiply_adds + self.basis.numel()
+
     def transform(self, x: Float32[Tensor, "tokens channels"]) -> Float32[Tensor, "tokens channels"]:
         """Each group of x times M."""
         return _product(x, self._used)

@@ -42,6 +42,11 @@ class AbstractWrapper(Quantizer):
         """As the wrapped quantizer."""
         return self.inner.looks_ahead
 
+    @property
+    def decode_multiply_adds(self) -> int:
+        """Those of the wrapped quantizer."""
+        return self.inner.decode_multiply_adds
+
     def outside(self, x: Float[Tensor, "tokens channels"]) -> Bool[Tensor, "tokens channels"] | None:
         """Where the wrapped quantizer's range ends, whatever is kept beside it."""
         return self.inner.outside(x)

@@ -16,7 +16,9 @@ Bits per element are counted from what is stored: of the keys and the values tha
 evaluated windows, exact tokens included; and under 2K, 32K, 128K the mean with all that is stored once (scales,
 codebooks, bases), spread over so many tokens. Nats are lost per token, with the standard error over windows. KL is
 KL(fp || quantized) in nats, mean and 99.9th percentile. Logits and output are the squared errors of the worst layer,
-over the exact logits and the exact attention output. Fit is in seconds. A star: scales look at later tokens."""
+over the exact logits and the exact attention output. Static: bytes that are stored once, over those of the weights.
+Decode: multiply-adds to decode a token, over those of the model's linear layers. Fit is in seconds. A star: scales look
+at later tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +95,8 @@ _COLUMNS: dict[str, Callable[[ComparedRecipe], str]] = {
     "KL 99.9 %": lambda row: f"{row.result.kl_p999:.3f}",
     "logits": lambda row: f"{row.worst('logits'):.4f}",
     "output": lambda row: f"{row.worst('output'):.4f}",
+    "static": lambda row: f"{row.result.costs.static_share:.1%}",
+    "decode": lambda row: f"{row.result.costs.decode_multiply_adds / row.result.costs.model_multiply_adds:.1%}",
     "fit": lambda row: f"{row.fit_seconds:.2f}",
 }
 

@@ -186,7 +186,7 @@ def evaluate_each(
                 run.add(own)
             if log is not None and is_new:
                 log.append(index, [own.to_json() for own in found])
-    return [run.result(windows, scored, normalization) for run in runs]
+    return [run.result(model, windows, scored, normalization) for run in runs]
 
 
 def _score(

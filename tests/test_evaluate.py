@@ -22,10 +22,12 @@ from artifacts.sparse import ThresholdSparse
 from calib import calibrate
 from simquant import CachePolicy, EvalResult, NothingQuantizedError, evaluate, perplexity, simulate
 from simquant.evaluation import scoring
+from simquant.evaluation.costs import Costs
 from simquant.evaluation.figures import clustered_mean, clustered_rms, perplexity_of
 
 CHANNELS = 16
 REQUIRED = {
+    "costs",
     "fp",
     "quantized",
     "loss_nats",
@@ -333,9 +335,12 @@ def result(**changes: float) -> EvalResult:
     figures = {"fp_perplexity": 5.0, "perplexity": 6.0, "loss_nats": 0.2, "loss_nats_stderr": 0.1, "kl_mean": 0.1}
     bits = {"key": 4.0, "value": 4.0, "static_bytes": {"key": 1, "value": 1}, "amortised": {"2048": {"key": 4.0}}}
     bits["amortised"]["2048"]["value"] = 4.1
-    rest = dict.fromkeys(REQUIRED - {"fp", "quantized", "bits", "protocol", *figures}, 0.5)
+    rest = dict.fromkeys(REQUIRED - {"fp", "quantized", "bits", "costs", "protocol", *figures}, 0.5)
     rest |= {"fp_perplexity_stderr": 0.1, "perplexity_stderr": 0.1}
-    return EvalResult(**{**rest, **figures, **changes}, bits=bits, protocol="one line", n_targets=10, n_windows=2)
+    costs = Costs(bits_per_token=64.0, static_share=0.02, decode_multiply_adds=300, model_multiply_adds=1000)
+    return EvalResult(
+        **{**rest, **figures, **changes}, bits=bits, costs=costs, protocol="one line", n_targets=10, n_windows=2
+    )
 
 
 def test_json_has_every_required_key(tiny_llama: LlamaForCausalLM, windows: Tensor) -> None:
@@ -344,6 +349,8 @@ def test_json_has_every_required_key(tiny_llama: LlamaForCausalLM, windows: Tens
     assert found["fp"].keys() == found["quantized"].keys() == {"perplexity", "perplexity_stderr"}
     assert set(found["bits"]) == {"key", "value", "average", "static_bytes", "amortised"}
     assert set(found["bits"]["amortised"]) == {"2048", "32768", "131072"}
+    linear = sum(m.weight.numel() for m in tiny_llama.modules() if isinstance(m, torch.nn.Linear))
+    assert found["costs"]["model_multiply_adds"] == linear
     assert "non_finite" not in found
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
@@ -370,6 +377,14 @@ def test_a_gain_over_full_precision_is_shown_with_its_error() -> None:
     table = result(perplexity=4.9, loss_nats=-0.02, loss_nats_stderr=0.03).table()
     assert "4.9000 ± 0.1000" in table
     assert "-0.02000 nats per token, standard error 0.03000" in table
+
+
+def test_costs_are_told_in_one_line() -> None:
+    table = result().table()
+    assert (
+        "cost of a token: 64 bits stored, static bytes 2.00% of the weights, 300 multiply-adds to decode, 30.00%"
+        in table
+    )
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])

@@ -37,6 +37,7 @@ def test_all_notebooks_are_there() -> None:
         "compare_recipes",
         "decode_exact",
         "inspect_codebooks",
+        "predictive_coding",
     }
 
 

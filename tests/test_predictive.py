@@ -20,6 +20,7 @@ from artifacts.kinds import build
 from artifacts.layout import to_rows
 from artifacts.predicted import Predicted
 from artifacts.quantizer import Quantizer
+from artifacts.rotated import Rotated
 from artifacts.sites import Site
 from artifacts.spec import QuantSpec
 from calib.calibration import add_windows, calibrate, new_statistics
@@ -69,6 +70,13 @@ def predicted(inner: Quantizer | None = None, rank: int | None = None) -> Predic
         bias=torch.linspace(-1, 1, CHANNELS),
         expansion=None if rank is None else torch.randn(rank, CHANNELS).half(),
     )
+
+
+@pytest.mark.parametrize(("rank", "of_prediction"), [(None, 13 * 8), (2, 13 * 2 + 2 * 8)])
+def test_multiply_adds_of_decoding_are_those_of_the_matrices(rank: int | None, of_prediction: int) -> None:
+    basis = torch.eye(4).expand(2, 4, 4).contiguous()
+    quantizer = predicted(Rotated(channels=CHANNELS, inner=affine(), basis=basis), rank)
+    assert quantizer.decode_multiply_adds == CHANNELS + 2 * 4 * 4 + of_prediction
 
 
 def context(n_tokens: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:

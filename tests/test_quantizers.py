@@ -323,6 +323,7 @@ def test_check_bytes_are_counted(name: str) -> None:
     codes = quantizer.encode(tokens(6))
     assert codes.nbytes == sum(tensor.nbytes for tensor in all_codes(codes).values())
     assert quantizer.static_bytes == sum(tensor.nbytes for tensor in quantizer.tensors().values())
+    assert quantizer.decode_multiply_adds >= 0
 
 
 @every_dtype

@@ -1,6 +1,5 @@
 """All that a packed cache holds as JSON values and a pool of tensors, and back."""
 
-import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
@@ -16,14 +15,11 @@ from simquant.cache.rotary_tables import RotaryTables
 from simquant.cache.small_norms import SmallNorms
 from simquant.cache.stream import Stream
 from simquant.cache.tensor_pool import TensorPool, take
-from simquant.cache.token_store import TokenStore
+from simquant.cache.token_state import TokenState
 from simquant.eviction.survivors import Survivors
 
 Record = dict[str, Any]
 State = TypeVar("State", Survivors, SmallNorms, StreamingState)
-
-_COUNTS = ("n_tokens", "n_evicted", "encoded_end", "_forgotten_blocks")
-_HELD = ("_sinks", "_recent", "_recent_kept")
 
 
 def layer_record(store: LayerStore, pool: TensorPool) -> Record:
@@ -33,15 +29,12 @@ def layer_record(store: LayerStore, pool: TensorPool) -> Record:
 
 def tables_record(tables: RotaryTables, pool: TensorPool) -> Record:
     """The rotary tables; where both halves of a head rotate alike, one of them."""
-    halves = [table[..., : table.shape[-1] // 2] for table in tables.tensors()]
-    twice = [
-        torch.equal(torch.cat([half, half], dim=-1), table)
-        for half, table in zip(halves, tables.tensors(), strict=True)
-    ]
-    kept = [half if same else table for half, table, same in zip(halves, tables.tensors(), twice, strict=True)]
+    whole = list(tables.tensors())
+    halves = [table[..., : table.shape[-1] // 2] for table in whole]
+    twice = [torch.equal(torch.cat([half, half], dim=-1), table) for half, table in zip(halves, whole, strict=True)]
     return {
-        "of_layer": [[layer, index] for layer, index in tables._of_layer.items()],
-        "tables": [pool.add(table) for table in kept],
+        "of_layer": [[layer, index] for layer, index in tables.of_layer.items()],
+        "tables": [pool.add(half if same else table) for half, table, same in zip(halves, whole, twice, strict=True)],
         "twice": twice,
     }
 
@@ -63,33 +56,31 @@ class CacheReader:
 
     def streams(self, store: LayerStore, record: Record) -> list[Stream]:
         """The streams of a layer, for an empty store of it."""
-        return [self._stream(store._new_stream(self.device), stream) for stream in record["streams"]]
+        return [self._stream(store.empty_stream(self.device), stream) for stream in record["streams"]]
 
     def tables(self, record: Record) -> RotaryTables:
         """The rotary tables."""
-        found = RotaryTables()
-        for place, twice in zip(record["tables"], record["twice"], strict=True):
-            table = self._take(place)
-            found._tables.append(torch.cat([table, table], dim=-1) if twice else table)
-            found._seen.append(weakref.ref(torch.empty(0)))  # gone at once: the next step brings tables of its own
-        found._of_layer = {int(layer): int(index) for layer, index in record["of_layer"]}
-        return found
+        kept = zip(map(self._take, record["tables"]), record["twice"], strict=True)
+        return RotaryTables(
+            tables=[torch.cat([table, table], dim=-1) if twice else table for table, twice in kept],
+            of_layer={int(layer): int(index) for layer, index in record["of_layer"]},
+        )
 
     def _stream(self, empty: Stream, record: Record) -> Stream:
         for store, stored in zip(empty.stores(), (record["key"], record["value"]), strict=True):
-            self._fill(store, stored)
+            store.restore(self._tokens(store.state(), stored))
         survivors, small = self._state(Survivors, record["survivors"]), self._state(SmallNorms, record["small"])
         if (survivors is None, small is None) != (empty.survivors is None, empty.small is None):
             raise ValueError("survivors and small norms are kept where the policy asks for them")
         return replace(empty, n_padding=int(record["n_padding"]), survivors=survivors, small=small)
 
-    def _fill(self, store: TokenStore, record: Record) -> None:
-        for name in _COUNTS:
-            setattr(store, name, int(record[name]))
-        for name in _HELD:
-            setattr(store, name, None if record[name] is None else self._take(record[name]))
-        store.blocks = [self._codes(block) for block in record["blocks"]]
-        store._state = self._state(StreamingState, record["running"])
+    def _tokens(self, empty: TokenState, record: Record) -> TokenState:
+        return TokenState(
+            counts={name: int(record[name]) for name in empty.counts},
+            exact={name: None if record[name] is None else self._take(record[name]) for name in empty.exact},
+            blocks=[self._codes(block) for block in record["blocks"]],
+            running=self._state(StreamingState, record["running"]),
+        )
 
     def _codes(self, record: Record) -> Codes:
         n_tokens, channels = record["shape"]
@@ -117,18 +108,17 @@ def _stream_record(stream: Stream, pool: TensorPool) -> Record:
         "n_padding": stream.n_padding,
         "survivors": _state_record(stream.survivors, pool),
         "small": _state_record(stream.small, pool),
-        "key": _store_record(stream.key, pool),
-        "value": _store_record(stream.value, pool),
+        "key": _tokens_record(stream.key.state(), pool),
+        "value": _tokens_record(stream.value.state(), pool),
     }
 
 
-def _store_record(store: TokenStore, pool: TensorPool) -> Record:
-    held = {name: getattr(store, name) for name in _HELD}
+def _tokens_record(held: TokenState, pool: TensorPool) -> Record:
     return {
-        **{name: getattr(store, name) for name in _COUNTS},
-        **{name: None if tensor is None else pool.add(tensor) for name, tensor in held.items()},
-        "blocks": [_codes_record(codes, pool) for codes in store.blocks],
-        "running": _state_record(store._state, pool),
+        **held.counts,
+        **{name: None if tensor is None else pool.add(tensor) for name, tensor in held.exact.items()},
+        "blocks": [_codes_record(codes, pool) for codes in held.blocks],
+        "running": _state_record(held.running, pool),
     }
 
 

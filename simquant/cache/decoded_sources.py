@@ -1,7 +1,6 @@
 """What later sites are predicted from, while a step runs."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -10,7 +9,6 @@ from torch import Tensor
 from artifacts.errors import MismatchError
 from artifacts.quantizer import Context, Quantizer
 from artifacts.sites import Site
-from simquant.cache.token_store import TokenStore
 
 
 class DecodedSources:
@@ -69,34 +67,3 @@ class DecodedSources:
     def release(self, site: Site) -> None:
         """Lets go what no site after this one reads."""
         self._rows = {key: rows for key, rows in self._rows.items() if self._last[key[0]] > site}
-
-
-@dataclass(frozen=True)
-class SequenceSources:
-    """The sources of one sequence of a batch at one layer.
-
-    Parameters
-    ----------
-    sources : DecodedSources
-        Of all sequences and layers.
-    sites : tuple of Site
-        Of the layer's keys and values.
-    device : torch.device
-        Where the layer computes.
-    sequence : int
-        Its number in the batch.
-    """
-
-    sources: DecodedSources
-    sites: tuple[Site, Site]
-    device: torch.device
-    sequence: int
-
-    def context(self, site: Site, tokens: slice) -> Context:
-        """What the quantizer of a site is handed for some encoded tokens."""
-        return self.sources.context(site, self.device, self.sequence, tokens)
-
-    def keep(self, site: Site, store: TokenStore) -> None:
-        """Takes down the encoded tokens of a site if others are predicted from it."""
-        if self.sources.are_kept_of(site):
-            self.sources.keep(site, store.decode_all(), self.sequence)

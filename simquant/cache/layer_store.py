@@ -16,7 +16,7 @@ from artifacts.running import first_state
 from artifacts.sites import Site
 from simquant.cache.block_attention import BlockAttention, Scoring
 from simquant.cache.cacheable import group_tokens
-from simquant.cache.decoded_sources import DecodedSources, SequenceSources
+from simquant.cache.decoded_sources import DecodedSources
 from simquant.cache.errors import CacheStateError
 from simquant.cache.policy import CachePolicy
 from simquant.cache.rotary_tables import RotaryTables
@@ -54,7 +54,7 @@ class LayerStore:
         self.layer, self.policy, self._sources = layer, policy, sources
         [self.key_site] = (site for site in quantizers if (site.layer, site.tensor) == (layer.layer, "key"))
         self.value_site = Site(layer.layer, "value")
-        self._quantizers = {site: quantizers[site] for site in (self.key_site, self.value_site)}
+        self.quantizers = {site: quantizers[site] for site in (self.key_site, self.value_site)}
         self.n_columns = 0
         self.streams: list[Stream] = []
 
@@ -62,6 +62,19 @@ class LayerStore:
     def rotates(self) -> bool:
         """Whether keys are rotated when they are read."""
         return self.key_site.stage == "pre_rope" and self.layer.rotation != "none"
+
+    def empty_stream(self, device: torch.device) -> Stream:
+        """A sequence without tokens, whose tokens will be on the device."""
+        group = group_tokens(self.quantizers)
+        runs = any(first_state(quantizer) is not None for quantizer in self.quantizers.values())
+        block = group if runs and self._evicts else -(-BLOCK_TOKENS // group) * group  # a chunk's codes are one run
+        key, value = (
+            TokenStore(_on(device, quantizer), self.policy, self.policy.window(site.tensor), block)
+            for site, quantizer in self.quantizers.items()
+        )
+        n_smallest = self.policy.keep_smallest_norm
+        small = SmallNorms.none(n_smallest, self.policy.sink_tokens, device) if n_smallest else None
+        return Stream(key, value, survivors=Survivors.none(device) if self._evicts else None, small=small)
 
     def append(
         self,
@@ -71,19 +84,19 @@ class LayerStore:
     ) -> None:
         """Takes in the columns that follow; `real` says which are no padding, None that all are."""
         batch, _, tokens, _ = key.shape
-        self.streams = self.streams or [self._new_stream(key.device) for _ in range(batch)]
+        self.streams = self.streams or [self.empty_stream(key.device) for _ in range(batch)]
         if len(self.streams) != batch:
             raise MismatchError(
                 f"layers.{self.layer.layer}: the cache holds {len(self.streams)} sequences; got {batch}. Use a new "
                 "cache for other text."
             )
         self._forget()
-        rows = zip(to_rows(key).view(batch, tokens, -1), to_rows(value).view(batch, tokens, -1), strict=True)
-        for index, (key_rows, value_rows) in enumerate(rows):
-            n_padding = 0 if real is None else self._padding(self.streams[index], real[index])
-            sources = SequenceSources(self._sources, (self.key_site, self.value_site), key.device, index)
-            stream = self.streams[index].appended(key_rows[n_padding:], value_rows[n_padding:], sources)
-            self.streams[index] = replace(stream, n_padding=stream.n_padding + n_padding)
+        rows = {site: to_rows(x).view(batch, tokens, -1) for site, x in zip(self.quantizers, (key, value), strict=True)}
+        for index, stream in enumerate(self.streams):
+            n_padding = 0 if real is None else self._padding(stream, real[index])
+            own = {site: x[index, n_padding:] for site, x in rows.items()}
+            grown = stream.appended(own, self._sources, index)
+            self.streams[index] = replace(grown, n_padding=stream.n_padding + n_padding)
         self.n_columns += tokens
 
     def attend(
@@ -177,18 +190,6 @@ class LayerStore:
     @property
     def _evicts(self) -> bool:
         return self.policy.eviction is not None and self.layer.sliding_window is None
-
-    def _new_stream(self, device: torch.device) -> Stream:
-        group = group_tokens(self._quantizers)
-        runs = any(first_state(quantizer) is not None for quantizer in self._quantizers.values())
-        block = group if runs and self._evicts else -(-BLOCK_TOKENS // group) * group  # a chunk's codes are one run
-        key, value = (
-            TokenStore(_on(device, quantizer), self.policy, self.policy.window(site.tensor), block)
-            for site, quantizer in self._quantizers.items()
-        )
-        n_smallest = self.policy.keep_smallest_norm
-        small = SmallNorms.none(n_smallest, self.policy.sink_tokens, device) if n_smallest else None
-        return Stream(key, value, survivors=Survivors.none(device) if self._evicts else None, small=small)
 
     def _padding(self, stream: Stream, real: Bool[Tensor, " tokens"]) -> int:
         """How many of the new columns come before the sequence's first token."""

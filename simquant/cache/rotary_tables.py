@@ -1,7 +1,7 @@
 """The cosines and sines of every position that a cache holds, kept once for all layers."""
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from jaxtyping import Float, Int64
@@ -16,12 +16,18 @@ class RotaryTables:
 
     Layers that are handed the same tensors share them; models with several rotary embeddings have as many tables.
     Sequences of a batch share a row while their positions are the same.
+
+    Parameters
+    ----------
+    tables : sequence of Float[Tensor, "2 batch tokens rotary_dim"]
+        Cosines and sines so far; the next step brings more.
+    of_layer : Mapping[int, int] or None
+        Which of them a layer reads.
     """
 
-    def __init__(self) -> None:
-        self._tables: list[Tensor] = []  # "2 batch tokens rotary_dim", cosines and sines
-        self._seen: list[weakref.ref[Tensor]] = []
-        self._of_layer: dict[int, int] = {}
+    def __init__(self, tables: Sequence[Tensor] = (), of_layer: Mapping[int, int] | None = None) -> None:
+        self._tables, self.of_layer = list(tables), dict(of_layer or {})
+        self._seen = [weakref.ref(torch.empty(0)) for _ in tables]  # dead from the start: those of no step
 
     def note(self, layer: AttentionLayer, position_embeddings: tuple[Tensor, Tensor], n_columns: int) -> None:
         """Takes down the tables of a step, if no other layer with the same ones has.
@@ -29,9 +35,9 @@ class RotaryTables:
         The cache holds `n_columns` before the step: a step that failed has left its tables behind them.
         """
         seen = [ref() is position_embeddings[0] for ref in self._seen]
-        index = self._of_layer.get(layer.layer)
+        index = self.of_layer.get(layer.layer)
         if index is None:
-            index = self._of_layer[layer.layer] = seen.index(True) if True in seen else len(seen)
+            index = self.of_layer[layer.layer] = seen.index(True) if True in seen else len(seen)
         if index < len(seen) and seen[index]:
             return
         new = _same_rows_once(torch.stack(layer.tables(position_embeddings)))
@@ -52,7 +58,7 @@ class RotaryTables:
         columns: slice | Int64[Tensor, " tokens"],
     ) -> Float[Tensor, "kv_heads tokens head_dim"]:
         """Keys of some columns of a sequence of the batch, as attention reads them."""
-        tables = self._tables[self._of_layer[layer.layer]]
+        tables = self._tables[self.of_layer[layer.layer]]
         row = min(row, tables.shape[1] - 1)
         cos, sin = tables[:, row : row + 1, columns]
         return rotate(key.unsqueeze(0), cos, sin, layer.rotation)[0]

@@ -54,7 +54,7 @@ def save_cache(cache: PackedCache, path: str | Path) -> None:
     ...         return model.generate(ids, past_key_values=load_cache(path, new_cache()))
     """
     n_columns = {layer.store.n_columns for layer in cache.layers}
-    if len(n_columns) > 1 or any(layer._writing for layer in cache.layers):
+    if len(n_columns) > 1 or any(layer.writing for layer in cache.layers):
         raise CacheStateError(
             "save_cache: a step stopped between or inside layers; such a cache cannot be gone on with"
         )
@@ -124,7 +124,7 @@ def _made_for(cache: PackedCache) -> dict[str, Any]:
     """What must be the same for a cache to be gone on with."""
     stores = [layer.store for layer in cache.layers]
     modules = nn.ModuleList([store.layer.module for store in stores])
-    quantizers = {site: quantizer for store in stores for site, quantizer in store._quantizers.items()}
+    quantizers = {site: quantizer for store in stores for site, quantizer in store.quantizers.items()}
     return {
         "model": model_fingerprint(modules[0], [store.layer for store in stores], None),
         "weights": weights_digest(modules),

@@ -1,6 +1,6 @@
 """One sequence of a batch at one layer of a packed cache."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from simquant.cache.decoded_sources import SequenceSources
+from artifacts.sites import Site
+from simquant.cache.decoded_sources import DecodedSources
 from simquant.cache.small_norms import SmallNorms
 from simquant.cache.token_store import TokenStore
 from simquant.eviction.survivors import Survivors
@@ -51,13 +52,15 @@ class Stream:
         return slice(self.n_padding + tokens.start, self.n_padding + tokens.stop)
 
     def appended(
-        self, key: Float[Tensor, "tokens channels"], value: Float[Tensor, "tokens channels"], sources: SequenceSources
+        self, rows: Mapping[Site, Float[Tensor, "tokens channels"]], sources: DecodedSources, sequence: int
     ) -> "Stream":
-        """With the tokens that follow."""
+        """With the tokens that follow: keys, then values. `sequence` is its number in the batch."""
+        key, _ = rows.values()
         small, kept = (None, None) if self.small is None else self.small.extended(key)
-        for site, store, rows in zip(sources.sites, self.stores(), (key, value), strict=True):
-            store.append(rows, kept, partial(sources.context, site))
-            sources.keep(site, store)
+        for store, (site, own) in zip(self.stores(), rows.items(), strict=True):
+            store.append(own, kept, partial(sources.context, site, own.device, sequence))
+            if sources.are_kept_of(site):
+                sources.keep(site, store.decode_all(), sequence)
         survivors = None if self.survivors is None else self.survivors.extended(len(key))
         return replace(self, survivors=survivors, small=small)
 

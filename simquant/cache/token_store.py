@@ -14,6 +14,10 @@ from artifacts.running import encode_from, first_state
 from simquant.cache.errors import CacheStateError
 from simquant.cache.kept_exact import KeptExact
 from simquant.cache.policy import CachePolicy, Window
+from simquant.cache.token_state import TokenState
+
+_COUNTS = ("n_tokens", "n_evicted", "encoded_end", "_forgotten_blocks")
+_EXACT = ("_sinks", "_recent", "_recent_kept")
 
 
 def no_context(tokens: slice) -> Context:
@@ -150,6 +154,21 @@ class TokenStore:
         if self._state is not None:
             yield self._state.absmax
 
+    def state(self) -> TokenState:
+        """All that is held between two steps, for an empty store of the same site to go on from."""
+        return TokenState(
+            counts={name: getattr(self, name) for name in _COUNTS},
+            exact={name: getattr(self, name) for name in _EXACT},
+            blocks=self.blocks,
+            running=self._state,
+        )
+
+    def restore(self, state: TokenState) -> None:
+        """Holds what another store held, in place of its own."""
+        for name, held in {**state.counts, **state.exact}.items():
+            setattr(self, name, held)
+        self.blocks, self._state = list(state.blocks), state.running
+
     def forget_before(self, token: int) -> None:
         """Drops the blocks whose tokens all come before `token`, and the sinks with the first of them."""
         while self.blocks and self.blocks[0].shape[0] == self.block_tokens:
@@ -216,7 +235,7 @@ class TokenStore:
         """A copy with all that is held changed."""
         other = copy.copy(self)
         other.blocks = [codes.map(change) for codes in self.blocks]
-        for name in ("_sinks", "_recent", "_recent_kept"):
+        for name in _EXACT:
             held = getattr(self, name)
             setattr(other, name, None if held is None else change(held))
         return other

@@ -42,7 +42,7 @@ class PackedLayer(CacheLayerMixin):
         super().__init__()  # type: ignore[no-untyped-call]
         self.store = store
         self.arrival: Arrival | None = None
-        self._writing = False
+        self.writing = False  # true also after a step that stopped in the middle of it
         self._home: torch.device | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -54,9 +54,9 @@ class PackedLayer(CacheLayerMixin):
         self._check(arrival, key_states)
         assert arrival is not None
         self.prefetch()
-        self._home, self._writing = key_states.device, True
+        self._home, self.writing = key_states.device, True
         self.store.append(key_states if arrival.key is None else arrival.key, value_states, arrival.real)
-        self._writing = False
+        self.writing = False
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -95,7 +95,7 @@ class PackedLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Empties the layer."""
         self.store.clear()
-        self.arrival, self._writing = None, False
+        self.arrival, self.writing = None, False
 
     def offload(self) -> None:
         """Moves what is stored to main memory, until the next update."""
@@ -118,7 +118,7 @@ class PackedLayer(CacheLayerMixin):
                 f"{who}: the cache was updated by a model that is not inside the `packed_cache` context that made it. "
                 "Call the model it was made for, inside the context."
             )
-        if self._writing:
+        if self.writing:
             raise CacheStateError(
                 f"{who}: an earlier step stopped while this layer was written; the cache cannot be used. Make a new "
                 "one."

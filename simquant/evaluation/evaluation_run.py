@@ -12,6 +12,7 @@ from artifacts.attention import AttentionLayer
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
 from simquant.evaluation.batch_scores import BatchScores
+from simquant.evaluation.costs import Costs
 from simquant.evaluation.figures import Normalization, figures
 from simquant.evaluation.protocols import Protocol
 from simquant.evaluation.report import protocol_line, stored_bits
@@ -86,12 +87,15 @@ class EvaluationRun:
         if self._lossy and self._usage.quantized_fraction == 0:
             raise self._refusal(max(len(scores.nll) for scores in batch.scores) + 1)
 
-    def result(self, windows: Tensor, scored: ScoredTargets, normalization: Normalization) -> EvalResult:
+    def result(
+        self, model: nn.Module, windows: Tensor, scored: ScoredTargets, normalization: Normalization
+    ) -> EvalResult:
         """The figures over all batches."""
         clusters = scored.clusters(self._scores, windows.shape[1])
         return EvalResult(
             **figures(clusters, normalization),
             bits=stored_bits(self._usage, self.protocol.policy),
+            costs=Costs.of(model, self.quantizers, self._usage.average_bits),
             quantized_fraction=self._usage.quantized_fraction,
             protocol=protocol_line(self.quantizers, self.protocol, windows, scored, normalization),
             n_targets=sum(len(scores.nll) for scores in clusters),

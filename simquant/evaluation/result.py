@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from simquant.evaluation.costs import Costs
 from simquant.evaluation.figures import mean_of_sums
 
 _NOT_IN_JSON = ("cluster_nats", "cluster_targets")
@@ -34,6 +35,8 @@ class EvalResult:
         square. llama.cpp prints both as per cent.
     bits : dict
         Counted bits per element of keys and values, static bytes, and both together at some context lengths.
+    costs : Costs
+        Bits of a token, what is stored once, and the arithmetic of decoding, all sites together.
     quantized_fraction : float
         Share of tokens, over all sites, that were quantized.
     protocol : str
@@ -66,6 +69,7 @@ class EvalResult:
     delta_p_rms: float
     delta_p_rms_stderr: float
     bits: dict[str, Any]
+    costs: Costs
     quantized_fraction: float
     protocol: str
     n_targets: int
@@ -138,6 +142,7 @@ class EvalResult:
         }
         return [
             *((name, f"keys {bits['key']:.3f}, values {bits['value']:.3f}") for name, bits in both.items()),
+            ("cost of a token", self.costs.describe()),
             ("quantized_fraction", f"{self.quantized_fraction:.6g}"),
         ]
 
