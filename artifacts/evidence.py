@@ -184,10 +184,10 @@ def _rotation(x: Tensor, cached: Tensor, position_embeddings: object, source: st
     if _agree(cached, x, x):
         return "none", "as_read", 0
     for rotation, order in _READINGS if tables else ():
-        cos, sin = (spread(table.float(), order, rotation) for table in tables)
+        cos, sin = (spread(table.double(), order, rotation) for table in tables)
         pairs, rest = divmod(cos.shape[-1], 2)
         fits = not rest and 2 * pairs <= x.shape[-1]
-        if fits and _agree(cached, rotate(x.float(), cos, sin, rotation), x):
+        if fits and _agree(cached, rotate(x.double(), cos, sin, rotation), x):
             return rotation, order, 2 * pairs
     raise Refusal(f"the cached key is not what {source} returns, rotated or not")
 
@@ -214,8 +214,8 @@ def _cos_sin(position_embeddings: object) -> tuple[Tensor, ...]:
 
 def _agree(cached: Tensor, expected: Tensor, x: Tensor) -> bool:
     """Whether `cached` is `expected` up to the rounding of x cos and y sin, where |y sin| <= |expected| + |x cos|."""
-    bound = 4 * torch.finfo(cached.dtype).eps * (2 * x.float().abs() + expected.float().abs())
-    return bool(((cached.float() - expected.float()).abs() <= bound).all())
+    bound = 4 * torch.finfo(cached.dtype).eps * (2 * x.double().abs() + expected.double().abs())
+    return bool(((cached.double() - expected.double()).abs() <= bound).all())
 
 
 def _sliding_window(module: nn.Module, index: int) -> int | None:

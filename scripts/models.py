@@ -156,7 +156,7 @@ def _source(name: str) -> dict[str, bool]:
     """Where transformers shall look: a folder, the hub, or the hub's local cache when the hub does not answer."""
     from huggingface_hub import constants
 
-    from calib.corpus import hub_answers
+    from calib.hub_datasets import hub_answers
 
     if os.path.isdir(name):
         return {}

@@ -75,7 +75,7 @@ def protocol_settings(
         If windows, steps or eviction are asked for under a protocol that has none, or two windows.
     """
     from simquant import CachePolicy, Steps
-    from simquant.cache.cacheable import cache_policy
+    from simquant.cache.cacheable import default_policy
 
     args = argparse.Namespace(**dict.fromkeys((*_OF_STEPS, *EVICTION_OPTIONS)) | vars(args))
     given = [name for name in _OF_STEPS if getattr(args, name) is not None]
@@ -89,7 +89,7 @@ def protocol_settings(
     for name in ("exact_prefill", "keep_smallest_norm"):
         if getattr(args, name) is not None:
             changes[name] = getattr(args, name)
-    policy = replace(cache_policy(quantizers, cache), sink_tokens=sink_tokens, eviction=eviction, **changes)
+    policy = replace(default_policy(quantizers, entry=cache), sink_tokens=sink_tokens, eviction=eviction, **changes)
     steps = Steps(prefill_tokens=args.prefill_tokens or 1, chunk_tokens=args.chunk_tokens or 1)
     return {"policy": policy, "protocol": args.protocol, "steps": steps}
 

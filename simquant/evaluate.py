@@ -14,12 +14,13 @@ from artifacts.attention import AttentionLayer, attention_layers
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
 from artifacts.taps import evaluating
+from simquant.cache.cacheable import default_policy
 from simquant.cache.policy import CachePolicy
 from simquant.evaluation.batch_scores import BatchScores, read_batches
 from simquant.evaluation.evaluation_run import EvaluationRun, NothingQuantizedError
 from simquant.evaluation.evaluation_settings import evaluation_settings
 from simquant.evaluation.figures import Normalization, clustered_mean, perplexity_of
-from simquant.evaluation.protocols import Protocol, ProtocolName, default_policy
+from simquant.evaluation.protocols import Protocol, ProtocolName
 from simquant.evaluation.result import EvalResult
 from simquant.evaluation.scored_targets import ScoredTargets, scored_targets
 from simquant.evaluation.scoring import score, window_logits
@@ -167,7 +168,7 @@ def evaluate_each(
     """
     scored = scored_targets(windows, scored, normalization)
     layers = attention_layers(model)
-    policies = [policy or default_policy(own, protocol) for own in candidates]
+    policies = [policy or default_policy(own, sinks_alone=protocol == "full") for own in candidates]
     runs = [
         EvaluationRun(own, Protocol(name=protocol, policy=rules, steps=steps or Steps()))
         for own, rules in zip(candidates, policies, strict=True)

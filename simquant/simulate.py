@@ -14,6 +14,7 @@ from artifacts.fingerprint import model_fingerprint
 from artifacts.layout import from_rows, to_rows
 from artifacts.quantizer import Context, Quantizer
 from artifacts.sites import Site
+from simquant.cache.cacheable import default_policy
 from simquant.cache.decoded_sources import DecodedSources
 from simquant.cache.policy import CachePolicy
 from simquant.cache.tokens import Tokens, watch_tokens
@@ -56,7 +57,8 @@ def simulate(
         If the artifact was made for another model, or covers only some layers.
     """
     layers = attention_layers(model) if layers is None else layers
-    policy = check_fit(model, quantizers, policy, layers)
+    check_fit(model, quantizers, layers)
+    policy = policy or default_policy(quantizers, sinks_alone=True)
     if not policy.encodes_at_once:
         raise ValueError(
             f"simulate: every token but the sinks is quantized before it is read; got a policy with {policy.describe()}"
@@ -75,10 +77,9 @@ def simulate(
 def check_fit(
     model: nn.Module,
     quantizers: Artifact | Mapping[Site, Quantizer],
-    policy: CachePolicy | None,
     layers: Sequence[AttentionLayer],
-) -> CachePolicy:
-    """The policy to use, that of the artifact where none is given, for quantizers that fit the model.
+) -> None:
+    """The quantizers were made for the model, and for all of its layers.
 
     Raises
     ------
@@ -88,12 +89,6 @@ def check_fit(
     if isinstance(quantizers, Artifact):
         quantizers.check_model(model_fingerprint(model, layers, None))
     check_coverage(quantizers, layers)
-    return policy or own_policy(quantizers)
-
-
-def own_policy(quantizers: Artifact | Mapping[Site, Quantizer]) -> CachePolicy:
-    """What an artifact says about tokens that stay exact; nothing for quantizers without one."""
-    return CachePolicy(sink_tokens=quantizers.manifest.sink_tokens if isinstance(quantizers, Artifact) else 0)
 
 
 def check_coverage(quantizers: Mapping[Site, Quantizer], layers: Sequence[AttentionLayer]) -> None:

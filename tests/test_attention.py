@@ -374,9 +374,9 @@ def test_weights_do_not_mislead(damage: str) -> None:
     assert {layer.rotation for layer in attention_layers(model)} == {"interleaved"}
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("kind", ["llama", "cohere", "gemma3_text", "phi3"])
-def test_low_precision_models(kind: str, dtype: torch.dtype) -> None:
+def test_models_of_other_precision(kind: str, dtype: torch.dtype) -> None:
     layers = attention_layers(build(kind, SUPPORTED[kind]).to(dtype))
     assert [layer.rotation for layer in layers] == [layer.rotation for layer in supported(kind)[1]]
 

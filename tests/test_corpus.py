@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from calib import corpus as corpus_module
+from calib import hub_datasets
 from calib.corpus import Corpus, CorpusError, LazyDocuments, load_corpus
 from calib.windows import (
     check_vocabulary,
@@ -178,7 +179,7 @@ def test_a_failing_loader_is_one_clear_error(name: str, monkeypatch: pytest.Monk
 def test_without_network_failure_is_quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
-    monkeypatch.setattr(corpus_module, "hub_answers", lambda endpoint: False)
+    monkeypatch.setattr(hub_datasets, "hub_answers", lambda endpoint: False)
     started = time.perf_counter()
     with pytest.raises(CorpusError, match=r"wikitext2: .*ConnectionError"):
         load_corpus("wikitext2", "calibration", to_bytes)
@@ -187,7 +188,7 @@ def test_without_network_failure_is_quick(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def test_an_unreachable_hub_does_not_answer(caplog: pytest.LogCaptureFixture) -> None:
-    assert not corpus_module.hub_answers("http://127.0.0.1:9")
+    assert not hub_datasets.hub_answers("http://127.0.0.1:9")
     assert "no answer from http://127.0.0.1:9" in caplog.text
 
 

@@ -15,7 +15,7 @@ from scripts import evaluate as evaluate_program
 from scripts.console import UsageError
 from scripts.protocol_options import add_protocol_options, protocol_settings
 from simquant import CachePolicy, Eviction, Window, decode_exact, packed_cache
-from simquant.cache.cacheable import cache_policy
+from simquant.cache.cacheable import default_policy
 
 KIVI = {"residual_tokens": 1, "block_tokens": 8, "values": {"residual_tokens": 9}, "exact_prefill": True}
 KIVI_POLICY = CachePolicy(residual_tokens=1, block_tokens=8, values=Window(residual_tokens=9), exact_prefill=True)
@@ -133,7 +133,7 @@ def test_an_artifact_carries_its_policy(tiny_llama: LlamaForCausalLM) -> None:
     data = load_recipe("kivi-2").model_dump(mode="json")
     data["key"]["group_size"], data["value"]["group_size"], data["cache"] = 4, 8, KIVI
     artifact = calibrate(tiny_llama, IDS, Recipe.parse(data, "here"))
-    assert cache_policy(artifact) == KIVI_POLICY
+    assert default_policy(artifact) == KIVI_POLICY
     with packed_cache(tiny_llama, artifact) as new:
         cache = new()
         first = step(tiny_llama, cache, IDS)
@@ -143,4 +143,4 @@ def test_an_artifact_carries_its_policy(tiny_llama: LlamaForCausalLM) -> None:
     with decode_exact(tiny_llama, artifact) as usage:
         tiny_llama(IDS, use_cache=False)
     assert usage.quantized_fraction == (24 + 21) / 60
-    assert cache_policy(everywhere(per_group)) == CachePolicy(block_tokens=4)
+    assert default_policy(everywhere(per_group)) == CachePolicy(block_tokens=4)

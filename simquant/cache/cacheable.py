@@ -41,8 +41,11 @@ def check_cacheable(quantizers: Mapping[Site, Quantizer], policy: CachePolicy) -
             )
 
 
-def cache_policy(
-    quantizers: Artifact | Mapping[Site, Quantizer], entry: Mapping[str, Any] | None = None
+def default_policy(
+    quantizers: Artifact | Mapping[Site, Quantizer],
+    *,
+    entry: Mapping[str, Any] | None = None,
+    sinks_alone: bool = False,
 ) -> CachePolicy:
     """The policy that goes with quantizers where none is given.
 
@@ -52,6 +55,8 @@ def cache_policy(
         The sinks are an artifact's; without an entry, tokens leave at once, in the fewest whole groups.
     entry : mapping or None
         What a recipe says under `cache`; None takes what the artifact's own says.
+    sinks_alone : bool
+        Whatever a recipe says, every other token is encoded before it is read, as the protocol 'full' does.
 
     Raises
     ------
@@ -60,7 +65,10 @@ def cache_policy(
     """
     manifest = quantizers.manifest if isinstance(quantizers, Artifact) else None
     sink_tokens = 0 if manifest is None else manifest.sink_tokens
-    entry = entry if manifest is None or entry is not None else manifest.recipe.get("cache")
+    if sinks_alone:
+        return CachePolicy(sink_tokens=sink_tokens)
+    if entry is None and manifest is not None:
+        entry = manifest.recipe.get("cache")
     if entry is None:
         return CachePolicy(sink_tokens=sink_tokens, block_tokens=group_tokens(quantizers))
     return CachePolicy.from_entry(entry, sink_tokens)

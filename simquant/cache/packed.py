@@ -14,7 +14,7 @@ from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
 from simquant.cache.arrival import Arrival
 from simquant.cache.block_attention import Scoring, attend
-from simquant.cache.cacheable import cache_policy, check_cacheable
+from simquant.cache.cacheable import check_cacheable, default_policy
 from simquant.cache.decoded_sources import DecodedSources
 from simquant.cache.layer_store import LayerStore
 from simquant.cache.policy import CachePolicy
@@ -68,7 +68,8 @@ def packed_cache(
     ...         return model.generate(ids, past_key_values=new_cache())
     """
     layers = attention_layers(model) if layers is None else layers
-    policy = check_fit(model, quantizers, policy or cache_policy(quantizers), layers)
+    policy = policy or default_policy(quantizers)
+    check_fit(model, quantizers, layers)
     check_cacheable(quantizers, policy)
     check_evictable(policy, layers)
     with ExitStack() as stack:

@@ -12,8 +12,9 @@ from artifacts.layout import to_rows
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
 from artifacts.taps import evaluating
+from simquant.cache.cacheable import default_policy
 from simquant.evaluation.scoring import window_logits
-from simquant.simulate import check_coverage, own_policy
+from simquant.simulate import check_coverage
 
 _RISE = 3
 """How many times the expected share is no chance: windows are correlated, so that a share doubles now and then."""
@@ -54,7 +55,7 @@ def clipped_shares(
     """
     layers = attention_layers(model) if layers is None else layers
     check_coverage(quantizers, layers)
-    first = own_policy(quantizers).sink_tokens if sink_tokens is None else sink_tokens
+    first = default_policy(quantizers, sinks_alone=True).sink_tokens if sink_tokens is None else sink_tokens
     counts: dict[Site, list[int]] = {}
     handlers = {site: _counter(site, quantizer, first, counts) for site, quantizer in quantizers.items()}
     with evaluating(model), tapped(layers, handlers):

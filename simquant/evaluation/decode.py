@@ -14,7 +14,7 @@ from artifacts.errors import MismatchError
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
 from simquant.cache.block_attention import Scoring
-from simquant.cache.cacheable import cache_policy, check_cacheable
+from simquant.cache.cacheable import check_cacheable, default_policy
 from simquant.cache.decoded_sources import DecodedSources
 from simquant.cache.layer_store import LayerStore
 from simquant.cache.policy import TENSORS, CachePolicy
@@ -63,7 +63,8 @@ def decode_exact(
         As `packed_cache`; and if the model is called with padding or with a filled cache.
     """
     layers = attention_layers(model) if layers is None else layers
-    policy = check_fit(model, quantizers, policy or cache_policy(quantizers), layers)
+    policy = policy or default_policy(quantizers)
+    check_fit(model, quantizers, layers)
     check_cacheable(quantizers, policy)
     if policy.eviction is not None:
         raise MismatchError(

@@ -12,21 +12,15 @@ from artifacts.artifact import Artifact
 from artifacts.attention import AttentionLayer
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
-from simquant.cache.cacheable import cache_policy
 from simquant.cache.packed import packed_cache
 from simquant.cache.policy import CachePolicy
 from simquant.evaluation.decode import decode_exact
 from simquant.evaluation.steps import Steps
 from simquant.evaluation.two_sided_attention import encoded_ends
-from simquant.simulate import own_policy, simulate
+from simquant.simulate import simulate
 from simquant.usage import Usage
 
 ProtocolName = Literal["full", "decode", "cache"]
-
-
-def default_policy(quantizers: Artifact | Mapping[Site, Quantizer], protocol: ProtocolName) -> CachePolicy:
-    """Where none is given: the sinks alone where every token is quantized, else what goes with the quantizers."""
-    return own_policy(quantizers) if protocol == "full" else cache_policy(quantizers)
 
 
 @dataclass(frozen=True, kw_only=True)

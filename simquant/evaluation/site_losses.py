@@ -11,9 +11,10 @@ from artifacts.artifact import Artifact
 from artifacts.identity import Identity
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
+from simquant.cache.cacheable import default_policy
 from simquant.cache.policy import CachePolicy
 from simquant.evaluate import Progress, evaluate_each
-from simquant.evaluation.protocols import ProtocolName, default_policy
+from simquant.evaluation.protocols import ProtocolName
 from simquant.evaluation.result import EvalResult
 from simquant.evaluation.steps import Steps
 
@@ -61,7 +62,7 @@ def site_losses(
         model,
         windows,
         [{**exact, site: quantizers[site]} for site in lossy],
-        policy=policy or default_policy(quantizers, protocol),
+        policy=policy or default_policy(quantizers, sinks_alone=protocol == "full"),
         protocol=protocol,
         steps=steps,
         batch_size=batch_size,

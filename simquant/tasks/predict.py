@@ -11,7 +11,7 @@ from artifacts.attention import attention_layers
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
 from artifacts.taps import evaluating
-from simquant.cache.cacheable import cache_policy
+from simquant.cache.cacheable import default_policy
 from simquant.cache.packed import packed_cache
 from simquant.cache.policy import CachePolicy
 from simquant.evaluation.steps import Steps
@@ -71,7 +71,7 @@ def predict(
     NothingQuantizedError
         If fewer than 16 bits were asked for, and a task saw no quantized token.
     """
-    speakers = _Speakers(model, tokenizer, quantizers, policy or cache_policy(quantizers), steps)
+    speakers = _Speakers(model, tokenizer, quantizers, policy or default_policy(quantizers), steps)
     by_task: dict[str, dict[str, Item]] = {}
     for item in items:
         if by_task.setdefault(item.task, {}).setdefault(item.id, item) is not item:
