@@ -1,9 +1,11 @@
 """Time of fitting codebooks from statistics, against scikit-learn's k-means on the values themselves.
 
-Run on an idle machine, from the checkout: ``python -m scripts.bench_fit``; about a minute and a half on two cores.
+Run on an idle machine, from the checkout: ``python -m scripts.bench_fit``. Whole models take minutes each; `--recipes`
+chooses among them, `--layers` makes them smaller.
 """
 
 import argparse
+import resource
 
 import torch
 from jaxtyping import Float32
@@ -20,8 +22,14 @@ from calib.statistics.site_statistics import SiteShape, SiteStatistics
 from scripts.benchmark import HEADER, hardware, row, seconds
 from scripts.synthetic import model_statistics, site_values
 
-LIMITS = {"default": 60.0, "eigen": 300.0}
+LIMITS = {"default": 60.0, "eigen": 300.0, "predictive": 600.0, "predictive-fisher": 600.0}
 """Seconds that fitting a whole model may take."""
+
+BUDGETS = {"predictive": 2.0, "predictive-fisher": 2.0}
+"""Bits that are shared out among all sites."""
+
+LARGEST_BYTES = 12 * 2**30
+"""Memory that a fit may take, statistics included."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,13 +38,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=4096, help="calibration tokens (default: 4096)")
     parser.add_argument("--heads", type=int, default=8, help="KV heads of 128 channels (default: 8)")
     parser.add_argument("--layers", type=int, default=32, help="layers of the model (default: 32)")
+    parser.add_argument("--recipes", default=",".join(LIMITS), help="of whole models (default: all four)")
     parser.add_argument("--jobs", type=int, default=2, help="sites fitted at a time (default: 2)")
     args = parser.parse_args(argv)
     print(hardware(), HEADER, sep="\n")
     for line in compare_with_sklearn(args.tokens, args.heads):
         print(line, flush=True)
-    for recipe, limit in LIMITS.items():
-        print(fit_model(recipe, limit, (args.tokens, args.heads, args.layers, args.jobs)), flush=True)
+    for recipe in args.recipes.split(","):
+        for line in fit_model(recipe, (args.tokens, args.heads, args.layers, args.jobs)):
+            print(line, flush=True)
     return 0
 
 
@@ -70,12 +80,22 @@ def compare_with_sklearn(tokens: int, heads: int) -> list[str]:
     ]
 
 
-def fit_model(recipe: str, limit: float, size: tuple[int, int, int, int]) -> str:
-    """Row for all key and value sites of a model with a shipped recipe, against the seconds that it may take."""
+def fit_model(name: str, size: tuple[int, int, int, int]) -> list[str]:
+    """Rows for all key and value sites of a model with a shipped recipe, against what it may take.
+
+    Peak memory is that of the whole process so far: a limit that is kept is kept by each recipe.
+    """
     tokens, heads, layers, jobs = size
-    statistics, found = model_statistics(tokens, heads, layers), list[Artifact]()
-    ours = seconds(lambda: found.append(fit(statistics, load_recipe(recipe), jobs=jobs)), repeats=1)
-    return row(f"{len(found[0])} sites of {heads * 128} channels, recipe {recipe} / limit", ours, limit, at_most=1)
+    recipe = load_recipe(name).edited({"target_bits": BUDGETS.get(name)})
+    statistics = model_statistics(tokens, heads, layers, tier="full" if recipe.needs_full else "basic")
+    found = list[Artifact]()
+    ours = seconds(lambda: found.append(fit(statistics, recipe, jobs=jobs)), repeats=1)
+    what = f"{len(found[0])} sites of {heads * 128} channels, {name}"
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return [
+        row(f"{what} / limit", ours, LIMITS[name], at_most=1),
+        row(f"{what}, peak memory / limit", peak / 2**30, LARGEST_BYTES / 2**30, at_most=1, unit="GiB"),
+    ]
 
 
 def squared_error(values: Float32[Tensor, "values 1"], levels: Tensor) -> float:

@@ -7,14 +7,16 @@ from torch import Tensor
 from artifacts.sites import Site, Stage
 from calib.statistics.model_statistics import ModelStatistics
 from calib.statistics.origin import Origin
-from calib.statistics.site_statistics import SiteShape, SiteStatistics
+from calib.statistics.site_statistics import SiteShape, Tier
 from calib.statistics.token_batch import TokenBatch
 
 WINDOW_TOKENS = 512
 """Tokens of a calibration window."""
 
 
-def model_statistics(tokens: int, heads: int, layers: int, stage: Stage = "pre_rope") -> ModelStatistics:
+def model_statistics(
+    tokens: int, heads: int, layers: int, stage: Stage = "pre_rope", tier: Tier = "basic"
+) -> ModelStatistics:
     """Statistics of a model of which only the first two layers' were gathered: the others have copies of them.
 
     Every query head reads a key head of its own, and what has to be a gradient is a copy of the vectors.
@@ -25,20 +27,26 @@ def model_statistics(tokens: int, heads: int, layers: int, stage: Stage = "pre_r
         for site in (Site(layer, "key", stage), Site(layer, "value"), Site(layer, "query", stage))
     ]
     origin = Origin(model={}, model_id=None, corpus="synthetic", seed=0, tool_version="benchmark")
-    gathered = ModelStatistics(shapes[:6], "basic", origin, fisher=True)
+    gathered = ModelStatistics(shapes[:6], tier, origin, fisher=True)
     positions = torch.arange(tokens) % WINDOW_TOKENS
     windows = torch.arange(tokens) // WINDOW_TOKENS
     batch = TokenBatch(positions, windows, [f"{number:032x}" for number in range(int(windows.max()) + 1)])
     vectors = {s.site: site_values(tokens, s.channels, seed=n) for n, s in enumerate(shapes[:6])}
     gathered.update(batch, vectors, {site: x for site, x in vectors.items() if site.tensor != "query"})
-    whole = ModelStatistics([], "basic", origin, fisher=True)
+    whole = ModelStatistics(shapes, tier, origin, fisher=True)
     whole.sample, whole.head, whole.windows = gathered.sample, gathered.head, gathered.windows
     whole.n_tokens, whole.seqlen = gathered.n_tokens, gathered.seqlen
-    for shape in shapes:
-        source = Site(shape.site.layer % 2, shape.site.tensor, shape.site.stage)
-        whole.sites[shape.site] = SiteStatistics(shape, "basic", fisher=True)
-        whole.sites[shape.site].restore(gathered.sites[source].state())
+    for site, statistics in whole.sites.items():
+        state = gathered.sites[_gathered(site)].state()
+        statistics.restore({name: tensor.clone() for name, tensor in state.items()})
+    for (left, right), moments in whole.cross.items():
+        a, b = _gathered(left), _gathered(right)
+        moments.products += gathered.cross[a, b].products if a < b else gathered.cross[b, a].products.T
     return whole
+
+
+def _gathered(site: Site) -> Site:
+    return Site(site.layer % 2, site.tensor, site.stage)
 
 
 def site_values(tokens: int, channels: int, seed: int) -> Float32[Tensor, "tokens channels"]:
