@@ -26,7 +26,7 @@ from artifacts.spec import QuantSpec
 from calib.calibration import add_windows, calibrate, new_statistics
 from calib.estimators import Allowance, Fit, PredictedEstimator
 from calib.estimators.estimator import trial_statistics
-from calib.estimators.predictor import NormalEquations, _without, fit_predictor, shrinkage
+from calib.estimators.predictor import NOTHING, NormalEquations, _without, fit_predictor, held_out_shrinkage
 from calib.fitting import fit
 from calib.recipe import Recipe, RecipeError, load_recipe, shipped_recipes
 from calib.shares import share_out
@@ -211,6 +211,10 @@ def related(n_tokens: int, n_inputs: int, seed: int = 0) -> tuple[Tensor, Tensor
 ONES = torch.ones(CHANNELS, dtype=torch.float64)
 
 
+def predictor(sources: Sources, x: Tensor) -> Tensor:
+    return fit_predictor(sources, x, held_out_shrinkage(sources, x, ONES))
+
+
 def left_over(weight: Tensor, u: Tensor, x: Tensor) -> float:
     """Share of the targets' variance that a predictor leaves."""
     rest = x.double() - u.double() @ weight
@@ -219,7 +223,7 @@ def left_over(weight: Tensor, u: Tensor, x: Tensor) -> float:
 
 def test_with_many_tokens_it_is_least_squares() -> None:
     u, x = related(4000, 12)
-    found = fit_predictor(sources_of(u, x, 4000), x, ONES)
+    found = predictor(sources_of(u, x, 4000), x)
     centred = (u - u.mean(dim=0)).double()
     expected = torch.linalg.lstsq(centred, (x - x.mean(dim=0)).double()).solution
     fresh_u, fresh_x = related(4000, 12, seed=1)
@@ -234,7 +238,7 @@ def test_few_tokens_never_make_it_worse_than_no_prediction(n_tokens: int, n_inpu
         x = torch.randn(n_tokens, CHANNELS, generator=torch.Generator().manual_seed(100 + seed))
         fresh_u, _ = related(2000, n_inputs, seed + 50)
         fresh_x = torch.randn(2000, CHANNELS, generator=torch.Generator().manual_seed(200 + seed))
-        found = fit_predictor(sources_of(u, x, n_tokens), x, ONES)
+        found = predictor(sources_of(u, x, n_tokens), x)
         assert left_over(found, fresh_u, fresh_x) < 1.06
 
 
@@ -243,7 +247,7 @@ def test_moments_of_all_tokens_help_a_small_reservoir() -> None:
     fresh_u, fresh_x = related(4000, 60, seed=1)
     rows = x[:80]
     with_all, alone = (sources_of(*pair, 80, noise=0.02) for pair in ((u, x), (u[:80], rows)))
-    shrunk, unaided = (left_over(fit_predictor(s, rows, ONES), fresh_u, fresh_x) for s in (with_all, alone))
+    shrunk, unaided = (left_over(predictor(s, rows), fresh_u, fresh_x) for s in (with_all, alone))
     assert shrunk < 0.8 * unaided
     assert shrunk < 0.32  # of which 0.25 cannot be predicted
 
@@ -255,14 +259,14 @@ def test_decoded_inputs_count_more_than_exact_ones_where_they_differ() -> None:
     fresh_u, fresh_x = related(4000, 12, seed=1)
     fresh_u = fresh_u + torch.randn_like(fresh_u)
     exact = NormalEquations(sources.covariance, sources.cross_covariance).solve(1e-4)
-    found = fit_predictor(sources, x[:4000], ONES)
+    found = predictor(sources, x[:4000])
     assert left_over(found, fresh_u, fresh_x) < 0.8 * left_over(exact, fresh_u, fresh_x)
 
 
 def test_tokens_that_judge_are_taken_out_of_the_moments() -> None:
     u, x = related(500, 6)
     sources = sources_of(u, x, 200)
-    found = _without(sources, x[:200].double(), 100, 1)
+    found = _without(sources, x[:200], 100, 1)
     left = torch.cat([torch.arange(100), torch.arange(200, 500)])
     centred, target = u[left].double() - sources.mean, x[left].double() - sources.target_mean
     torch.testing.assert_close(found.inputs, centred.mT @ centred / 400)
@@ -272,14 +276,14 @@ def test_tokens_that_judge_are_taken_out_of_the_moments() -> None:
 def test_inputs_that_never_change_get_no_weight() -> None:
     u, x = related(400, 6)
     u[:, 2] = 3.0
-    found = fit_predictor(sources_of(u, x, 400), x, ONES)
+    found = predictor(sources_of(u, x, 400), x)
     assert torch.isfinite(found).all()
     assert (found[2] == 0).all()
 
 
 def test_two_tokens_predict_nothing() -> None:
     u, x = related(2, 6)
-    assert shrinkage(sources_of(u, x, 2), x, ONES) is None
+    assert held_out_shrinkage(sources_of(u, x, 2), x, ONES) == NOTHING
 
 
 # ---- the estimator

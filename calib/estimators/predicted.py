@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Literal, final
 
 import torch
-from jaxtyping import Float16, Float64
+from jaxtyping import Float16, Float32, Float64
 from pydantic import Field
 from torch import Tensor
 
@@ -14,7 +14,7 @@ from artifacts.predicted import Predicted
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
 from calib.estimators.estimator import Fit
-from calib.estimators.predictor import fit_predictor
+from calib.estimators.predictor import fit_predictor, held_out_shrinkage
 from calib.estimators.wrapping import WrappingEstimator
 from calib.statistics.site_statistics import SiteShape, SiteStatistics
 from calib.statistics.sources import Sources
@@ -67,8 +67,7 @@ class PredictedEstimator(WrappingEstimator):
         if sources is None:
             found: Fit = self.inner.fit(statistics)
             return found
-        quantizer = self._predictor(sources, statistics)
-        rest = statistics.rows - quantizer.predict(sources.context)
+        quantizer, rest = self._predictor(sources, statistics)
         mapped = statistics.mapped(rest, statistics.row_gradients if statistics.fisher else None)
         mapped.query_energy, mapped.query_metric = statistics.query_energy, statistics.query_metric
         inner = self.fit_inner(mapped)
@@ -78,12 +77,13 @@ class PredictedEstimator(WrappingEstimator):
         """There is none: predictors are fitted."""
         raise ValueError("a predictor is fitted; calibrate first")
 
-    def _predictor(self, sources: Sources, statistics: SiteStatistics) -> Predicted:
-        """Around no quantizer yet; its bias is the mean of what the rounded weights leave."""
+    def _predictor(
+        self, sources: Sources, statistics: SiteStatistics
+    ) -> tuple[Predicted, Float32[Tensor, "rows channels"]]:
+        """Around no quantizer yet, and what it leaves; its bias is the mean of what the rounded weights leave."""
         rows, channels = statistics.rows, statistics.shape.channels
-        energy = statistics.query_energy
-        weights = torch.ones(channels, dtype=torch.float64) if energy is None else energy
-        weight = fit_predictor(sources, rows, weights)
+        weights = _weights(statistics)
+        weight = fit_predictor(sources, rows, held_out_shrinkage(sources, rows, weights))
         expansion, rank = None, max(1, round((self.rank_fraction or 1) * channels))
         if rank * sum(weight.shape) < weight.numel():  # else factors would be no smaller
             weight, expansion = _factors(weight, sources, weights, rank)
@@ -95,8 +95,15 @@ class PredictedEstimator(WrappingEstimator):
             bias=torch.zeros(channels),
             expansion=None if expansion is None else _half(expansion),
         )
-        bias = (rows - predicted.predict(sources.context)).mean(dim=0)
-        return replace(predicted, bias=bias)
+        predictions = predicted.predict(sources.context)
+        bias = (rows - predictions).mean(dim=0)
+        return replace(predicted, bias=bias), rows - (bias + predictions)
+
+
+def _weights(statistics: SiteStatistics) -> Float64[Tensor, " channels"]:
+    """Of a squared error in each channel: what queries read of it."""
+    energy = statistics.query_energy
+    return torch.ones(statistics.shape.channels, dtype=torch.float64) if energy is None else energy
 
 
 def _factors(

@@ -112,6 +112,7 @@ class SiteStatistics:
         self.token_weights: Float32[Tensor, " rows"] | None = None
         self.sources: Sources | None = None
         self.samples = {name: torch.empty(0, channels) for name in sampled}
+        self._unread = frozenset[str]()
 
     @property
     def keeps_rows(self) -> bool:
@@ -177,14 +178,8 @@ class SiteStatistics:
 
     def update(self, x: Float[Tensor, "tokens channels"], gradients: Gradients = None) -> None:
         """Takes in tokens beyond the head positions."""
-        for name, statistic in self.statistics.items():
-            if name not in FISHER:
-                statistic.update(x)
-        if gradients is not None:
-            squares = gradients.double().square()
-            self.gradient_moments.update(gradients)
-            self.fisher_histogram.update(x, squares)
-            self.fisher_token_histogram.update(x, squares)
+        for name in self.statistics:
+            self._update(name, x, gradients)
 
     def keep_rows(self, x: Float[Tensor, "tokens channels"], choice: Choice, gradients: Gradients = None) -> None:
         """Takes part in the token reservoir."""
@@ -217,6 +212,8 @@ class SiteStatistics:
     ) -> "SiteStatistics":
         """Statistics of what became of the tokens in the reservoir, for what a wrapper hands on.
 
+        Each is computed when it is first read: a fit reads few of them.
+
         Parameters
         ----------
         rows : Float32[Tensor, "rows channels"]
@@ -225,7 +222,7 @@ class SiteStatistics:
             Their gradients; without them what was mapped has none.
         """
         found = SiteStatistics(replace(self.shape, rotary_dim=0), self.tier, fisher=gradients is not None)
-        found.update(rows, gradients)
+        found._unread = frozenset(found.statistics)
         found.samples["rows"] = rows
         if gradients is not None:
             found.samples["row_gradients"] = gradients
@@ -271,7 +268,19 @@ class SiteStatistics:
         statistic = self.statistics.get(name)
         if not isinstance(statistic, kind):
             raise self._lacks(name)
+        if name in self._unread:
+            self._unread -= {name}
+            self._update(name, self.rows, self.samples.get("row_gradients"))
         return statistic
+
+    def _update(self, name: str, x: Float[Tensor, "tokens channels"], gradients: Gradients) -> None:
+        statistic = self.statistics[name]
+        if name not in FISHER:
+            statistic.update(x)
+        elif gradients is not None and isinstance(statistic, ChannelHistogram | TokenHistogram):
+            statistic.update(x, gradients.double().square())
+        elif gradients is not None:
+            statistic.update(gradients)
 
     def _lacks(self, name: str) -> ValueError:
         needed = f"{name}, which these statistics (tier {self.tier}) lack. Calibrate again with --statistics full."
