@@ -12,6 +12,9 @@ from artifacts.packing import pack, unpack
 _WORD_BITS = 56
 """Longest word: shifted by up to seven bits it still fits a signed 64-bit integer."""
 
+_TOO_LONG = 2**63
+"""More bits than any token has."""
+
 _TOKENS = 512
 """Tokens at a time, so that all words of some stay in the cache."""
 
@@ -22,7 +25,7 @@ class MixedRadix:
     Channels with a single value take nothing. The others are cut, in order, into words of at most 56 bits; a word is
     the integer whose digits are its channels' codes, first channel least significant. The words stand one after the
     other, each in as many bits as its largest value needs, least significant bit first; the whole is rounded up to
-    bytes. The cut is the one with the fewest bits in all; of equals, the one whose first word is shortest.
+    bytes. The cut is the one with the fewest bits in all; of equals, the one whose first word is longest.
 
     Parameters
     ----------
@@ -52,7 +55,7 @@ class MixedRadix:
         self._coded = torch.tensor(coded, dtype=torch.int64)
         widths = torch.tensor([width for _, _, width in words], dtype=torch.int64)
         self._widths, self._first_bit = widths[:, None], widths.cumsum(0) - widths
-        self.bytes_per_token = -(-int(widths.sum()) // 8)
+        self.bytes_per_token = bytes_per_token(n_levels)
 
     def pack(self, codes: Integer[Tensor, "tokens channels"]) -> UInt8[Tensor, "tokens bytes"]:
         """Codes as bytes; quickest where `codes` is the transpose of a contiguous tensor."""
@@ -105,6 +108,11 @@ class MixedRadix:
         codes[self._coded.to(device)] = digits.flatten(0, 1)[self._place[self._coded].to(device)]
 
 
+def bytes_per_token(n_levels: Sequence[int]) -> int:
+    """What `MixedRadix` of these numbers of levels takes."""
+    return -(-sum(width for _, _, width in _cut([n for n in n_levels if n > 1])) // 8)
+
+
 def pack_levels(codes: UInt8[Tensor, "tokens channels"], n_levels: int) -> UInt8[Tensor, "tokens bytes"]:
     """Codes of `n_levels` values each: whole bits where that is a power of two, else in mixed radix."""
     bits = (n_levels - 1).bit_length()
@@ -126,19 +134,20 @@ def _same_radix(channels: int, n_levels: int) -> MixedRadix:
 
 def _cut(n_levels: Sequence[int]) -> list[tuple[int, int, int]]:
     """Words as (first digit, last digit + 1, bits), fewest bits in all."""
-    best: list[tuple[int, int, int]] = [(0, 0, 0)] * (len(n_levels) + 1)  # bits from here on, end and bits of the word
-    for start in reversed(range(len(n_levels))):
-        options, product = [], 1
-        for stop in range(start + 1, len(n_levels) + 1):
+    n_digits = len(n_levels)
+    bits, stops = [0] * (n_digits + 1), [0] * n_digits  # from each digit on, and the end of its word
+    for start in reversed(range(n_digits)):
+        product, least = 1, _TOO_LONG
+        for stop in range(start + 1, n_digits + 1):
             product *= n_levels[stop - 1]
             width = (product - 1).bit_length()
             if width > _WORD_BITS:
                 break
-            options.append((best[stop][0] + width, stop, width))
-        best[start] = min(options)
+            if bits[stop] + width <= least:
+                least, stops[start] = bits[stop] + width, stop
+        bits[start] = least
     words, start = [], 0
-    while start < len(n_levels):
-        _, stop, width = best[start]
-        words.append((start, stop, width))
-        start = stop
+    while start < n_digits:
+        words.append((start, stops[start], bits[start] - bits[stops[start]]))
+        start = stops[start]
     return words

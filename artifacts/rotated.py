@@ -5,7 +5,7 @@ from functools import cached_property
 from typing import ClassVar, final
 
 import torch
-from jaxtyping import Float32, Float64
+from jaxtyping import Float32
 from torch import Tensor
 
 from artifacts.exact import on_grid
@@ -70,19 +70,15 @@ class Rotated(AbstractTransform):
 
     @cached_property
     def _inverse(self) -> Float32[Tensor, "groups width width"]:
-        return on_grid(self._exact_inverse.float().mT).mT.to(self.basis.device)
-
-    @property
-    def _exact_inverse(self) -> Float64[Tensor, "groups width width"]:
         """Found on the CPU, so that it has the same bits wherever the basis is; not finite where M is singular."""
-        inverse: Tensor = torch.linalg.inv_ex(self._used.cpu().double()).inverse
-        return inverse
+        inverse = torch.linalg.inv_ex(self._used.cpu().double()).inverse
+        return on_grid(inverse.float().mT).mT.to(self.basis.device)
 
     def _check_condition(self) -> None:
         finite = torch.isfinite(self.basis).all(dim=(1, 2))
         if not finite.all():
             raise ValueError(f"{self.kind}: basis must be finite; that of group {int(finite.int().argmin())} is not")
-        sizes = [torch.linalg.matrix_norm(matrix) for matrix in (self._used.cpu().double(), self._exact_inverse)]
+        sizes = [torch.linalg.matrix_norm(matrix.double()) for matrix in (self._used, self._inverse)]
         condition = (sizes[0] * sizes[1] / self.basis.shape[1]).nan_to_num(torch.inf, posinf=torch.inf)
         if (condition > _LARGEST_CONDITION).any():
             worst = int(condition.argmax())

@@ -22,11 +22,8 @@ from calib.statistics.site_statistics import SiteShape, SiteStatistics
 from scripts.benchmark import HEADER, hardware, row, seconds
 from scripts.synthetic import model_statistics, site_values
 
-LIMITS = {"default": 60.0, "eigen": 300.0, "predictive": 600.0, "predictive-fisher": 600.0}
+LIMITS = {"default": 60.0, "eigen": 300.0, "predictive": 600.0}
 """Seconds that fitting a whole model may take."""
-
-BUDGETS = {"predictive": 2.0, "predictive-fisher": 2.0}
-"""Bits that are shared out among all sites."""
 
 LARGEST_BYTES = 12 * 2**30
 """Memory that a fit may take, statistics included."""
@@ -38,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=4096, help="calibration tokens (default: 4096)")
     parser.add_argument("--heads", type=int, default=8, help="KV heads of 128 channels (default: 8)")
     parser.add_argument("--layers", type=int, default=32, help="layers of the model (default: 32)")
-    parser.add_argument("--recipes", default=",".join(LIMITS), help="of whole models (default: all four)")
+    parser.add_argument("--recipes", default=",".join(LIMITS), help=f"of whole models (default: {",".join(LIMITS)})")
     parser.add_argument("--jobs", type=int, default=2, help="sites fitted at a time (default: 2)")
     args = parser.parse_args(argv)
     print(hardware(), HEADER, sep="\n")
@@ -86,7 +83,7 @@ def fit_model(name: str, size: tuple[int, int, int, int]) -> list[str]:
     Peak memory is that of the whole process so far: a limit that is kept is kept by each recipe.
     """
     tokens, heads, layers, jobs = size
-    recipe = load_recipe(name).edited({"target_bits": BUDGETS.get(name)})
+    recipe = load_recipe(name)
     statistics = model_statistics(tokens, heads, layers, tier="full" if recipe.needs_full else "basic")
     found = list[Artifact]()
     ours = seconds(lambda: found.append(fit(statistics, recipe, jobs=jobs)), repeats=1)

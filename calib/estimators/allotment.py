@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from jaxtyping import Float64
 from torch import Tensor
 
-from artifacts.mixed_radix import MixedRadix
+from artifacts.mixed_radix import bytes_per_token
 
 LEVEL_COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256)
 """Numbers of levels that a component can get."""
@@ -37,7 +37,7 @@ def allot(distortions: Float64[Tensor, "components counts"], bits: float) -> lis
     budget = 8.0 * most_bytes
     while True:  # words are a little longer than the logarithms say
         counts = _take_steps(steps, n_components, budget)
-        excess = MixedRadix(counts).bytes_per_token - most_bytes
+        excess = bytes_per_token(counts) - most_bytes
         if excess <= 0:
             return counts
         budget -= max(0.25, 8.0 * (excess - 1))

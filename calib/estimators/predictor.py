@@ -130,7 +130,7 @@ def held_out_shrinkage(
 
 def _without(sources: Sources, x: Float32[Tensor, "rows channels"], half: int, stride: int) -> NormalEquations:
     """Of all exact tokens but those that judge: seen before, they would speak for what saw them."""
-    u, target = sources.exact[half:].double() - sources.mean, x[half:].double() - sources.target_mean[::stride]
+    u, target = sources.exact[half:] - sources.mean.float(), x[half:] - sources.target_mean[::stride].float()
     n_left = max(1, sources.n_tokens - len(u))
     inputs = sources.n_tokens * sources.covariance - u.mT @ u
     cross = sources.n_tokens * sources.cross_covariance[:, ::stride] - u.mT @ target
