@@ -24,7 +24,8 @@ def report(stored: Stored) -> dict[str, Any]:
     manifest = Manifest.from_json(stored.header)
     sites = {str(site): _site(site, spec, manifest, stored) for site, spec in sorted(manifest.specs.items())}
     header = {name: value for name, value in manifest.to_json().items() if name not in ("specs", "fit_sources")}
-    return {"digest": stored.digest, **header, "sites": sites}
+    static_bytes = sum(site["static_bytes"] for site in sites.values())
+    return {"digest": stored.digest, **header, "static_bytes": static_bytes, "sites": sites}
 
 
 def table(found: dict[str, Any]) -> str:
@@ -41,6 +42,7 @@ def table(found: dict[str, Any]) -> str:
         f"model      {model_name}",
         f"text       {corpus['name']}" + (f": {windows}" if corpus["n_windows"] else ""),
         f"sinks      first {found['sink_tokens']} tokens exact and left out of the fit",
+        f"static     {found['static_bytes']:,} bytes, stored once whatever the number of tokens",
         f"written by kvcalib {found['tool_version']}, digest {found['digest'][:16]}",
         "",
         f"{'site':24} {'bits':>4} {'bytes':>8}  {'range':26} quantizer",

@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=4096, help="calibration tokens (default: 4096)")
     parser.add_argument("--heads", type=int, default=8, help="KV heads of 128 channels (default: 8)")
     parser.add_argument("--layers", type=int, default=32, help="layers of the model (default: 32)")
-    parser.add_argument("--recipes", default=",".join(LIMITS), help=f"of whole models (default: {",".join(LIMITS)})")
+    parser.add_argument("--recipes", default=",".join(LIMITS), help="of whole models (default: all three)")
     parser.add_argument("--jobs", type=int, default=2, help="sites fitted at a time (default: 2)")
     args = parser.parse_args(argv)
     print(hardware(), HEADER, sep="\n")
@@ -87,7 +87,7 @@ def fit_model(name: str, size: tuple[int, int, int, int]) -> list[str]:
     statistics = model_statistics(tokens, heads, layers, tier="full" if recipe.needs_full else "basic")
     found = list[Artifact]()
     ours = seconds(lambda: found.append(fit(statistics, recipe, jobs=jobs)), repeats=1)
-    what = f"{len(found[0])} sites of {heads * 128} channels, {name}"
+    what = f"{len(found[0])} sites of {heads * 128} channels, recipe {name}"
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return [
         row(f"{what} / limit", ours, LIMITS[name], at_most=1),

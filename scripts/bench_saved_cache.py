@@ -19,7 +19,7 @@ from artifacts.sites import Site
 from calib.estimators import EntropyCodedEstimator
 from calib.estimators.estimator import trial_statistics
 from calib.statistics.site_statistics import SiteShape
-from scripts.bench_cache import HEAD_DIM, KV_HEADS, one_layer, quantizers, step
+from scripts.bench_cache import HEAD_DIM, KV_HEADS, model_of, quantizers, step
 from scripts.benchmark import hardware, seconds
 from simquant import load_cache, packed_cache, save_cache
 
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
 @torch.no_grad()
 def rows(tokens: int, repeats: int, folder: Path) -> list[str]:
     """One for each kind of cache, the one of transformers first."""
-    model = one_layer().bfloat16()
+    model = model_of(layers=1).bfloat16()
     x = activations(tokens)
     key, value = x.view(2, 1, tokens, KV_HEADS, HEAD_DIM).transpose(2, 3).bfloat16()
     found = {"bfloat16, torch.save": plain(model, key, value, folder / "plain.pt", repeats)}

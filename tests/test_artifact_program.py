@@ -61,6 +61,7 @@ def test_inspect_prints_a_table(capsys: Capture, path: Path) -> None:
         assert quantizer.spec.describe() in row
         assert row.split()[1:3] == [f"{quantizer.spec.bits:.3g}", str(quantizer.static_bytes)]
     assert golden.digest[:16] in out
+    assert f"static     {sum(quantizer.static_bytes for quantizer in golden.values()):,} bytes, stored once" in out
     assert "demo (llama, 3 layers)" in out
     assert "4 windows of 16 tokens, seed 0" in out
     assert "levels: -1.000 -0.500 +0.250 +1.000" in out
@@ -74,6 +75,7 @@ def test_inspect_json_is_one_object(capsys: Capture) -> None:
     assert found["digest"] == golden.digest
     assert found["model"] == dict(golden.manifest.model)
     assert list(found["sites"]) == [str(site) for site in golden]
+    assert found["static_bytes"] == sum(quantizer.static_bytes for quantizer in golden.values())
     assert run(capsys, "inspect", PICKLE, "--json")[1] == out
 
 

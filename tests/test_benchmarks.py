@@ -1,14 +1,19 @@
 """The benchmark programs run on tiny sizes, and their rows tell met targets from missed ones; no time is asserted."""
 
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
+from random_models import random_llama
 
+from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
-from calib import fit, load_recipe, shipped_recipes
-from scripts import bench_calibrate, bench_fit, bench_simulate
+from calib import calibrate, fit, load_recipe, shipped_recipes
+from scripts import bench_cache, bench_calibrate, bench_fit, bench_simulate
 from scripts.benchmark import HEADER, hardware, row, seconds
+from scripts.cache_quantizers import eigen, predictive
+from scripts.claims_tables import find_tables
 from scripts.synthetic import model_statistics
 
 
@@ -39,18 +44,18 @@ def test_the_least_of_the_repeats_counts() -> None:
 
 
 def test_bench_fit_prints_a_row_for_every_target(capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench_fit.main(["--tokens", "64", "--heads", "1", "--layers", "3", "--jobs", "1"]) == 0
+    options = ["--tokens", "64", "--heads", "1", "--layers", "3", "--jobs", "1", "--recipes", "default,predictive"]
+    assert bench_fit.main(options) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == [hardware(), HEADER]
     assert [line.rsplit(":", 1)[0].rsplit("  ", 1)[1] for line in lines[2:]] == [
         "at least 100",
         "at least 30",
-        "at most 1",
-        "at most 1",
-        "at most 1",
+        *5 * ["at most 1"],
     ]
-    assert lines[5].startswith("6 sites of 128 channels, recipe default")
-    assert lines[6].startswith("6 sites of 128 channels, recipe eigen")
+    assert lines[5].startswith("6 sites of 128 channels, recipe default / limit")
+    assert lines[6].startswith("6 sites of 128 channels, recipe default, peak memory")
+    assert lines[7].startswith("6 sites of 128 channels, recipe predictive / limit")
 
 
 def test_bench_calibrate_prints_a_row_for_every_target(capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,6 +80,43 @@ def test_bench_simulate_prints_a_row_for_every_target(capsys: pytest.CaptureFixt
         "at most 1.3",
         "at most 1.3",
     ]
+
+
+def test_bench_cache_prints_a_row_for_every_target_and_every_cost(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_cache.main(["--tokens", "64", "--repeats", "1"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "quanto" not in line]
+    assert lines[:2] == [hardware(), HEADER]
+    (table,) = find_tables("\n".join(lines))
+    assert [target.partition(":")[0] for *_, target in table.rows] == [
+        "at most 0.222222",
+        "at most 1.5",
+        *["none"] * 6,
+    ]
+    for name, rows in (("eigen", table.rows[2:5]), ("predictive", table.rows[5:])):
+        what = f"64 tokens, 2 layers, {name}: "
+        assert [own for own, *_ in rows] == [
+            f"{what}memory / 16 bits",
+            f"{what}static bytes / 16 bits",
+            f"{what}step / dynamic cache",
+        ]
+        assert float(rows[0][-2]) == pytest.approx(2 / 16, rel=0.03)
+
+
+@pytest.mark.parametrize("make", [eigen, predictive], ids=lambda make: make.__name__)
+def test_made_up_quantizers_have_the_structure_of_their_recipe(make: Callable[..., dict[Site, Quantizer]]) -> None:
+    made = make(layers=2, heads=2, head_dim=8)
+    windows = torch.randint(64, (8, 48), generator=torch.Generator().manual_seed(0))
+    fitted = calibrate(random_llama(), windows, recipe=make.__name__)
+    assert list(made) == list(fitted)
+    for site, own in made.items():
+        assert kinds(own) == kinds(fitted[site])
+        assert own.sources == fitted[site].sources
+        assert own.decode_multiply_adds == fitted[site].decode_multiply_adds
+
+
+def kinds(quantizer: Quantizer) -> list[str]:
+    inner = quantizer.spec.inner
+    return [quantizer.kind] if inner is None else [quantizer.kind, *kinds(vars(quantizer)["inner"])]
 
 
 def test_the_plain_baseline_takes_the_nearest_level_and_keeps_the_tails() -> None:

@@ -37,6 +37,7 @@ from scripts.report import layer_sections, result_sections, storage_sections, ta
 from scripts.report.__main__ import main
 from scripts.report.compared import compared
 from scripts.report.gather import gather
+from scripts.report.numbers import percent, size
 from scripts.report.page import page
 from scripts.report.quantizer_views import kept_mask, levels_over_values, static_range
 from scripts.report.reported_run import ReportedRun
@@ -188,6 +189,18 @@ def test_figures_of_the_page_are_those_of_the_json(found: Found) -> None:
     )
     for figure in ("12.346 ± 0.046", "0.988 ± 0.012", "43 %", "6.5 %", "7.9 %", "11.8 MiB"):
         assert figure in seen, figure
+
+
+def test_what_a_token_costs_stands_beside_the_bits(found: Found, run: ReportedRun) -> None:
+    costs, static = _result(found)["costs"], sum(own.static_bytes for own in run.quantizers.values())
+    assert costs["decode_multiply_adds"] == sum(own.decode_multiply_adds for own in run.quantizers.values())
+    costs |= {"bits_per_token": 1234.4, "static_share": 0.098, "model_multiply_adds": 32000}
+    seen = _visible(result_sections.results(found))
+    share = percent(costs["decode_multiply_adds"] / 32000)
+    for words in ("1,234 bits stored", f"multiply-adds, {share} of the linear", f"{size(static)} 9.8 % of the weights"):
+        assert words in re.sub(r"\s+", " ", seen), words
+    costs["model_multiply_adds"] = 0
+    assert "of the linear" not in _visible(result_sections.results(found))
 
 
 def test_nothing_is_asked_of_the_network(made: str) -> None:

@@ -13,7 +13,7 @@ from scripts.report.value_views import value_views, worst_sites
 from scripts.report.verdict import verdict
 
 FORMAT = "kvcalib.report"
-VERSION = 1
+VERSION = 2
 
 
 def gather(run: ReportedRun) -> dict[str, Any]:

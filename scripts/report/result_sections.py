@@ -7,8 +7,8 @@ from typing import Any
 
 from scripts.pareto import Point
 from scripts.report import drawings, task_sections
-from scripts.report.markup import Markup, element, figure, paragraphs, section, table
-from scripts.report.numbers import percent, plain, with_error
+from scripts.report.markup import Markup, Row, element, figure, paragraphs, section, table
+from scripts.report.numbers import percent, plain, size, with_error
 from scripts.report.picture import picture
 
 Found = Mapping[str, Any]
@@ -82,6 +82,7 @@ def _text_table(name: str, result: Found) -> Markup:
         ("keys, stored", plain(bits["key"]), "bits per element"),
         ("values, stored", plain(bits["value"]), "bits per element"),
         ("both, exact tokens included", plain(bits["average"]), "bits per element"),
+        *_costs(result),
         ("tokens quantized", plain(100 * result["quantized_fraction"]), "%"),
     ]
     caption = (
@@ -89,6 +90,18 @@ def _text_table(name: str, result: Found) -> Markup:
         f"Protocol: {result['protocol']}."
     )
     return table(caption, ("figure", "value", "unit"), rows)
+
+
+def _costs(result: Found) -> Iterator[Row]:
+    """Of a token, all sites together, and what is stored once."""
+    costs, work = result["costs"], "multiply-adds"
+    if costs["model_multiply_adds"]:
+        share = costs["decode_multiply_adds"] / costs["model_multiply_adds"]
+        work += f", {percent(share)} of the linear layers'"
+    yield "a token, all sites", f"{costs['bits_per_token']:,.0f}", "bits stored"
+    yield "to decode a token", f"{costs['decode_multiply_adds']:,}", work
+    static = sum(result["bits"]["static_bytes"].values())
+    yield "static bytes", size(static), f"{percent(costs['static_share'])} of the weights"
 
 
 def _own_point(result: Found | None) -> Point | None:
