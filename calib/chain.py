@@ -1,7 +1,7 @@
 """Sites fitted one after the other, later ones from what earlier ones are decoded to."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -64,10 +64,9 @@ class Chain:
         for site in progress(sorted(estimators)):
             names, own = estimators[site].sources(site, estimators), self.site(site)
             own.sources = self.sources(site, {name: decoded[name] for name in names}) if names else None
-            found[site] = estimators[site].fit(own)
-            context = own.sources.context if own.sources else ()
-            decoded[site] = found[site].quantizer.simulate(own.rows, context)
-            own.sources = None
+            fit = estimators[site].fit(own)
+            decoded[site] = fit.quantizer.simulate(own.rows) if fit.decoded is None else fit.decoded
+            found[site], own.sources = replace(fit, decoded=None), None
         return ChainFit(found, decoded)
 
     def sources(self, site: Site, decoded: Mapping[Site, Float32[Tensor, "rows _"]]) -> Sources:

@@ -23,8 +23,8 @@ from torch.nn.functional import pad
 
 from calib.partition import at, cost, optimal_bounds, programme_rows
 
-# Bins per batch of problems. One stage then holds a few arrays of some 2 * 13 * 2**14 doubles: bounded, close to cache.
-_BATCH_BINS = 2**14
+# Bins per batch of problems. One stage then holds a few arrays of some 2 * 13 * 2**17 doubles: bounded.
+_BATCH_BINS = 2**17
 _TINY = torch.finfo(torch.float64).tiny
 
 

@@ -14,10 +14,7 @@ from artifacts.rotated import Rotated
 from artifacts.sites import Site
 
 LEVELS = (24, 12, 8, 5, 3, 2, 1, 1)
-"""Of an eighth of a basis' components each, largest components first: 2 bits in the mean.
-
-As in what a fit finds, some are powers of two and some are not, which differ in how long they take to be read.
-"""
+"""Of an eighth of a basis' components each, largest components first: 2 bits in the mean."""
 
 _WEIGHT = 0.01
 """Standard deviation of a predictor's entries, so small that thousands of terms add up to no more than a value."""

@@ -96,7 +96,7 @@ _COLUMNS: dict[str, Callable[[ComparedRecipe], str]] = {
     "logits": lambda row: f"{row.worst('logits'):.4f}",
     "output": lambda row: f"{row.worst('output'):.4f}",
     "static": lambda row: f"{row.result.costs.static_share:.1%}",
-    "decode": lambda row: f"{row.result.costs.decode_multiply_adds / row.result.costs.model_multiply_adds:.1%}",
+    "decode": lambda row: f"{row.result.costs.decode_share:.1%}",
     "fit": lambda row: f"{row.fit_seconds:.2f}",
 }
 

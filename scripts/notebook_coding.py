@@ -134,6 +134,6 @@ def costs_table(artifacts: Mapping[str, Mapping[Site, Quantizer]], results: Mapp
         saved_bits = 16 * sum(quantizer.channels for quantizer in quantizers.values()) - costs.bits_per_token
         cells = [name, f"{n_bytes / 1000:.0f}", f"{costs.static_share:.1%}"]
         cells += [f"{math.ceil(8 * n_bytes / saved_bits)} tokens", f"{costs.decode_multiply_adds:,}"]
-        cells += [f"{costs.model_multiply_adds / costs.decode_multiply_adds:,.0f} tokens"]
+        cells += [f"{1 / costs.decode_share:,.0f} tokens"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

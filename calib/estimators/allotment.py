@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 
 from jaxtyping import Float64
@@ -11,6 +12,9 @@ from artifacts.mixed_radix import bytes_per_token
 
 LEVEL_COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256)
 """Numbers of levels that a component can get."""
+
+_BUDGET_STEP = 0.25
+"""Bits of a token."""
 
 
 def allot(distortions: Float64[Tensor, "components counts"], bits: float) -> list[int]:
@@ -34,13 +38,12 @@ def allot(distortions: Float64[Tensor, "components counts"], bits: float) -> lis
     """
     n_components, steps = len(distortions), _all_steps(distortions)
     most_bytes = int(n_components * bits / 8 + 1e-9)
-    budget = 8.0 * most_bytes
-    while True:  # words are a little longer than the logarithms say
-        counts = _take_steps(steps, n_components, budget)
-        excess = bytes_per_token(counts) - most_bytes
-        if excess <= 0:
-            return counts
-        budget -= max(0.25, 8.0 * (excess - 1))
+    budgets = [8.0 * most_bytes - _BUDGET_STEP * n for n in range(1 + int(8 * most_bytes / _BUDGET_STEP))]
+
+    def fits(budget: float) -> bool:
+        return bytes_per_token(_take_steps(steps, n_components, budget)) <= most_bytes
+
+    return _take_steps(steps, n_components, budgets[bisect_left(budgets, True, key=fits)])
 
 
 def gains(distortions: Float64[Tensor, "components counts"]) -> tuple[tuple[float, float], ...]:

@@ -10,7 +10,9 @@ from dataclasses import dataclass, replace
 from typing import final
 
 import torch
+from jaxtyping import Float32
 from pydantic import BaseModel, ConfigDict
+from torch import Tensor
 
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
@@ -50,11 +52,14 @@ class Fit:
     steps : tuple of (float, float)
         Where bits may be any: how much less distortion each step brings per bit, and its bits, in the order in which
         they are taken; else empty.
+    decoded : Float32[Tensor, "rows channels"] or None
+        What the tokens of the reservoir come back as, where the fit has found that.
     """
 
     quantizer: Quantizer
     source: str
     steps: tuple[tuple[float, float], ...] = ()
+    decoded: Float32[Tensor, "rows channels"] | None = None
 
 
 class Estimator(BaseModel, ABC):

@@ -67,11 +67,13 @@ class PredictedEstimator(WrappingEstimator):
         if sources is None:
             found: Fit = self.inner.fit(statistics)
             return found
-        quantizer, rest = self._predictor(sources, statistics)
+        quantizer, predictions = self._predictor(sources, statistics)
+        rest = statistics.rows - predictions
         mapped = statistics.mapped(rest, statistics.row_gradients if statistics.fisher else None)
         mapped.query_energy, mapped.query_metric = statistics.query_energy, statistics.query_metric
         inner = self.fit_inner(mapped)
-        return replace(inner, quantizer=quantizer.replace(inner=inner.quantizer))
+        decoded = predictions + inner.quantizer.simulate(rest)
+        return replace(inner, quantizer=quantizer.replace(inner=inner.quantizer), decoded=decoded)
 
     def dynamic(self, shape: SiteShape) -> Quantizer:
         """There is none: predictors are fitted."""
@@ -80,7 +82,7 @@ class PredictedEstimator(WrappingEstimator):
     def _predictor(
         self, sources: Sources, statistics: SiteStatistics
     ) -> tuple[Predicted, Float32[Tensor, "rows channels"]]:
-        """Around no quantizer yet, and what it leaves; its bias is the mean of what the rounded weights leave."""
+        """Around no quantizer yet, and what it predicts; its bias is the mean of what the rounded weights leave."""
         rows, channels = statistics.rows, statistics.shape.channels
         weights = _weights(statistics)
         weight = fit_predictor(sources, rows, held_out_shrinkage(sources, rows, weights))
@@ -95,9 +97,9 @@ class PredictedEstimator(WrappingEstimator):
             bias=torch.zeros(channels),
             expansion=None if expansion is None else _half(expansion),
         )
-        predictions = predicted.predict(sources.context)
-        bias = (rows - predictions).mean(dim=0)
-        return replace(predicted, bias=bias), rows - (bias + predictions)
+        unbiased = predicted.predict(sources.context)
+        bias = (rows - unbiased).mean(dim=0)
+        return replace(predicted, bias=bias), bias + unbiased
 
 
 def _weights(statistics: SiteStatistics) -> Float64[Tensor, " channels"]:

@@ -1,5 +1,6 @@
 """What a cached token takes besides its loss: bits, what is stored once, and the arithmetic of reading it back."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -41,12 +42,15 @@ class Costs:
             model_multiply_adds=sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear)),
         )
 
+    @property
+    def decode_share(self) -> float:
+        """Multiply-adds to decode a token, over those of the linear layers; not a number where there are none."""
+        return self.decode_multiply_adds / self.model_multiply_adds if self.model_multiply_adds else math.nan
+
     def describe(self) -> str:
         """One line for people."""
         line = (
             f"{self.bits_per_token:,.0f} bits stored, static bytes {self.static_share:.2%} of the weights, "
             f"{self.decode_multiply_adds:,} multiply-adds to decode"
         )
-        if not self.model_multiply_adds:
-            return line
-        return f"{line}, {self.decode_multiply_adds / self.model_multiply_adds:.2%} of the linear layers'"
+        return f"{line}, {self.decode_share:.2%} of the linear layers'" if self.model_multiply_adds else line
