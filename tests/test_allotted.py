@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from artifacts.mixed_codebook import MixedCodebook
-from artifacts.mixed_radix import MixedRadix
+from artifacts.mixed_radix import MixedRadix, _cut
 from artifacts.sites import Site
 from calib.estimators import AllottedEstimator, CodebookEstimator, RotatedEstimator
 from calib.estimators.allotment import LEVEL_COUNTS, allot
@@ -49,6 +49,11 @@ def test_no_other_allotment_on_the_hull_is_better() -> None:
         if sum(math.log2(n) for n in counts) <= spent
     )
     assert found <= best * 1.0001
+
+
+def test_words_are_long_where_any_cut_takes_as_many_bits() -> None:
+    """Each word costs time: powers of two were once cut into words of one digit."""
+    assert [stop - start for start, stop, _ in _cut([4] * 100)] == [28, 28, 28, 16]
 
 
 @pytest.mark.parametrize("bits", [0.25, 0.5, 1.0, 1.7, 2.5, 3.3, 4.0, 6.0])

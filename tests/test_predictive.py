@@ -297,6 +297,14 @@ def fitted(estimator: PredictedEstimator, u: Tensor, x: Tensor) -> Fit:
     return estimator.fit(statistics)
 
 
+def test_a_fit_tells_what_its_quantizer_gives_back() -> None:
+    """Found on the way; a chain that asked the quantizer again would predict every token twice more."""
+    u, x = related(300, 12)
+    found = fitted(PredictedEstimator(inner=INNER), u, x)
+    assert found.decoded is not None
+    assert torch.equal(found.decoded, found.quantizer.simulate(x, sources_of(u, x, len(x)).context))
+
+
 def test_prediction_lowers_the_error_at_the_same_bits() -> None:
     u, x = related(3000, 12)
     found = fitted(PredictedEstimator(inner=INNER), u, x).quantizer

@@ -21,7 +21,7 @@ from calib.statistics.model_statistics import ModelStatistics
 from calib.statistics.moments import CrossMoments, Moments
 from calib.statistics.pair_norms import PairNorms, rotary_pairs
 from calib.statistics.row_sample import RowSample, priorities
-from calib.statistics.site_statistics import SAMPLE_TOKENS, SiteStatistics, Tier
+from calib.statistics.site_statistics import SAMPLE_TOKENS, SiteShape, SiteStatistics, Tier
 from calib.statistics.statistic import Statistic
 from calib.statistics.tails import Tails
 from calib.statistics.token_histogram import OUTLIER_FRACTIONS, TokenHistogram
@@ -622,6 +622,20 @@ def test_query_energy_is_what_reads_a_key_channel(tiny_llama: LlamaForCausalLM, 
 
 
 # Memory
+
+
+def test_what_a_wrapper_hands_on_is_computed_when_it_is_read() -> None:
+    """And is that of the mapped tokens, whatever was read before."""
+    shape = SiteShape(site=Site(0, "value"), heads=2, head_dim=4)
+    x, gradients = torch.randn(2, 30, shape.channels).unbind()
+    mapped, expected = (SiteStatistics(shape, "full", fisher=True) for _ in range(2))
+    mapped = mapped.mapped(x, gradients)
+    expected.update(x, gradients)
+    assert int(mapped.statistics["moments"].state()["n_tokens"]) == 0
+    for name, statistic in expected.statistics.items():
+        for _ in range(2):
+            for key, tensor in getattr(mapped, name).state().items():
+                assert torch.equal(tensor, statistic.state()[key]), (name, key)
 
 
 @pytest.mark.parametrize("tier", ["basic", "full"])
