@@ -37,8 +37,8 @@ class MixedRadix:
     >>> radix = MixedRadix([3, 1, 5, 10])
     >>> radix.bytes_per_token
     1
-    >>> radix.pack(torch.tensor([[2, 0, 4, 9]])).tolist()  # 2 in two bits, 4 + 5 * 9 = 49 in six: 2 + 4 * 49
-    [[198]]
+    >>> radix.pack(torch.tensor([[2, 0, 4, 9]])).tolist()  # a word of 8 bits: 2 + 3 * (4 + 5 * 9)
+    [[149]]
     """
 
     def __init__(self, n_levels: Sequence[int]) -> None:
