@@ -55,7 +55,7 @@ class MixedRadix:
         self._coded = torch.tensor(coded, dtype=torch.int64)
         widths = torch.tensor([width for _, _, width in words], dtype=torch.int64)
         self._widths, self._first_bit = widths[:, None], widths.cumsum(0) - widths
-        self.bytes_per_token = bytes_per_token(n_levels)
+        self.bytes_per_token = _whole_bytes(words)
 
     def pack(self, codes: Integer[Tensor, "tokens channels"]) -> UInt8[Tensor, "tokens bytes"]:
         """Codes as bytes; quickest where `codes` is the transpose of a contiguous tensor."""
@@ -110,7 +110,7 @@ class MixedRadix:
 
 def bytes_per_token(n_levels: Sequence[int]) -> int:
     """What `MixedRadix` of these numbers of levels takes."""
-    return -(-sum(width for _, _, width in _cut([n for n in n_levels if n > 1])) // 8)
+    return _whole_bytes(_cut([n for n in n_levels if n > 1]))
 
 
 def pack_levels(codes: UInt8[Tensor, "tokens channels"], n_levels: int) -> UInt8[Tensor, "tokens bytes"]:
@@ -130,6 +130,10 @@ def unpack_levels(
 @functools.lru_cache(maxsize=64)
 def _same_radix(channels: int, n_levels: int) -> MixedRadix:
     return MixedRadix([n_levels] * channels)
+
+
+def _whole_bytes(words: Sequence[tuple[int, int, int]]) -> int:
+    return -(-sum(width for _, _, width in words) // 8)
 
 
 def _cut(n_levels: Sequence[int]) -> list[tuple[int, int, int]]:

@@ -35,13 +35,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=4096, help="calibration tokens (default: 4096)")
     parser.add_argument("--heads", type=int, default=8, help="KV heads of 128 channels (default: 8)")
     parser.add_argument("--layers", type=int, default=32, help="layers of the model (default: 32)")
-    parser.add_argument("--recipes", default=",".join(LIMITS), help="of whole models (default: all three)")
+    parser.add_argument(
+        "--recipes", nargs="+", choices=LIMITS, default=list(LIMITS), help="of whole models (default: all)"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="sites fitted at a time (default: 2)")
     args = parser.parse_args(argv)
     print(hardware(), HEADER, sep="\n")
     for line in compare_with_sklearn(args.tokens, args.heads):
         print(line, flush=True)
-    for recipe in args.recipes.split(","):
+    for recipe in args.recipes:
         for line in fit_model(recipe, (args.tokens, args.heads, args.layers, args.jobs)):
             print(line, flush=True)
     return 0

@@ -44,7 +44,7 @@ def test_the_least_of_the_repeats_counts() -> None:
 
 
 def test_bench_fit_prints_a_row_for_every_target(capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--tokens", "64", "--heads", "1", "--layers", "3", "--jobs", "1", "--recipes", "default,predictive"]
+    options = ["--tokens", "64", "--heads", "1", "--layers", "3", "--jobs", "1", "--recipes", "default", "predictive"]
     assert bench_fit.main(options) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == [hardware(), HEADER]

@@ -636,6 +636,9 @@ def test_what_a_wrapper_hands_on_is_computed_when_it_is_read() -> None:
         for _ in range(2):
             for key, tensor in getattr(mapped, name).state().items():
                 assert torch.equal(tensor, statistic.state()[key]), (name, key)
+    for key, tensor in SiteStatistics(shape, "full", fisher=True).mapped(x, gradients).state().items():
+        if "." in key:
+            assert torch.equal(tensor, expected.state()[key]), key
 
 
 @pytest.mark.parametrize("tier", ["basic", "full"])

@@ -118,11 +118,12 @@ def held_out_shrinkage(
     if half < 2:
         return NOTHING
     u, x, weights = sources.decoded, x[:, ::stride], weights[::stride]
-    first, others = NormalEquations.of(_centred(u[:half]), _centred(x[:half])), _without(sources, x, half, stride)
+    first = NormalEquations.of(_centred(u[:half]), _centred(x[:half]))
+    others = _without(sources, x, half, stride).single()
     u, wanted = u[half:] - u[:half].mean(dim=0), x[half:] - x[:half].mean(dim=0)
     errors = {NOTHING: _error(wanted, weights)}
     for share in _SHARES:
-        mixed = first.mixed(others.single(), share)
+        mixed = first.mixed(others, share)
         for ridge in _RIDGES:
             errors[Shrinkage(share, ridge)] = _error(wanted - u @ mixed.solve(ridge), weights)
     return min(errors, key=lambda choice: errors[choice])

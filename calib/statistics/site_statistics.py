@@ -191,8 +191,8 @@ class SiteStatistics:
 
     def merge(self, other: "SiteStatistics", rows: Choice, head_rows: Choice) -> None:
         """Takes in what another shard has seen."""
-        for name, statistic in self.statistics.items():
-            statistic.merge(other.statistics[name])
+        for name in self.statistics:
+            self._read(name).merge(other._read(name))
         self._keep(rows, **{name: t for name, t in other.samples.items() if name in _RESERVOIR})
         self._keep(head_rows, **{name: t for name, t in other.samples.items() if name not in _RESERVOIR})
 
@@ -232,9 +232,7 @@ class SiteStatistics:
     def state(self) -> dict[str, Tensor]:
         """Every tensor by name."""
         found = {
-            f"{name}.{key}": tensor
-            for name, statistic in self.statistics.items()
-            for key, tensor in statistic.state().items()
+            f"{name}.{key}": tensor for name in self.statistics for key, tensor in self._read(name).state().items()
         }
         return {**found, "rows": self.rows, **self.samples}
 
@@ -268,10 +266,15 @@ class SiteStatistics:
         statistic = self.statistics.get(name)
         if not isinstance(statistic, kind):
             raise self._lacks(name)
+        self._read(name)
+        return statistic
+
+    def _read(self, name: str) -> Statistic:
+        """One statistic, computed if it is of mapped tokens and has not been yet."""
         if name in self._unread:
             self._unread -= {name}
             self._update(name, self.rows, self.samples.get("row_gradients"))
-        return statistic
+        return self.statistics[name]
 
     def _update(self, name: str, x: Float[Tensor, "tokens channels"], gradients: Gradients) -> None:
         statistic = self.statistics[name]
