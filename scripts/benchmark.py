@@ -5,13 +5,22 @@ They are run from the checkout as modules, on an idle machine: ``python -m scrip
 
 import os
 import platform
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 HEADER = f"{'what':<58} {'ours':>12} {'baseline':>12} {'ratio':>9}  target"
+
+COMPANY_LIMIT = 2.5
+"""How many times as long work may take beside a process that keeps a core busy."""
+
+_BUSY = "import os; parent = os.getppid()\nwhile os.getppid() == parent: sum(range(100_000))"
+"""Ends by itself where this process is killed."""
 
 
 def hardware() -> str:
@@ -31,6 +40,35 @@ def seconds(call: Callable[[], object], repeats: int = 3) -> float:
         call()
         taken.append(time.perf_counter() - started)
     return min(taken)
+
+
+@contextmanager
+def company() -> Iterator[None]:
+    """One other process that keeps a core busy as long as the block runs."""
+    with subprocess.Popen([sys.executable, "-c", _BUSY]) as busy:
+        try:
+            yield
+        finally:
+            busy.kill()
+
+
+def company_row(name: str, call: Callable[[], object], idle: float, repeats: int = 1) -> str:
+    """One line of a report: what a call takes beside a busy process, against what it took on the idle machine.
+
+    Parameters
+    ----------
+    name : str
+        What was measured.
+    call : callable
+        What is done again.
+    idle : float
+        Seconds that it took alone.
+    repeats : int
+        Calls of which the quickest counts.
+    """
+    with company():
+        ours = seconds(call, repeats)
+    return row(f"{name}, in company / idle", ours, idle, at_most=COMPANY_LIMIT)
 
 
 def row(

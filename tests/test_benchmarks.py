@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 
+import psutil
 import pytest
 import torch
 from random_models import random_llama
@@ -11,7 +12,7 @@ from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
 from calib import calibrate, fit, load_recipe, shipped_recipes
 from scripts import bench_cache, bench_calibrate, bench_fit, bench_simulate
-from scripts.benchmark import HEADER, hardware, row, seconds
+from scripts.benchmark import HEADER, company, company_row, hardware, row, seconds
 from scripts.cache_quantizers import eigen, predictive
 from scripts.claims_tables import find_tables
 from scripts.synthetic import model_statistics
@@ -41,6 +42,23 @@ def test_the_machine_is_named() -> None:
 def test_the_least_of_the_repeats_counts() -> None:
     naps = iter([0.05, 0.0, 0.05])
     assert seconds(lambda: time.sleep(next(naps)), repeats=3) < 0.04
+
+
+def test_company_keeps_a_core_busy_and_leaves_with_the_block() -> None:
+    before = psutil.Process().children()
+    with company():
+        [busy] = [child for child in psutil.Process().children() if child not in before]
+        deadline = time.monotonic() + 30
+        while sum(busy.cpu_times()[:2]) < 0.1 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert sum(busy.cpu_times()[:2]) >= 0.1
+    assert not busy.is_running()
+
+
+def test_work_in_company_is_compared_with_the_idle_machine() -> None:
+    line = company_row("nap", lambda: time.sleep(0.02), idle=1.0)
+    assert line.startswith("nap, in company / idle ")
+    assert line.endswith("at most 2.5: ok")
 
 
 def test_bench_fit_prints_a_row_for_every_target(capsys: pytest.CaptureFixture[str]) -> None:
