@@ -12,7 +12,7 @@ from artifacts.checks import check_vector
 from artifacts.codes import Codes
 from artifacts.errors import MismatchError, NonFiniteError
 from artifacts.exact import on_grid
-from artifacts.quantizer import Context
+from artifacts.quantizer import Context, Quantizer
 from artifacts.sites import Site
 from artifacts.wrapper import AbstractWrapper
 
@@ -55,10 +55,7 @@ class Predicted(AbstractWrapper):
         if self.expansion is not None:
             _check_matrix("expansion", self.expansion, self.channels)
         _check_matrix("weight", self.weight, self.channels if self.expansion is None else len(self.expansion))
-        if not self.sources or (self.site is not None and max(self.sources) >= self.site):
-            raise ValueError(
-                f"{self.kind}: source_sites must name sites before {self.site}; got {self.source_sites!r:.200}"
-            )
+        self._check_sources()
 
     @property
     def sources(self) -> tuple[Site, ...]:  # type: ignore[override]  # of this quantizer, not of its class
@@ -70,6 +67,13 @@ class Predicted(AbstractWrapper):
         """Those of the wrapped quantizer, and products with A or its factors; sources are decoded for themselves."""
         factors = [self.weight] if self.expansion is None else [self.weight, self.expansion]
         return self.inner.decode_multiply_adds + sum(factor.numel() for factor in factors)
+
+    def at(self, site: Site) -> Quantizer:
+        """The same quantizer as the one of `site`, which comes after all its sources."""
+        placed = super().at(site)
+        assert isinstance(placed, Predicted)
+        placed._check_sources()
+        return placed
 
     def predict(self, context: Context) -> Float32[Tensor, "tokens channels"]:
         """p for each token of the context."""
@@ -105,6 +109,12 @@ class Predicted(AbstractWrapper):
     @cached_property
     def _used_expansion(self) -> Float32[Tensor, "rank channels"] | None:
         return None if self.expansion is None else on_grid(self.expansion.float().mT).mT
+
+    def _check_sources(self) -> None:
+        if not self.sources or (self.site is not None and max(self.sources) >= self.site):
+            raise ValueError(
+                f"{self.kind}: source_sites must name sites before {self.site}; got {self.source_sites!r:.200}"
+            )
 
     def _check_context(self, context: Context, n_tokens: int) -> None:
         shapes = [tuple(u.shape) for u in context]

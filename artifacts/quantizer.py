@@ -6,6 +6,7 @@ both must be plain, because `spec` and `tensors()` are read off them and are all
 token's neighbours unless `tokens_per_scale` says so. Nothing else has to be read to write a quantizer.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, final
@@ -153,20 +154,32 @@ class Quantizer(ABC):
         return self.channels
 
     def to(self, device: torch.device) -> "Quantizer":
-        """The same quantizer with its tensors on `device`."""
-        moved = {
-            name: value.to(device) for name, value in self._fields().items() if isinstance(value, Tensor | Quantizer)
-        }
-        return self.replace(**moved)
+        """The same quantizer with its tensors on `device`; itself where they are there already."""
+        held = {name: value for name, value in self._fields().items() if isinstance(value, Tensor | Quantizer)}
+        moved = {name: value.to(device) for name, value in held.items()}
+        if all(moved[name] is value for name, value in held.items()):
+            return self
+        return self.holding(**moved)
 
     def at(self, site: Site) -> "Quantizer":
-        """The same quantizer, and what it wraps, as the one of `site`."""
+        """The same quantizer, and what it wraps, as the one of `site`; itself where it is that already."""
         wrapped = {name: value.at(site) for name, value in self._fields().items() if isinstance(value, Quantizer)}
-        return self.replace(site=site, **wrapped)
+        if self.site == site and all(value is getattr(self, name) for name, value in wrapped.items()):
+            return self
+        placed = copy.copy(self)  # with all that was worked out from its tensors
+        placed.__dict__.update(wrapped, site=site)
+        return placed
 
     def replace(self, **changes: Any) -> "Quantizer":
         """The same quantizer with some fields changed."""
         return type(self)(**{**self._fields(), "site": self.site, **changes})
+
+    @final
+    def holding(self, **same: Any) -> "Quantizer":
+        """The same quantizer with fields of the same content in place of its own, which are not checked again."""
+        other = object.__new__(type(self))
+        other.__dict__.update({field.name: getattr(self, field.name) for field in fields(self)} | same)
+        return other
 
     def _fields(self) -> dict[str, Any]:
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "site"}

@@ -49,7 +49,7 @@ def _going_on(quantizer: Quantizer, states: list[StreamingState]) -> Quantizer:
     if isinstance(quantizer, Streaming):
         return _Running(channels=quantizer.channels, site=quantizer.site, inner=quantizer, states=states)
     wrapped = {name: value for name, value in vars(quantizer).items() if isinstance(value, Quantizer)}
-    return quantizer.replace(**{name: _going_on(value, states) for name, value in wrapped.items()})
+    return quantizer.holding(**{name: _going_on(value, states) for name, value in wrapped.items()})
 
 
 @final

@@ -124,6 +124,16 @@ def test_load_gives_back_what_was_saved(tmp_path: Path, suffix: str) -> None:
     assert_same_artifact(load(save_to(tmp_path, suffix)), artifact())
 
 
+def test_loading_builds_each_quantizer_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They were built and checked again to be given the site that they had."""
+    path, checked = save_to(tmp_path), []
+    original = Quantizer.__post_init__
+    monkeypatch.setattr(Quantizer, "__post_init__", lambda self: (checked.append(self), original(self)))
+    found = load(path)
+    Artifact(found, found.manifest)
+    assert len(checked) == sum(1 + (quantizer.spec.inner is not None) for quantizer in found.values())
+
+
 @either_format
 def test_same_content_same_bytes(tmp_path: Path, suffix: str) -> None:
     first = save_to(tmp_path, suffix).read_bytes()

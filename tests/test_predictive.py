@@ -178,6 +178,11 @@ def test_settings_are_checked_when_built(change: Mapping[str, object], message: 
         predicted().replace(**change)
 
 
+def test_a_place_before_its_sources_is_refused() -> None:
+    with pytest.raises(ValueError, match="must name sites before"):
+        predicted().at(KEY0)
+
+
 # ---- the predictor
 
 

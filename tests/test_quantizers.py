@@ -384,10 +384,24 @@ def test_check_moving_to_its_own_device_changes_nothing(name: str) -> None:
     quantizer, x = make(name).at(SITE), tokens(4)
     moved = quantizer.to(torch.device("cpu"))
     again = moved.to(torch.device("cpu"))
+    assert moved is quantizer, "with all that it has worked out"
+    assert quantizer.at(SITE) is quantizer
     for other in (moved, again):
         assert (other.spec, other.site) == (quantizer.spec, SITE)
         assert_same(other.tensors(), quantizer.tensors())
     assert torch.equal(again.simulate(x), quantizer.simulate(x))
+
+
+@every_quantizer
+def test_check_a_copy_elsewhere_is_not_checked_again(name: str) -> None:
+    """Each move asked every tensor whether it is finite, which is a wait for the device; `meta` cannot answer."""
+    quantizer = make(name).at(SITE)
+    quantizer.simulate(tokens(4))
+    there = quantizer.to(torch.device("meta"))
+    assert (there.spec, there.site) == (quantizer.spec, SITE)
+    assert all(tensor.is_meta for tensor in there.tensors().values())
+    own = vars(there).values() if quantizer.tensors() else ()
+    assert all(value.is_meta for value in own if isinstance(value, Tensor)), "nothing worked out stays behind"
 
 
 @every_dtype

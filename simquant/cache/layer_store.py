@@ -69,7 +69,7 @@ class LayerStore:
         runs = any(first_state(quantizer) is not None for quantizer in self.quantizers.values())
         block = group if runs and self._evicts else -(-BLOCK_TOKENS // group) * group  # a chunk's codes are one run
         key, value = (
-            TokenStore(_on(device, quantizer), self.policy, self.policy.window(site.tensor), block)
+            TokenStore(quantizer.to(device), self.policy, self.policy.window(site.tensor), block)
             for site, quantizer in self.quantizers.items()
         )
         n_smallest = self.policy.keep_smallest_norm
@@ -227,9 +227,3 @@ class LayerStore:
         key, value = (store.cropped(n_tokens) for store in stream.stores())
         n_padding = min(stream.n_padding, n_columns)
         return replace(stream, key=key, value=value, n_padding=n_padding, survivors=survivors, small=small)
-
-
-def _on(device: torch.device, quantizer: Quantizer) -> Quantizer:
-    """The quantizer itself where it is on the device: what it has worked out is shared by all sequences then."""
-    here = all(tensor.device == device for tensor in quantizer.tensors().values())
-    return quantizer if here else quantizer.to(device)
