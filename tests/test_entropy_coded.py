@@ -11,7 +11,7 @@ from torch import Tensor
 
 from artifacts.entropy_coded import EntropyCoded
 from artifacts.frequency_coder import LARGEST_INDEX, TOTAL, FrequencyCoder
-from calib.estimators import EntropyCodedEstimator
+from calib.estimators import EntropyCodedEstimator, RotatedEstimator
 from calib.estimators.estimator import Fit, trial_statistics
 from calib.statistics.site_statistics import SiteShape
 
@@ -151,6 +151,44 @@ def test_constant_channels_come_back_exactly() -> None:
     x[:, 3], x[:, 9] = 0.1, 0.0
     assert torch.equal(fitted(x).quantizer.simulate(x)[:, [3, 9]], x[:, [3, 9]])
     assert torch.equal(fitted(x[:1].repeat(300, 1)).quantizer.simulate(x[:1]), x[:1])
+
+
+@pytest.mark.parametrize("dead", [0.1, 0.3, 0.5, 0.97])
+def test_channels_that_never_change_leave_rates_that_no_step_reaches(dead: float) -> None:
+    """The search for a step once went on for ever, to the smallest number there is and with it."""
+    x = falling(500)
+    x[:, : round(dead * CHANNELS)] = 0.5
+    steps = fitted(x, bits=1.0).steps
+    assert sum(bits for _, bits in steps) <= 8 * CHANNELS
+    gains = [gain for gain, _ in steps]
+    assert gains == sorted(gains, reverse=True)
+    assert gains[0] > 0
+
+
+def test_heads_that_repeat_each_other_are_fitted() -> None:
+    """Half of the components of a layer hold rounding alone then."""
+    x = falling(500)
+    x[:, CHANNELS // 2 :] = x[:, : CHANNELS // 2]
+    estimator = RotatedEstimator(scope="layer", inner={"method": "entropy", "bits": 1.0})
+    quantizer = estimator.fit(trial_statistics(SHAPE).mapped(x)).quantizer
+    assert 8 * quantizer.encode(x).nbytes / x.numel() == pytest.approx(1.0, rel=0.05)
+
+
+@pytest.mark.parametrize("scale", [1e-39, 1e-30, 1e30])
+def test_values_at_the_ends_of_float32_are_fitted(scale: float) -> None:
+    """The smallest positive step was once halved for ever too."""
+    quantizer = fitted(falling(500) * scale, bits=2.0).quantizer
+    assert torch.isfinite(quantizer.simulate(falling(500) * scale)).all()
+
+
+@pytest.mark.parametrize(("live", "bits"), [(64, 8.0), (32, 6.0), (24, 6.0), (1, 0.5)])
+def test_a_rate_that_few_channels_hardly_reach_is_not_exceeded(live: int, bits: float) -> None:
+    """Escaped values once counted 8 bits however far they lie, and streams took nearly twice what was asked for."""
+    x = falling(500)
+    x[:, live:] = 0.5
+    quantizer = fitted(x, bits=bits).quantizer
+    assert 8 * quantizer.encode(x).nbytes / x.numel() <= 1.01 * bits
+    assert (quantizer.simulate(x) - x).abs().max() < 0.05
 
 
 def test_far_values_do_not_stretch_the_tables() -> None:

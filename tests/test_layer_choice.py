@@ -219,6 +219,17 @@ def test_an_impossible_recipe_is_refused_before_the_model_runs(
         calib.calibrate(tiny_llama, WINDOWS, recipe(overrides=[{"layers": [2], "key": {}}]))
 
 
+@pytest.mark.parametrize("head_dim", [32, 80, 96, 128, 256])
+@pytest.mark.parametrize("name", ["eigen-entropy", "predictive-fisher-entropy"])
+def test_a_single_head_is_a_shape_like_any_other(name: str, head_dim: int) -> None:
+    """The check of the shape once never came back: few made-up tokens, and gradients that leave half of them zero."""
+    recipe = load_recipe(name)
+    one = [
+        SiteShape(site=site, heads=1, head_dim=head_dim) for site in (Site(0, "key", recipe.stage), Site(0, "value"))
+    ]
+    assert len(check(recipe, one)) == 2
+
+
 # Fits
 
 

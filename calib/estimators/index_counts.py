@@ -1,5 +1,6 @@
 """How often each index occurs when tokens are rounded to multiples of a step, and what that says about the step."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,11 +16,13 @@ _REACH = 512
 _PRIOR = 0.5
 """Occurrences of every index, and of the escape symbol, that are added to those that were counted."""
 
-_ESCAPE_BITS = 8.0
-"""About what follows an escape symbol: 5 bits, and those of a distance of a few indices."""
+_ESCAPE_BITS = 5.0
+"""What follows an escape symbol, besides the bits of the distance from the table."""
 
-_FINEST = 2.0**-20
-"""Finest step, in largest deviations."""
+_WIDEST, _FINEST = 4.0, 2.0**-20
+"""Widest and finest step, in largest deviations: no index is beyond what a stream can hold."""
+
+_TINY = torch.finfo(torch.float32).tiny
 
 _PRECISION = 1e-3
 """Of the rate."""
@@ -45,17 +48,20 @@ class IndexCounts:
         Of what is rounded to an index less the index, in steps.
     squares : float
         Mean over the tokens of the sum of its squares over the channels.
+    escape_bits : float
+        What follows all escape symbols.
     """
 
     step: float
     counts: Float64[Tensor, "channels symbols"]
     sums: Float64[Tensor, "channels symbols"]
     squares: float
+    escape_bits: float
 
     @classmethod
     def of(cls, deviation: Float32[Tensor, "tokens channels"], step: float) -> "IndexCounts":
         """Counts the tokens."""
-        step = float(torch.tensor(step).clamp_min(torch.finfo(torch.float32).tiny))
+        step = float(torch.tensor(step).clamp_min(_TINY))
         n_channels, n_symbols = deviation.shape[1], 2 * _REACH + 2
         a = (deviation / step).T
         index = a.round()
@@ -66,7 +72,9 @@ class IndexCounts:
             for weights in (None, (a - index).flatten().double())
         )
         squares = float((a - index).double().square().sum() / a.shape[1])
-        return cls(step, counts, sums, squares)
+        beyond = 2 * (index.abs()[index.abs() > _REACH].double() - _REACH)
+        escape_bits = float((_ESCAPE_BITS + beyond.log2().floor()).sum())
+        return cls(step, counts, sums, squares, escape_bits)
 
     @property
     def known(self) -> Bool[Tensor, "channels symbols"]:
@@ -87,8 +95,7 @@ class IndexCounts:
         others = (self.counts - 1).clamp_min(0) + _PRIOR
         total = self.counts.sum(dim=1) - 1 + _PRIOR * self.known.sum(dim=1)
         bits = total.log2()[:, None] - others.log2()
-        bits[:, -1] += _ESCAPE_BITS
-        return float((self.counts * bits).sum() / self.counts.sum())
+        return (float((self.counts * bits).sum()) + self.escape_bits) / float(self.counts.sum())
 
     def tables(self) -> tuple[Int16[Tensor, " channels"], Int16[Tensor, " channels"], Int16[Tensor, " symbols"]]:
         """Smallest index and number of indices of each channel, and all frequencies."""
@@ -111,11 +118,14 @@ class IndexCounts:
 
 
 def with_rate(deviation: Float32[Tensor, "tokens channels"], bits: float) -> IndexCounts:
-    """Counts with the widest step that takes the bits per channel, found by bisection."""
+    """Counts with the widest step that takes the bits per channel, found by bisection; the finest, if none takes them.
+
+    Rates end where only few channels move: a finer step adds bits to those alone.
+    """
     widest = float(deviation.abs().max())
     if widest == 0:
         return IndexCounts.of(deviation, 1.0)
-    low, high = _FINEST * widest, 4 * widest
+    low, high = max(_FINEST * widest, _TINY), _WIDEST * widest
     while True:
         counted = IndexCounts.of(deviation, (low * high) ** 0.5)
         rate = counted.rate()
@@ -125,13 +135,17 @@ def with_rate(deviation: Float32[Tensor, "tokens channels"], bits: float) -> Ind
 
 
 def trade(deviation: Float32[Tensor, "tokens channels"], most_bits: float) -> tuple[tuple[float, float], ...]:
-    """(distortion saved per bit, bits) of a token, as finer and finer steps bring them, up to a rate per channel."""
+    """(distortion saved per bit, bits) of a token, as finer and finer steps bring them, up to a rate per channel.
+
+    Beyond the rate of the finest step nothing is saved.
+    """
     deviation = deviation[:_CURVE_TOKENS]
-    step, points = 4 * float(deviation.abs().max()), list[tuple[float, float]]()
-    while step > 0 and (not points or points[-1][0] < most_bits):
+    widest, points = float(deviation.abs().max()), list[tuple[float, float]]()
+    for step in _falling_steps(widest):
         counted = IndexCounts.of(deviation, step)
         points.append((counted.rate(), counted.distortion()))
-        step /= 2**0.5
+        if points[-1][0] >= most_bits:
+            break
     if not points:
         return ()
     rates, distortions = np.maximum.accumulate(np.array(points), axis=0).T[0], np.array(points).T[1]
@@ -140,3 +154,9 @@ def trade(deviation: Float32[Tensor, "tokens channels"], most_bits: float) -> tu
     unit = _CURVE_STEP * deviation.shape[1]
     gains = np.minimum.accumulate(-np.diff(falling) / unit)
     return tuple((float(gain), unit) for gain in gains)
+
+
+def _falling_steps(widest: float) -> list[float]:
+    """From the widest step to the finest, each finer by the root of two."""
+    steps = [_WIDEST * widest * 2 ** (-n / 2) for n in range(1 + round(2 * math.log2(_WIDEST / _FINEST)))]
+    return [step for step in steps if step >= _TINY]
