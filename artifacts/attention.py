@@ -5,7 +5,6 @@ are laid out. Child modules are found by name; then their outputs are replaced w
 has to be that noise, rotated. No class name is looked at.
 """
 
-import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,14 +13,12 @@ from typing import Literal
 from torch import nn
 
 from artifacts.errors import UnsupportedModelError
-from artifacts.evidence import Evidence, Refusal, projection, text_config, understand
+from artifacts.evidence import Evidence, Refusal, projection, text_config, understand, why_nothing_cached
 from artifacts.probe import probe
 from artifacts.rope import Rotation, rotate
-from artifacts.taps import AttentionLayer, Tap, tapped
+from artifacts.taps import AttentionLayer, Tap, cache_parameter, tapped
 
 __all__ = ["AttentionLayer", "LayerReport", "Rotation", "Tap", "attention_layers", "rotate", "site_table", "tapped"]
-
-_CACHE_PARAMETERS = {"past_key_values", "past_key_value", "layer_past", "cache_params"}
 
 
 @dataclass(frozen=True)
@@ -96,30 +93,37 @@ def _survey(model: nn.Module) -> list[AttentionLayer | LayerReport]:
     mixers = _mixers(model)
     if not mixers:
         return []
-    attention = [module for modules in mixers.values() for module in modules.values() if projection(module, "key")]
-    evidence = probe(model, attention) if attention else {}
-    n_layers = max(max(mixers) + 1, getattr(text_config(model), "num_hidden_layers", 0))
+    evidence = probe(model, [module for modules in mixers.values() for module in modules.values()])
+    config = text_config(model)
+    n_layers = max(max(mixers) + 1, getattr(config, "decoder_layers", getattr(config, "num_hidden_layers", 0)))
     return [_judge(layer, mixers.get(layer, {}), evidence) for layer in range(n_layers)]
 
 
 def _mixers(model: nn.Module) -> dict[int, dict[str, nn.Module]]:
-    """The innermost modules that have a layer index and take a cache: module by path, by layer."""
+    """The modules that have a layer index and take a cache: module by path, by layer.
+
+    Of those inside one another the outermost that projects keys itself, otherwise the innermost.
+    """
     found = {name: module for name, module in model.named_modules() if _takes_cache(module)}
-    outer = {name[: dot.start()] for name in found for dot in re.finditer(r"\.", name)}
+    attention = {name for name, module in found.items() if projection(module, "key") or _latent(module)}
+    found = {name: module for name, module in found.items() if attention.isdisjoint(_ancestors(name))}
+    outer = {ancestor for name in found for ancestor in _ancestors(name)}
     by_layer: dict[int, dict[str, nn.Module]] = {}
     for name in found.keys() - outer:
         by_layer.setdefault(_layer_index(found[name]), {})[name] = found[name]
     return by_layer
 
 
+def _ancestors(name: str) -> set[str]:
+    return {name[: dot.start()] for dot in re.finditer(r"\.", name)}
+
+
 def _takes_cache(module: nn.Module) -> bool:
-    if _layer_index(module) < 0:
-        return False
-    return not _CACHE_PARAMETERS.isdisjoint(inspect.signature(type(module).forward).parameters)
+    return _layer_index(module) >= 0 and cache_parameter(module) is not None
 
 
 def _layer_index(module: nn.Module) -> int:
-    index = getattr(module, "layer_idx", None)
+    index = getattr(module, "layer_idx", getattr(module, "layer_id", None))
     return index if isinstance(index, int) else -1
 
 
@@ -128,31 +132,39 @@ def _judge(
 ) -> AttentionLayer | LayerReport:
     name = " + ".join(sorted(modules))
     try:
-        module = _only_attention(modules)
-        return understand(index, name, evidence[module])
+        seen = _only_one(modules, evidence)
+        name = next(name for name, module in modules.items() if module is seen.module)
+        _refuse_keyless(seen)
+        return understand(index, name, seen)
     except Refusal as refusal:
         return LayerReport(index, name, "skipped", str(refusal))
 
 
-def _only_attention(modules: Mapping[str, nn.Module]) -> nn.Module:
-    if len(modules) != 1:
-        raise Refusal(f"expected one module that keeps a cache under this layer_idx; got {len(modules)}")
-    [module] = modules.values()
-    latent = next((name for name, _ in module.named_children() if name.startswith("kv_a_proj")), None)
+def _only_one(modules: Mapping[str, nn.Module], evidence: Mapping[nn.Module, Evidence]) -> Evidence:
+    """What the only module of a layer that ran did; the cross-attention of a decoder used alone does not run."""
+    seen = [evidence[module] for module in modules.values()]
+    seen = seen if len(seen) == 1 else [each for each in seen if each.called or each.failure]
+    if len(seen) != 1:
+        raise Refusal(f"expected one module that keeps a cache under this layer_idx; got {len(seen)}")
+    return seen[0]
+
+
+def _refuse_keyless(seen: Evidence) -> None:
+    latent = _latent(seen.module)
     if latent is not None:
         raise Refusal(f"multi-head latent attention ({latent}) caches latents, not keys and values")
-    if projection(module, "key") is None:
-        raise Refusal(_why_no_keys(module))
-    return module
+    if projection(seen.module, "key"):
+        return
+    if projection(seen.module, "query"):
+        raise Refusal("projects queries but no keys: it reads the keys and values of another layer")
+    if seen.cached:
+        children = ", ".join(name for name, _ in seen.module.named_children())
+        raise Refusal(f"no child is named as a projection of keys (k_proj, key, qkv_proj, c_attn); got {children}")
+    raise Refusal(seen.failure or why_nothing_cached(seen))
 
 
-def _why_no_keys(module: nn.Module) -> str:
-    if projection(module, "query"):
-        return "projects queries but no keys: it reads the keys and values of another layer"
-    return (
-        f"{type(module).__name__} has neither k_proj nor qkv_proj: it keeps a running state and no keys and values "
-        "(linear attention, state space), or names its projections in a way unknown here"
-    )
+def _latent(module: nn.Module) -> str | None:
+    return next((name for name, _ in module.named_children() if name.startswith("kv_a_proj")), None)
 
 
 def _report(layer: AttentionLayer) -> LayerReport:
@@ -162,4 +174,5 @@ def _report(layer: AttentionLayer) -> LayerReport:
 
 
 def _describe(tap: Tap, name: str) -> str:
-    return name if tap.columns is None else f"{name}[{tap.columns.start}:{tap.columns.stop}]"
+    columns = [f"{columns.start}:{columns.stop}" for columns in tap.columns or ()]
+    return f"{name}[{', '.join(columns)}]" if columns else name

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from artifacts.evidence import ROLES, Evidence, norm, projection, text_config
-from artifacts.taps import evaluating, intercept_cache
+from artifacts.rope import position_tables
+from artifacts.taps import evaluating, exchange_cache, intercept_cache
 
 _MIN_TOKENS = 11
 # Beyond the bounds, about 8, to which OLMo and DBRX clip their projections: a clipped tensor must not pass for whole.
@@ -21,7 +22,7 @@ _NOISE_SCALE = 16.0
 
 
 def probe(model: nn.Module, modules: Sequence[nn.Module]) -> dict[nn.Module, Evidence]:
-    """Run the model once on a few tokens and watch its attention modules; the model is left as it was."""
+    """Run the model once on a few tokens and watch these modules; the model is left as it was."""
     evidence = {module: Evidence(module) for module in modules}
     noise = torch.Generator().manual_seed(0)
     with ExitStack() as stack:
@@ -31,7 +32,7 @@ def probe(model: nn.Module, modules: Sequence[nn.Module]) -> dict[nn.Module, Evi
             for handle in _watch(seen, noise):
                 stack.callback(handle.remove)
         try:
-            model(input_ids=_token_ids(model), use_cache=False)
+            model(input_ids=_token_ids(model), use_cache=True)
         except Exception as error:  # a model's own code may raise anything; what was seen until then still counts
             for seen in evidence.values():
                 seen.failure = f"the model's forward pass on a few tokens stopped with {error!r}"
@@ -50,8 +51,13 @@ def _token_ids(model: nn.Module) -> Tensor:
 def _watch(seen: Evidence, noise: torch.Generator) -> Iterator[RemovableHandle]:
     children = {find(seen.module, role) for role in ROLES for find in (projection, norm)} - {None}
 
-    def note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        seen.position_embeddings = kwargs.get("position_embeddings")
+    def note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        seen.called, seen.position_embeddings = True, position_tables(module, kwargs)
+        return exchange_cache(module, (args, kwargs), listened)
+
+    def listened(cache: Any) -> Any:
+        seen.handed = cache is not None
+        return _Listened(cache, seen.calls) if seen.handed else None
 
     def record(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         seen.cached.append((key.clone(), value.clone()))
@@ -59,14 +65,28 @@ def _watch(seen: Evidence, noise: torch.Generator) -> Iterator[RemovableHandle]:
 
     for child in sorted(child for child in children if child):
         yield seen.module.get_submodule(child).register_forward_hook(_stand_in(seen, child, noise))
-    yield seen.module.register_forward_pre_hook(note, with_kwargs=True)
     yield intercept_cache(seen.module, record)
+    # Its turn is before the interceptor's, which makes a cache of none.
+    yield seen.module.register_forward_pre_hook(note, prepend=True, with_kwargs=True)
 
 
-def _stand_in(seen: Evidence, child: str, noise: torch.Generator) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+def _stand_in(seen: Evidence, child: str, noise: torch.Generator) -> Callable[[nn.Module, Any, Any], Any]:
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        if not isinstance(output, Tensor):
+            return output
         seen.received[child] = args[0].clone()
         seen.sent[child] = (_NOISE_SCALE * torch.randn(output.shape, generator=noise)).to(output)
         return seen.sent[child].clone()
 
     return hook
+
+
+class _Listened:
+    """A cache, and what is asked of it."""
+
+    def __init__(self, cache: Any, calls: set[str]) -> None:
+        self._cache, self._calls = cache, calls
+
+    def __getattr__(self, name: str) -> Any:
+        self._calls.add(name)
+        return getattr(self._cache, name)

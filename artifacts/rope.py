@@ -1,13 +1,23 @@
 """The rotary embedding, in the variants that models use."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 Rotation = Literal["half", "interleaved", "none"]
 TableOrder = Literal["as_read", "halves", "once"]
+
+
+def position_tables(module: nn.Module, kwargs: Mapping[str, Any]) -> Any:
+    """The (cos, sin) of a call of an attention module: handed to it, or looked up in a table of its own (GPT-J)."""
+    own = getattr(module, "embed_positions", None)
+    if not isinstance(own, Tensor) or not isinstance(kwargs.get("position_ids"), Tensor):
+        return kwargs.get("position_embeddings")
+    sin, cos = own.to(kwargs["position_ids"].device)[kwargs["position_ids"]].chunk(2, dim=-1)
+    return cos, sin
 
 
 def spread(table: Tensor, order: TableOrder, rotation: Rotation) -> Tensor:

@@ -1,17 +1,22 @@
 """Reading and replacing the tensors of attention layers while a model runs."""
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from artifacts.errors import MismatchError
-from artifacts.rope import Rotation, TableOrder, rotate, spread
+from artifacts.rope import Rotation, TableOrder, position_tables, rotate, spread
 from artifacts.sites import Site
+
+_CACHE_PARAMETERS = ("past_key_values", "past_key_value", "layer_past", "cache_params")
 
 Layout = Literal["flat", "tokens_first", "heads_first"]
 Handler = Callable[[Tensor], Tensor | None]
@@ -25,8 +30,9 @@ class Tap:
     ----------
     module : nn.Module
         The projection, or the norm after it, whose output holds the tensor.
-    columns : slice or None
-        The tensor's share of the last axis of a fused projection; None if the output is the tensor alone.
+    columns : tuple of slice, or None
+        The tensor's share of the last axis of a fused projection, head after head; None if the output is the tensor
+        alone.
     heads, head_dim : int
         Shape of the tensor.
     layout : {'flat', 'tokens_first', 'heads_first'}
@@ -34,14 +40,14 @@ class Tap:
     """
 
     module: nn.Module
-    columns: slice | None
+    columns: tuple[slice, ...] | None
     heads: int
     head_dim: int
     layout: Layout
 
     def read(self, output: Tensor) -> Float[Tensor, "batch heads tokens head_dim"]:
-        """The tensor inside a module's output, as a view."""
-        part = output if self.columns is None else output[..., self.columns]
+        """The tensor inside a module's output; a view, unless its columns are in several places."""
+        part = output if self.columns is None else _joined([output[..., columns] for columns in self.columns])
         if self.layout == "flat":
             part = part.unflatten(-1, (self.heads, self.head_dim))
         return part if self.layout == "heads_first" else part.transpose(1, 2)
@@ -54,8 +60,14 @@ class Tap:
         if self.columns is None:
             return part
         whole = output.clone()
-        whole[..., self.columns] = part
+        widths = [columns.stop - columns.start for columns in self.columns]
+        for columns, piece in zip(self.columns, part.split(widths, dim=-1), strict=True):
+            whole[..., columns] = piece
         return whole
+
+
+def _joined(pieces: Sequence[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces), dim=-1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +98,8 @@ class AttentionLayer:
     table_order : {'as_read', 'halves', 'once'}
         How the model lays out its cosines and sines: as `rotate` reads them, all frequencies twice over
         although pairs are interleaved (GLM), or each frequency once (gpt-oss). See `tables`.
+    copies : int
+        How often the module itself repeats each key and value head before it caches them (Falcon); 1 elsewhere.
     """
 
     layer: int
@@ -102,6 +116,7 @@ class AttentionLayer:
     sliding_window: int | None
     frequencies: tuple[float, ...] = ()
     table_order: TableOrder = "as_read"
+    copies: int = 1
 
     @property
     def channels(self) -> int:
@@ -161,13 +176,35 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
+def cache_parameter(module: nn.Module) -> str | None:
+    """The name under which a module's forward pass takes the cache, if it takes one."""
+    return next((name for name in _CACHE_PARAMETERS if name in _parameters(type(module).forward)), None)
+
+
+def exchange_cache(
+    module: nn.Module, arguments: tuple[Any, dict[str, Any]], exchange: Callable[[Any], Any]
+) -> tuple[Any, dict[str, Any]]:
+    """Positional and named arguments of a call, with another cache in place of the module's own, which may be None."""
+    (args, kwargs), name = arguments, cache_parameter(module)
+    assert name is not None, "modules that take no cache are never asked"
+    place = _parameters(type(module).forward).index(name)
+    if place < len(args):
+        return (*args[:place], exchange(args[place]), *args[place + 1 :]), kwargs
+    return args, {**kwargs, name: exchange(kwargs.get(name))}
+
+
+@cache
+def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)[1:]
+
+
 def intercept_cache(
     attention: nn.Module, replace: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 ) -> RemovableHandle:
     """Pass keys and values through `replace` on their way into the cache, also when there is no cache."""
 
     def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return args, {**kwargs, "past_key_values": _InterceptedCache(kwargs.get("past_key_values"), replace)}
+        return exchange_cache(module, (args, kwargs), lambda cache: _InterceptedCache(cache, replace))
 
     # Prepended, so that the outer of two nested contexts wraps the inner one's wrapper and has its turn first.
     return attention.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
@@ -177,7 +214,7 @@ class _InterceptedCache:
     """A model's cache, or none, with something done to what comes in."""
 
     def __init__(self, cache: Any, replace: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
-        self._cache = cache
+        self._cache = getattr(cache, "self_attention_cache", cache)  # a decoder may keep another for what it reads
         self._replace = replace
 
     def update(
@@ -188,6 +225,10 @@ class _InterceptedCache:
             return key, value
         updated: tuple[Tensor, Tensor] = self._cache.update(key, value, layer_idx, *args, **kwargs)
         return updated
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens before this step."""
+        return 0 if self._cache is None else int(self._cache.get_seq_length(layer_idx))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
@@ -206,8 +247,8 @@ def _register(layer: AttentionLayer, site: Site, handler: Handler) -> Iterator[R
 
 def _on_cached_key(layer: AttentionLayer, site: Site, handler: Handler) -> RemovableHandle:
     def replace(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        replacement = _handled(site, handler, key)
-        return (key if replacement is None else replacement), value
+        replacement = _handled(site, handler, key[:, :: layer.copies])
+        return (key if replacement is None else replacement.repeat_interleave(layer.copies, dim=1)), value
 
     return intercept_cache(layer.module, replace)
 
@@ -224,7 +265,7 @@ def _observe_rotated_query(layer: AttentionLayer, site: Site, handler: Handler) 
     position_embeddings: list[Tensor] = []
 
     def note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        position_embeddings[:] = kwargs.get("position_embeddings") or ()
+        position_embeddings[:] = position_tables(module, kwargs) or ()
 
     def observe(x: Tensor) -> None:
         rotated = x if layer.rotation == "none" else rotate(x, *layer.tables(position_embeddings), layer.rotation)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from artifacts.attention import AttentionLayer, rotate, tapped
 from artifacts.layout import from_rows, to_rows
 from artifacts.quantizer import Context, Quantizer
+from artifacts.rope import position_tables
 from artifacts.sites import Site
 from artifacts.taps import evaluating
 
@@ -128,6 +129,6 @@ def _keeper(site: Site, seen: dict[Site, Tensor]) -> Callable[[Tensor], None]:
 def _table_keeper(layer: AttentionLayer, tables: dict[int, tuple[Tensor, Tensor]]) -> Callable[..., None]:
     def keep(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if layer.rotation != "none":
-            tables[layer.layer] = layer.tables(kwargs["position_embeddings"])
+            tables[layer.layer] = layer.tables(position_tables(module, kwargs))
 
     return keep
