@@ -1,8 +1,9 @@
 """Loading models, tokenizers and text for the programs."""
 
 import argparse
-import math
 import os
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from artifacts.attention import AttentionLayer, attention_layers
 from artifacts.evidence import text_config
 from artifacts.fingerprint import model_fingerprint, vocabulary_digest
 from calib.demo import model_folder
+from scripts.checkpoint import check_weights, other_format, remote_code
 from scripts.console import UsageError, say
 from scripts.options import DEMO
+from scripts.rope_stretch import stretch
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,8 @@ class LoadedModel:
 
     @property
     def context(self) -> int:
-        """Longest sequence that the model takes."""
-        return int(text_config(self.model).max_position_embeddings)
+        """Longest sequence that the model takes; where positions have no limit (ALiBi), longer than any text."""
+        return int(getattr(text_config(self.model), "max_position_embeddings", None) or sys.maxsize)
 
     @property
     def tokenizer_digest(self) -> str | None:
@@ -95,33 +98,49 @@ def load_model(args: argparse.Namespace) -> LoadedModel:
     OSError
         If there is no such model.
     """
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     name, dtype = str(args.model), args.dtype
     if name == DEMO:
         name, dtype = str(model_folder()), "float32" if dtype == "auto" else dtype
     device = _device(args.device)
     source = _source(name)
-    try:
-        config = AutoConfig.from_pretrained(name, **source)
-        _stretch(config, args.maxseqlen)
-        options = {**source, **({"device_map": "auto"} if device == "auto" else {})}
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=dtype, output_loading_info=True, **options
-        )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise OSError(f"{name}: no model could be loaded: {_first_line(error)}{_hint(name)}") from error
-    model, loading = loaded
-    missing = sorted(loading["missing_keys"])
-    if missing:
-        raise OSError(
-            f"{name}: {len(missing)} weights are missing from its files, such as {missing[0]}; they would be random. "
-            "Restore or download the model again."
-        )
+    model = _model(name, source, args.maxseqlen, dtype=dtype, **({"device_map": "auto"} if device == "auto" else {}))
     if device != "auto":
         model = model.to(device)
     return LoadedModel(model.eval(), _load_tokenizer(name, source), _model_id(args.model))
+
+
+def _model(name: str, source: Mapping[str, bool], max_tokens: int | None, **options: Any) -> Any:
+    """The model with all of its weights, and no code but that of transformers.
+
+    Raises
+    ------
+    UsageError
+        If its context cannot be stretched to `max_tokens`.
+    OSError
+        If there is no such model, or its files do not make it up.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **source)
+        stretch(config, max_tokens)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            name,
+            config=config,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are told with their shapes below
+            trust_remote_code=False,  # else transformers asks on a terminal, and runs what comes with the model
+            **options,
+            **source,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        told = remote_code(name, source) if isinstance(error, ValueError) else None
+        raise OSError(told or f"{name}: no model could be loaded: {_first_line(error)}{_hint(name, error)}") from error
+    spare = check_weights(name, type(model).__name__, loading)
+    if spare:
+        say(f"note: {name}: {len(spare)} weights are no part of the language model, such as {spare[0]}; left out")
+    return model
 
 
 def _device(name: str | None) -> str:
@@ -152,44 +171,45 @@ def _model_id(name: str) -> str | None:
     return None if name != DEMO and os.path.isdir(name) else name
 
 
-def _source(name: str) -> dict[str, bool]:
-    """Where transformers shall look: a folder, the hub, or the hub's local cache when the hub does not answer."""
+def _source(name: str) -> Mapping[str, bool]:
+    """Where transformers shall look: a folder, the hub, or the hub's local cache when the hub does not answer.
+
+    Raises
+    ------
+    OSError
+        If there is no such folder, or something else than a whole model.
+    """
     from huggingface_hub import constants
 
     from calib.hub_datasets import hub_answers
 
-    if os.path.isdir(name):
-        return {}
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if not os.path.exists(name) and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise OSError(f"{name}: no such folder. A model is a folder with config.json, or a hub id such as owner/name")
-    return {} if hub_answers(constants.ENDPOINT) else {"local_files_only": True}
+    offline = not os.path.exists(name) and not hub_answers(constants.ENDPOINT)
+    source = {"local_files_only": True} if offline else {}
+    told = other_format(name, source)
+    if told is not None:
+        raise OSError(f"{name} {told}")
+    return source
 
 
-def _load_tokenizer(name: str, source: dict[str, bool]) -> Any:
+def _load_tokenizer(name: str, source: Mapping[str, bool]) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name, **source)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **source)
     except (OSError, ValueError, KeyError) as error:
         say(f"note: {name} has no tokenizer that can be loaded ({_first_line(error)}); only tokenised text will do")
         return None
-
-
-def _stretch(config: Any, max_tokens: int | None) -> None:
-    """Linear RoPE scaling by a whole factor where more tokens are asked for than the model was made for."""
-    own = config.get_text_config()
-    if max_tokens is None or max_tokens <= own.max_position_embeddings:
-        return
-    factor = float(math.ceil(max_tokens / own.max_position_embeddings))
-    own.rope_parameters = {**(own.rope_parameters or {}), "rope_type": "linear", "factor": factor}
-    own.max_position_embeddings = max_tokens
 
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
 
 
-def _hint(name: str) -> str:
+def _hint(name: str, error: Exception) -> str:
+    if isinstance(error, RuntimeError):
+        return ""
     if os.path.isdir(name):
         return " A folder needs config.json and model.safetensors as transformers writes them."
     return " Pass the path of a local folder, or check the hub id and the network."

@@ -13,8 +13,20 @@ import numpy as np
 import pytest
 import torch
 from foreign_files import kvquant_content, kvquant_levels, write_msmodelslim, write_pickle
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    BloomConfig,
+    FalconConfig,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
 import calib.capture
 from artifacts import artifact as artifacts_file
@@ -23,6 +35,7 @@ from artifacts.sites import Site
 from scripts import artifact, calibrate, evaluate
 from scripts.console import UsageError
 from scripts.outputs import output_folder
+from scripts.rope_stretch import stretch
 
 REQUIRED = {
     "fp",
@@ -491,6 +504,196 @@ def test_sites_are_listed(works: Program) -> None:
     rows = works("calibrate model --list-sites").out.splitlines()
     assert [row.split()[:2] for row in rows] == [["0", "applied"], ["1", "applied"]]
     assert all("2 x 8" in row and "k_proj v_proj q_proj" in row for row in rows)
+
+
+# --- checkpoints
+
+
+def edited_model(folder: Path, edit: Callable[[dict[str, torch.Tensor]], None], **config: object) -> Path:
+    """A copy of the model with other weights, and other entries in its config.json."""
+    shutil.copytree("model", folder)
+    weights = load_file(folder / "model.safetensors")
+    edit(weights)
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors", PT)
+    written = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**written, **config}))
+    return folder
+
+
+PT = {"format": "pt"}
+UP = "model.layers.{}.mlp.up_proj.weight"
+
+
+def quantize(weights: dict[str, torch.Tensor], dtype: torch.dtype, suffix: str) -> None:
+    for layer in range(2):
+        name = UP.format(layer)
+        weights[name + suffix] = weights[name].abs().amax() / 100
+        weights[name] = (weights[name] / weights[name + suffix]).to(dtype)
+
+
+def move(weights: dict[str, torch.Tensor], old: str, new: str) -> None:
+    for name in [name for name in weights if old in name]:
+        weights[name.replace(old, new)] = weights[name].clone()
+
+
+UNFIT: dict[str, tuple[Callable[[dict[str, torch.Tensor]], None], list[str]]] = {
+    "float8": (lambda w: quantize(w, torch.float8_e4m3fn, "_scale"), ["2 tensors", UP.format(0) + "_scale"]),
+    "int8": (lambda w: quantize(w, torch.int8, "_scale_inv"), ["weights are quantized", "quantization_config"]),
+    "a bias": (
+        lambda w: w.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}),
+        ["1 weights in its files have no place in LlamaForCausalLM", "q_proj.bias", "save_pretrained"],
+    ),
+    "a norm": (
+        lambda w: w.update({"model.layers.0.self_attn.q_norm.weight": torch.ones(8)}),
+        ["no place in LlamaForCausalLM", "q_norm.weight"],
+    ),
+    "a layer more": (lambda w: move(w, ".layers.1.", ".layers.2."), ["9 weights", "model.layers.2."]),
+    "another shape": (
+        lambda w: w.update({"model.embed_tokens.weight": torch.ones(200, 32)}),
+        ["1 weights have other shapes", "model.embed_tokens.weight: [200, 32], expected [256, 32]"],
+    ),
+    "a weight less": (lambda w: w.pop("model.norm.weight"), ["1 weights are missing", "model.norm.weight"]),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_weights_that_do_not_belong_to_the_model_are_refused(name: str, type_in: Program, here: Path) -> None:
+    """Regression: scales beside float8 and int8 weights were dropped, and the perplexity of garbage was printed."""
+    edit, words = UNFIT[name]
+    edited_model(here / "unfit", edit)
+    refused = type_in("evaluate unfit --abits 4 --dataset b.txt --limit 1")
+    assert refused.status == 1, refused.err
+    assert [word for word in ["evaluate: unfit: ", *words] if word not in refused.err] == [], refused.err
+    assert len(refused.err.splitlines()) == 1
+
+
+SPARE: dict[str, Callable[[dict[str, torch.Tensor]], None]] = {
+    "tables": lambda w: w.update({f"model.layers.{n}.self_attn.rotary_emb.inv_freq": torch.ones(4) for n in (0, 1)}),
+    "masks": lambda w: w.update(
+        {
+            "model.layers.0.self_attn.masked_bias": torch.tensor(-1e4),
+            "model.layers.0.attn.attention.bias": torch.ones(9, 9),
+        }
+    ),
+    "a tower": lambda w: w.update({"model.vision_tower.layers.0.weight": torch.ones(4)}),
+    "a head": lambda w: w.update({"v_head.summary.weight": torch.ones(1, 32)}),
+    "prediction": lambda w: w.update({"mtp.layers.0.weight": torch.ones(4)}),
+    "scales of the cache": lambda w: w.update({"model.layers.0.self_attn.k_proj.k_scale": torch.ones(1)}),
+}
+
+
+@pytest.mark.parametrize("name", SPARE)
+def test_weights_that_a_language_model_can_do_without_are_left_out(name: str, works: Program, here: Path) -> None:
+    edited_model(here / "spare", SPARE[name])
+    own, other = (works(f"evaluate {m} --abits 4 --dataset b.txt --limit 1 --json") for m in ("model", "spare"))
+    assert own.json["fp"] == other.json["fp"]
+    assert ("left out" in other.err) == (name not in ("tables", "masks"))
+
+
+def test_tied_weights_are_whole(works: Program, here: Path) -> None:
+    save_model(here / "tied", tie_word_embeddings=True)
+    save_tokenizer(here / "tied")
+    works("evaluate tied --abits 4 --dataset b.txt --limit 1")
+    weights = load_file(here / "tied" / "model.safetensors")
+    save_file({**weights, "lm_head.weight": weights["model.embed_tokens.weight"].clone()}, here / "tied.st", PT)
+    os.replace(here / "tied.st", here / "tied" / "model.safetensors")
+    works("evaluate tied --abits 4 --dataset b.txt --limit 1")
+
+
+def test_what_is_no_whole_model_is_told_by_name(type_in: Program, here: Path) -> None:
+    """Regression: adapters, GGUF files and models with code of their own were said to need config.json."""
+    (here / "lora").mkdir()
+    (here / "lora" / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base", "peft_type": "LORA"}')
+    (here / "packed").mkdir()
+    (here / "packed" / "model-Q4_0.gguf").write_bytes(b"GGUF")
+    edited_model(here / "strange", lambda w: None, model_type="strange", auto_map={"AutoConfig": "conf.StrangeConfig"})
+    (here / "strange" / "conf.py").write_text("raise SystemExit('code of a model was run')")
+    for name, words in (
+        ("lora", ["adapter (adapter_config.json) of owner/base", "merge_and_unload().save_pretrained"]),
+        ("packed", ["GGUF", "gguf_file='model-Q4_0.gguf'", "save_pretrained"]),
+        ("packed/model-Q4_0.gguf", ["GGUF", "from_pretrained('packed', gguf_file='model-Q4_0.gguf')"]),
+        ("strange", ["model type 'strange'", "auto_map", "never run"]),
+        ("model/model.safetensors", ["is a file", "pass model"]),
+    ):
+        refused = type_in(f"calibrate {name} --dataset a.txt")
+        assert refused.status == 1
+        assert [word for word in words if word not in refused.err] == [], refused.err
+        assert len(refused.err.splitlines()) == 1
+        assert "needs config.json" not in refused.err
+
+
+def test_code_that_lies_beside_a_known_model_is_not_run(works: Program, here: Path) -> None:
+    edited_model(here / "coded", lambda w: None, auto_map={"AutoModelForCausalLM": "code.Model"})
+    (here / "coded" / "code.py").write_text("raise SystemExit('code of a model was run')")
+    works("evaluate coded --abits 4 --dataset b.txt --limit 1")
+
+
+# --- longer contexts
+
+
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+LOCAL = "model.rotary_emb.sliding_attention_inv_freq"
+
+
+def frequencies(config: PreTrainedConfig) -> dict[str, torch.Tensor]:
+    buffers = AutoModelForCausalLM.from_config(config).named_buffers()
+    return {name: buffer for name, buffer in buffers if name.endswith("inv_freq") and "original" not in name}
+
+
+@pytest.mark.parametrize(
+    "kind", ["llama", "qwen3", "gpt_neox", "gemma3_text", "olmo3", "modernbert-decoder", "gemma4_text"]
+)
+def test_stretching_divides_the_frequencies_of_every_layer_that_sees_the_context(kind: str) -> None:
+    """Regression: models with one RoPE set for each type of layer were not stretched, and ModernBERT was a TypeError."""
+    config = CONFIG_MAPPING[kind](**SMALL, head_dim=8)
+    own = frequencies(config)
+    stretch(config, 64)
+    assert all(torch.equal(own[name], table) for name, table in frequencies(config).items())
+    stretch(config, 150)
+    assert config.max_position_embeddings == 150
+    stretched = frequencies(config)
+    assert set(stretched) == set(own)
+    for name, table in stretched.items():
+        torch.testing.assert_close(table * (1 if name == LOCAL else 3), own[name])
+
+
+def test_a_linear_factor_is_multiplied() -> None:
+    """Regression: stretching a model that is stretched already forgot its own factor."""
+    plain, config = (LlamaConfig(**SMALL) for _ in range(2))
+    config.rope_parameters = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+    stretch(config, 128)
+    for name, table in frequencies(config).items():
+        torch.testing.assert_close(table * 8, frequencies(plain)[name])
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        (OPTConfig(max_position_embeddings=64), "opt has no RoPE parameters"),
+        (GPT2Config(n_positions=64), "at most its 64 tokens"),
+        (BloomConfig(), "bloom has no limit on positions"),
+        (FalconConfig(alibi=True, max_position_embeddings=64), "falcon has no limit on positions"),
+        (
+            LlamaConfig(**SMALL, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
+            "scaled already, by 'dynamic' to 64 tokens",
+        ),
+    ],
+)
+def test_what_cannot_be_stretched_is_refused(config: PreTrainedConfig, told: str) -> None:
+    """Regression: learned positions were an AttributeError, and other scalings were replaced by a linear one."""
+    before = config.to_dict()
+    with pytest.raises(UsageError, match=f"--maxseqlen 100: .*{told}"):
+        stretch(config, 100)
+    assert config.to_dict() == before
 
 
 # --- files of other tools
