@@ -9,7 +9,7 @@ from calib.fitting import fit
 from calib.recipe_errors import RecipeError
 from scripts.ablation import INGREDIENTS, Setup
 from scripts.console import bar
-from scripts.evaluate_text import warn_of_overlap
+from scripts.evaluate_text import tell, warn_of_overlap
 from scripts.gathering import Gathering
 from scripts.sweep_cell import Cell
 from scripts.sweep_tasks import Bench
@@ -97,6 +97,7 @@ def ablate(setup: Setup, model: str, ingredients: Sequence[str]) -> Ablation:
             why_not[name] = f"cannot be removed: {error}"
     benches, unfit = _fitted(setups, model)
     results = _evaluated(benches)
+    tell(results[FULL])
     worths = [
         Worth(ingredient=name, why_not=(why_not | unfit)[name])
         if name in why_not | unfit

@@ -125,7 +125,7 @@ def _check_used(name: str, model: str, unused: list[str]) -> None:
         )
     if unused:
         raise OSError(
-            f"{name}: {len(unused)} weights in its files have no place in {model}, such as {unused[0]}; the model would "
+            f"{name}: {len(unused)} weights in its files have no place in {model}, such as {unused[0]}; it would "
             "run without them. Put the config.json there that belongs to the weights. If it is right without them, "
             "save it so: AutoModelForCausalLM.from_pretrained(MODEL).save_pretrained(FOLDER)."
         )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from scripts import options
 from scripts.console import Parser, UsageError, run, say, set_up_logging
-from scripts.evaluate_text import warn_of_overlap
+from scripts.evaluate_text import tell, warn_of_overlap
 from scripts.options import NSAMPLES
 from scripts.outputs import output_folder
 
@@ -102,6 +102,7 @@ def _compare(args: argparse.Namespace, recipes: "list[Recipe]") -> "tuple[dict[s
     comparison.measure_layers(windows[: args.error_windows])
     rows = in_order(comparison.evaluate(windows, args.batch_size))
     warn_of_overlap(rows[0].artifact, windows)
+    tell(rows[0].result)
     about = {
         "model": args.model,
         "perplexity": rows[0].result.fp_perplexity,

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from artifacts.sites import Site
     from scripts.evaluated import Evaluated
     from scripts.models import LoadedModel
+    from simquant.evaluation.result import EvalResult
 
 
 def run_text(args: argparse.Namespace, loaded: "LoadedModel", evaluated: "Evaluated", dataset: str) -> dict[str, Any]:
@@ -55,13 +56,21 @@ def run_text(args: argparse.Namespace, loaded: "LoadedModel", evaluated: "Evalua
         normalization=args.normalization,
         progress=lambda batches: bar(batches, "evaluating"),
     )
-    if not args.json:
+    if args.json:
+        tell(result)
+    else:
         print(
             f"{args.model} on {corpus.name}"
             + (f", {args.quantizer_path}" if args.quantizer_path else ", dynamic scales")
         )
         print(result.table())
     return result.to_json() | site_figures(args, loaded, evaluated.quantizers, windows, settings)
+
+
+def tell(result: "EvalResult") -> None:
+    """Says why a result should not be believed, where no table does."""
+    for warning in result.warnings:
+        say(f"warning: {warning}")
 
 
 def _check_steps(args: argparse.Namespace, n_tokens: int) -> None:

@@ -64,7 +64,7 @@ def _ropes(config: Any, who: str) -> list[dict[str, Any]]:
         if rope.get("rope_type") not in _LINEAR:
             raise UsageError(
                 f"{who}: the RoPE of {config.model_type} is scaled already, by {rope.get('rope_type')!r} to "
-                f"{config.max_position_embeddings} tokens, on which a linear factor cannot be put. Edit rope_parameters "
-                "in config.json, or use fewer tokens"
+                f"{config.max_position_embeddings} tokens, on which a linear factor cannot be put. Edit "
+                "rope_parameters in config.json, or use fewer tokens"
             )
     return ropes

@@ -13,7 +13,7 @@ from artifacts.evidence import text_config
 from calib.corpus import CorpusError, load_corpus
 from calib.windows import check_vocabulary, split_windows
 from scripts.evaluate_tasks import run_tasks
-from scripts.evaluate_text import warn_of_overlap
+from scripts.evaluate_text import tell, warn_of_overlap
 from scripts.evaluated import Evaluated
 from scripts.models import LoadedModel
 from scripts.protocol_options import protocol_settings
@@ -95,6 +95,7 @@ def _perplexity(bench: Bench) -> dict[str, Any]:
     warn_of_overlap(bench.artifact, windows)
     settings = bench.cell.settings
     result = evaluate(bench.loaded.model, windows, bench.artifact, **bench.protocol(), batch_size=settings.batch_size)
+    tell(result)
     return result.to_json()
 
 

@@ -355,6 +355,20 @@ def test_json_has_every_required_key(tiny_llama: LlamaForCausalLM, windows: Tens
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
+def test_a_model_that_guesses_worse_than_evenly_is_not_passed_over(tiny_llama: LlamaForCausalLM) -> None:
+    """Regression: a perplexity of 9995 in a vocabulary of 512 was printed like any other."""
+    random = torch.randint(0, 64, (3, 24))
+    with torch.no_grad():
+        tiny_llama.lm_head.weight.mul_(0)
+        assert evaluate(tiny_llama, random, everywhere(per_token)).warnings == ()
+        tiny_llama.lm_head.weight.add_(torch.randn(64, 32))
+    found = evaluate(tiny_llama, random, everywhere(per_token))
+    assert found.fp_perplexity > 64
+    [warning] = found.to_json()["warnings"]
+    assert "guessing evenly among 64 tokens" in warning
+    assert f"warning: {warning}" in found.table()
+
+
 def test_one_window_has_no_standard_error(tiny_llama: LlamaForCausalLM, windows: Tensor) -> None:
     found = evaluate(tiny_llama, windows[:1], everywhere(per_token))
     assert math.isnan(found.loss_nats_stderr)

@@ -653,7 +653,7 @@ def frequencies(config: PreTrainedConfig) -> dict[str, torch.Tensor]:
     "kind", ["llama", "qwen3", "gpt_neox", "gemma3_text", "olmo3", "modernbert-decoder", "gemma4_text"]
 )
 def test_stretching_divides_the_frequencies_of_every_layer_that_sees_the_context(kind: str) -> None:
-    """Regression: models with one RoPE set for each type of layer were not stretched, and ModernBERT was a TypeError."""
+    """Regression: RoPE with a set for each type of layer was left as it was, and ModernBERT was a TypeError."""
     config = CONFIG_MAPPING[kind](**SMALL, head_dim=8)
     own = frequencies(config)
     stretch(config, 64)

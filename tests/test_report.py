@@ -299,7 +299,8 @@ def test_the_verdict_warns(found: Found) -> None:
     warnings = " ".join(verdict(found)["warnings"])
     for words in ("5 % lie outside.", "no cache can do", "only 25 % of the cached tokens", "4 windows are few"):
         assert words in warnings
-    result.update(quantized_fraction=1.0, n_windows=40, protocol="full")
+    assert "where guessing evenly among 64 tokens has 64" in warnings  # the model is random
+    result.update(quantized_fraction=1.0, n_windows=40, protocol="full", warnings=[])
     assert verdict({**found, "drift": None})["warnings"] == []
 
 

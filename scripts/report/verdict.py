@@ -145,6 +145,7 @@ def _warnings(found: Found) -> Iterator[str]:
     if found["drift"]:
         yield found["drift"] + "."
     for name, result in found["texts"].items():
+        yield from (f"{name}: {warning}" for warning in result["warnings"])
         if "NOT CAUSAL" in result["protocol"]:
             yield f"{name}: scales look at later tokens, which no cache can do: the figures are too good."
         if 0 < result["quantized_fraction"] < _DILUTED:

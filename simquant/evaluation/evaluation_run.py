@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from artifacts.artifact import Artifact
 from artifacts.attention import AttentionLayer
+from artifacts.evidence import text_config
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
 from simquant.evaluation.batch_scores import BatchScores
 from simquant.evaluation.costs import Costs
 from simquant.evaluation.figures import Normalization, figures
 from simquant.evaluation.protocols import Protocol
-from simquant.evaluation.report import protocol_line, stored_bits
+from simquant.evaluation.report import protocol_line, stored_bits, worse_than_guessing
 from simquant.evaluation.result import EvalResult
 from simquant.evaluation.scored_targets import ScoredTargets
 from simquant.evaluation.scoring import Scores, score, window_logits
@@ -92,8 +93,9 @@ class EvaluationRun:
     ) -> EvalResult:
         """The figures over all batches."""
         clusters = scored.clusters(self._scores, windows.shape[1])
+        found = figures(clusters, normalization)
         return EvalResult(
-            **figures(clusters, normalization),
+            **found,
             bits=stored_bits(self._usage, self.protocol.policy),
             costs=Costs.of(model, self.quantizers, self._usage.average_bits),
             quantized_fraction=self._usage.quantized_fraction,
@@ -103,6 +105,7 @@ class EvaluationRun:
             seconds=self._seconds,
             cluster_nats=tuple(float(scores.loss.sum()) for scores in clusters),
             cluster_targets=tuple(len(scores.loss) for scores in clusters),
+            warnings=worse_than_guessing(found["fp_perplexity"], text_config(model).vocab_size),
         )
 
     @property

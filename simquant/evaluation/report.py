@@ -64,3 +64,14 @@ def _is_causal(quantizers: Mapping[Site, Quantizer], protocol: Protocol) -> bool
         return True
     steps = protocol.steps
     return protocol.name != "full" and (steps == Steps() or (steps.chunk_tokens == 1 and protocol.policy.exact_prefill))
+
+
+def worse_than_guessing(perplexity: float, vocab_size: int) -> tuple[str, ...]:
+    """A warning where the exact model does worse than one that gives every token the same chance."""
+    if not perplexity > vocab_size * 1.001:  # evenly, up to rounding, is what an untrained model does
+        return ()
+    return (
+        f"perplexity in full precision is {perplexity:.6g}, where guessing evenly among {vocab_size} tokens has "
+        f"{vocab_size}: something is wrong before anything is quantized. Look at the text, at the tokenizer (is it the "
+        "model's own?) and at the weights (are they whole, trained, and of this config.json?)",
+    )

@@ -49,6 +49,8 @@ class EvalResult:
         The loss summed over the targets of each independent unit, from which results are compared; not in the JSON.
     cluster_targets : tuple of int
         How many targets those are.
+    warnings : tuple of str
+        Why the figures should not be believed.
     """
 
     fp_perplexity: float
@@ -77,6 +79,7 @@ class EvalResult:
     seconds: float
     cluster_nats: tuple[float, ...] = ()
     cluster_targets: tuple[int, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     def loss_beyond(self, other: "EvalResult") -> tuple[float, float]:
         """Nats per target that this loses more than `other`, and the standard error of the difference.
@@ -109,12 +112,14 @@ class EvalResult:
             for side, prefix in (("fp", "fp_"), ("quantized", ""))
         }
         non_finite: dict[str, str] = {}
+        plain["warnings"] = list(self.warnings)
         cleaned: dict[str, Any] = _finite({**sides, **plain}, "", non_finite)
         return {**cleaned, "non_finite": non_finite} if non_finite else cleaned
 
     def table(self) -> str:
         """A table for people."""
         rows = [*self._losses(), *self._storage(), ("protocol", self.protocol), ("seconds", f"{self.seconds:.1f}")]
+        rows += [("warning", warning) for warning in self.warnings]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name.rjust(width)}: {value}" for name, value in rows)
 
