@@ -30,22 +30,22 @@ _QUANTIZED = re.compile(
 _WEIGHTS = (".safetensors", ".bin", ".index.json")
 
 
-def other_format(name: str, source: Mapping[str, bool]) -> str | None:
+def other_format(name: str, offline: bool) -> str | None:
     """What is there instead of a whole model in the layout of transformers, and how to make one of it; else None.
 
     Parameters
     ----------
     name : str
         Folder, file or hub id.
-    source : mapping
-        Where transformers shall look, as `from_pretrained` takes it.
+    offline : bool
+        Whether the hub does not answer, so that only its local cache is looked at.
     """
     path = Path(name)
     if path.is_file():
         if path.suffix.lower() == ".gguf":
             return _of_gguf(str(path.parent), path.name)
         return f"is a file. A model is a folder with config.json and its weights: pass {path.parent}"
-    adapter = _adapter(name, source)
+    adapter = _adapter(name, offline)
     if adapter is not None:
         return _of_adapter(name, adapter)
     files = sorted(file.name for file in path.iterdir()) if path.is_dir() else []
@@ -55,12 +55,12 @@ def other_format(name: str, source: Mapping[str, bool]) -> str | None:
     return None
 
 
-def remote_code(name: str, source: Mapping[str, bool]) -> str | None:
+def remote_code(name: str, offline: bool) -> str | None:
     """Why a model that brings code of its own is not run; None where it brings none."""
     from transformers import PretrainedConfig
 
     try:
-        config, _ = PretrainedConfig.get_config_dict(name, **source)
+        config, _ = PretrainedConfig.get_config_dict(name, local_files_only=offline)
     except (OSError, ValueError):
         return None
     if not config.get("auto_map"):
@@ -131,11 +131,11 @@ def _check_used(name: str, model: str, unused: list[str]) -> None:
         )
 
 
-def _adapter(name: str, source: Mapping[str, bool]) -> str | None:
+def _adapter(name: str, offline: bool) -> str | None:
     from transformers.utils.peft_utils import find_adapter_config_file
 
     try:
-        return find_adapter_config_file(name, **source)
+        return find_adapter_config_file(name, local_files_only=offline)
     except (OSError, ValueError):  # of a model that is not there the caller tells
         return None
 

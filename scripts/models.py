@@ -3,7 +3,6 @@
 import argparse
 import os
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,20 +95,23 @@ def load_model(args: argparse.Namespace) -> LoadedModel:
     UsageError
         If the device does not exist.
     OSError
-        If there is no such model.
+        If there is no such model, or something else than a whole one.
     """
     name, dtype = str(args.model), args.dtype
     if name == DEMO:
         name, dtype = str(model_folder()), "float32" if dtype == "auto" else dtype
     device = _device(args.device)
-    source = _source(name)
-    model = _model(name, source, args.maxseqlen, dtype=dtype, **({"device_map": "auto"} if device == "auto" else {}))
+    offline = _is_offline(name)
+    told = other_format(name, offline)
+    if told is not None:
+        raise OSError(f"{name} {told}")
+    model = _model(name, offline, args.maxseqlen, dtype=dtype, **({"device_map": "auto"} if device == "auto" else {}))
     if device != "auto":
         model = model.to(device)
-    return LoadedModel(model.eval(), _load_tokenizer(name, source), _model_id(args.model))
+    return LoadedModel(model.eval(), _load_tokenizer(name, offline), _model_id(args.model))
 
 
-def _model(name: str, source: Mapping[str, bool], max_tokens: int | None, **options: Any) -> Any:
+def _model(name: str, offline: bool, max_tokens: int | None, **options: Any) -> Any:
     """The model with all of its weights, and no code but that of transformers.
 
     Raises
@@ -123,20 +125,21 @@ def _model(name: str, source: Mapping[str, bool], max_tokens: int | None, **opti
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **source)
+        config: Any = AutoConfig.from_pretrained(name, trust_remote_code=False, local_files_only=offline)
         stretch(config, max_tokens)
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
             config=config,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are told with their shapes below
             trust_remote_code=False,  # else transformers asks on a terminal, and runs what comes with the model
+            local_files_only=offline,
             **options,
-            **source,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        told = remote_code(name, source) if isinstance(error, ValueError) else None
+        told = remote_code(name, offline) if isinstance(error, ValueError) else None
         raise OSError(told or f"{name}: no model could be loaded: {_first_line(error)}{_hint(name, error)}") from error
+    model, loading = loaded
     spare = check_weights(name, type(model).__name__, loading)
     if spare:
         say(f"note: {name}: {len(spare)} weights are no part of the language model, such as {spare[0]}; left out")
@@ -171,33 +174,30 @@ def _model_id(name: str) -> str | None:
     return None if name != DEMO and os.path.isdir(name) else name
 
 
-def _source(name: str) -> Mapping[str, bool]:
-    """Where transformers shall look: a folder, the hub, or the hub's local cache when the hub does not answer.
+def _is_offline(name: str) -> bool:
+    """Whether a hub id must be looked for in the local cache, because the hub does not answer.
 
     Raises
     ------
     OSError
-        If there is no such folder, or something else than a whole model.
+        If the name is that of a folder, and there is none.
     """
     from huggingface_hub import constants
 
     from calib.hub_datasets import hub_answers
 
-    if not os.path.exists(name) and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+    if os.path.exists(name):
+        return False
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise OSError(f"{name}: no such folder. A model is a folder with config.json, or a hub id such as owner/name")
-    offline = not os.path.exists(name) and not hub_answers(constants.ENDPOINT)
-    source = {"local_files_only": True} if offline else {}
-    told = other_format(name, source)
-    if told is not None:
-        raise OSError(f"{name} {told}")
-    return source
+    return not hub_answers(constants.ENDPOINT)
 
 
-def _load_tokenizer(name: str, source: Mapping[str, bool]) -> Any:
+def _load_tokenizer(name: str, offline: bool) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **source)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=offline)
     except (OSError, ValueError, KeyError) as error:
         say(f"note: {name} has no tokenizer that can be loaded ({_first_line(error)}); only tokenised text will do")
         return None

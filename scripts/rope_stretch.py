@@ -1,7 +1,6 @@
 """A context longer than the one that a model was made for, by linear scaling of RoPE."""
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from scripts.console import UsageError
@@ -32,11 +31,13 @@ def stretch(config: Any, max_tokens: int | None) -> None:
     """
     own = config.get_text_config()
     limit = getattr(own, "max_position_embeddings", None)
-    if max_tokens is None or (limit is not None and max_tokens <= limit):
+    if max_tokens is None or (limit and max_tokens <= limit):
         return
-    ropes = _ropes(own, f"--maxseqlen {max_tokens}")
+    who = f"--maxseqlen {max_tokens}"
+    if not limit or getattr(own, "alibi", False):
+        raise UsageError(f"{who}: {own.model_type} has no limit on positions to stretch; use --seqlen alone")
     factor = float(math.ceil(max_tokens / limit))
-    for rope in ropes:
+    for rope in _ropes(own, who):
         rope["rope_type"] = _LINEAR[rope["rope_type"]]
         rope["factor"] = factor * (rope.get("factor") or 1.0)
     own.max_position_embeddings = max_tokens
@@ -50,11 +51,11 @@ def _ropes(config: Any, who: str) -> list[dict[str, Any]]:
     UsageError
         If there are none, or they cannot be stretched.
     """
-    if getattr(config, "max_position_embeddings", None) is None or getattr(config, "alibi", False):
-        raise UsageError(f"{who}: {config.model_type} has no limit on positions to stretch; use --seqlen alone")
     parameters = getattr(config, "rope_parameters", None) or {}
-    by_type = {name: rope for name, rope in parameters.items() if isinstance(rope, Mapping)}
-    ropes = [rope for name, rope in by_type.items() if name not in _LOCAL] if by_type else [parameters]
+    by_type = {name: rope for name, rope in parameters.items() if isinstance(rope, dict)}
+    ropes: list[dict[str, Any]] = (
+        [rope for name, rope in by_type.items() if name not in _LOCAL] if by_type else [parameters]
+    )
     if not parameters or not ropes:
         raise UsageError(
             f"{who}: {config.model_type} has no RoPE parameters that can be stretched; its positions are learned or "
