@@ -18,8 +18,9 @@ from simquant.cache.cacheable import check_cacheable, default_policy
 from simquant.cache.decoded_sources import DecodedSources
 from simquant.cache.layer_store import LayerStore
 from simquant.cache.policy import CachePolicy
+from simquant.cache.replaced_attention import Handler, attention_replaced, check_handed
 from simquant.cache.tokens import Tokens, watch_tokens
-from simquant.cache.transformers_cache import Handler, PackedCache, attention_replaced
+from simquant.cache.transformers_cache import PackedCache
 from simquant.eviction.evictor import Evictor, Reading, check_evictable
 from simquant.simulate import check_fit
 
@@ -133,7 +134,7 @@ class _Session:
         def hook(*_: Any) -> None:
             cache = self._in_use.pop(layer.layer, None)
             if cache is not None:
-                cache.layers[layer.layer].arrival = None
+                cache.layers[layer.layer].arrival = cache.layers[layer.layer].handed = None
 
         return hook
 
@@ -152,6 +153,7 @@ class _Session:
             query: Tensor, key: Tensor, value: Tensor, visible: Bool[Tensor, "batch queries tokens"], scoring: Scoring
         ) -> Tensor:
             cache = self._in_use[layer.layer]
+            check_handed(layer.module, cache.layers[layer.layer].handed, (key, value))
             store = cache.layers[layer.layer].store
             if self._policy.exact_prefill and store.n_columns == query.shape[2]:
                 mean = attend(query, key, value, visible, scoring)

@@ -1,34 +1,17 @@
-"""All of the packed cache that depends on a release of transformers (5.17 to 5.23).
+"""The packed cache as transformers sees it (5.17 to 5.23); `replaced_attention` is how a model comes to read it."""
 
-The attention and the mask interface are registered both: with the first alone the mask is None, and attention silently
-sees the future.
-"""
-
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool
-from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from artifacts.errors import MismatchError, UnsupportedModelError
+from artifacts.errors import MismatchError
 from simquant.cache.arrival import Arrival
-from simquant.cache.block_attention import Scoring, attend
 from simquant.cache.errors import CacheStateError
 from simquant.cache.layer_store import LayerStore
 from simquant.cache.rotary_tables import RotaryTables
-
-__all__ = ["Handler", "PackedCache", "PackedLayer", "attention_replaced"]
-
-Handler = Callable[[Tensor, Tensor, Tensor, Bool[Tensor, "batch queries tokens"], Scoring], Tensor]
-"""Gets query, key and value "batch heads tokens head_dim", what is visible, and how to score."""
-
-_NAME = "kvcalib"
-_HANDLERS: dict[nn.Module, Handler] = {}
 
 
 class PackedLayer(CacheLayerMixin):
@@ -42,6 +25,7 @@ class PackedLayer(CacheLayerMixin):
         super().__init__()  # type: ignore[no-untyped-call]
         self.store = store
         self.arrival: Arrival | None = None
+        self.handed: tuple[Tensor, Tensor] | None = None  # what attention is to read of the step, while it runs
         self.writing = False  # true also after a step that stopped in the middle of it
         self._home: torch.device | None = None
 
@@ -57,7 +41,8 @@ class PackedLayer(CacheLayerMixin):
         self._home, self.writing = key_states.device, True
         self.store.append(key_states if arrival.key is None else arrival.key, value_states, arrival.real)
         self.writing = False
-        return key_states, value_states
+        self.handed = key_states, value_states
+        return self.handed
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """All columns, from the first."""
@@ -95,7 +80,7 @@ class PackedLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Empties the layer."""
         self.store.clear()
-        self.arrival, self.writing = None, False
+        self.arrival, self.handed, self.writing = None, None, False
 
     def offload(self) -> None:
         """Moves what is stored to main memory, until the next update."""
@@ -207,84 +192,3 @@ class PackedCache(Cache):
         """Empties the cache."""
         super().reset()  # type: ignore[no-untyped-call]
         self.tables = RotaryTables()
-
-
-@contextmanager
-def attention_replaced(model: nn.Module, handlers: Mapping[nn.Module, Handler]) -> Iterator[None]:
-    """Inside the context the attention modules of a model compute attention by their handlers.
-
-    On leaving, also by an exception, the model is as it was.
-
-    Raises
-    ------
-    MismatchError
-        If the model is inside such a context already.
-    UnsupportedModelError
-        If the model does not choose its attention function by name.
-    """
-    if not _HANDLERS.keys().isdisjoint(handlers):
-        raise MismatchError(
-            f"{type(model).__name__}: its attention is replaced already. Leave the outer context first: packed caches "
-            "and the protocol 'decode' do not nest; several caches can come from one context."
-        )
-    AttentionInterface.register(_NAME, _attention)
-    AttentionMaskInterface.register(_NAME, _mask)
-    configs = {id(module.config): module.config for module in model.modules() if isinstance(module, PreTrainedModel)}
-    before = [(config, config._attn_implementation) for config in configs.values()]
-    _HANDLERS.update(handlers)
-    try:
-        for config, _ in before:
-            config._attn_implementation = _NAME
-        _check_dispatch(model, handlers)
-        yield
-    finally:
-        for config, implementation in before:
-            config._attn_implementation = implementation
-        for module in handlers:
-            del _HANDLERS[module]
-
-
-def _check_dispatch(model: nn.Module, handlers: Mapping[nn.Module, Handler]) -> None:
-    for module in handlers:
-        if getattr(getattr(module, "config", None), "_attn_implementation", None) != _NAME:
-            raise UnsupportedModelError(
-                f"{type(model).__name__}: {type(module).__name__} does not choose its attention function by "
-                "config._attn_implementation, so that it cannot read a packed cache. Use the protocol 'full'."
-            )
-
-
-def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
-) -> tuple[Tensor, None]:
-    if options.get("dropout"):
-        raise UnsupportedModelError(
-            f"{type(module).__name__}: attention over a packed cache has no dropout; use model.eval()"
-        )
-    scoring = Scoring(
-        scaling=options.get("scaling") or query.shape[-1] ** -0.5,
-        softcap=options.get("softcap"),
-        sink_logits=options.get("s_aux"),
-    )
-    return _HANDLERS.get(module, attend)(query, key, value, _visible(attention_mask, module), scoring), None
-
-
-def _visible(mask: Tensor | None, module: nn.Module) -> Bool[Tensor, "batch queries tokens"]:
-    """The mask as booleans, one for all heads."""
-    if mask is None or mask.ndim != 4 or mask.shape[1] != 1:
-        got = None if mask is None else tuple(mask.shape)
-        raise UnsupportedModelError(
-            f"{type(module).__name__}: expected a mask of shape (batch, 1, queries, tokens); got {got}"
-        )
-    if mask.dtype == torch.bool:
-        return mask[:, 0]
-    seen, hidden = mask[:, 0] == 0, mask[:, 0] <= torch.finfo(mask.dtype).min / 2
-    if not (seen | hidden).all():
-        raise UnsupportedModelError(
-            f"{type(module).__name__}: the mask adds to scores; only masks that hide tokens are read"
-        )
-    return seen
-
-
-def _mask(*args: Any, **options: Any) -> Tensor | None:
-    """Always a whole mask, never 'causal, so none is needed'."""
-    return sdpa_mask(*args, **{**options, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})

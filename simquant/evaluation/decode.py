@@ -13,14 +13,15 @@ from artifacts.attention import AttentionLayer, attention_layers, tapped
 from artifacts.errors import MismatchError
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
+from artifacts.taps import intercept_cache
 from simquant.cache.block_attention import Scoring
 from simquant.cache.cacheable import check_cacheable, default_policy
 from simquant.cache.decoded_sources import DecodedSources
 from simquant.cache.layer_store import LayerStore
 from simquant.cache.policy import TENSORS, CachePolicy
+from simquant.cache.replaced_attention import Handler, attention_replaced, check_handed
 from simquant.cache.rotary_tables import RotaryTables
 from simquant.cache.tokens import Tokens, watch_tokens
-from simquant.cache.transformers_cache import Handler, attention_replaced
 from simquant.evaluation.steps import Steps
 from simquant.evaluation.two_sided_attention import encoded_tokens, two_sided_attention
 from simquant.simulate import check_fit
@@ -77,6 +78,7 @@ def decode_exact(
         for layer in layers:
             hook = layer.module.register_forward_pre_hook(decoding.before(layer), with_kwargs=True)
             stack.callback(hook.remove)
+            stack.callback(intercept_cache(layer.module, decoding.on_cached(layer)).remove)
         taps = {site: decoding.on_key(site) for site in quantizers if site.stage == "pre_rope"}
         stack.enter_context(tapped(layers, taps))
         yield decoding.usage
@@ -91,6 +93,7 @@ class _Decoding:
         self._sources = DecodedSources(quantizers)
         self._tables: dict[int, RotaryTables] = {}
         self._keys: dict[int, Tensor] = {}
+        self._cached: dict[int, tuple[Tensor, Tensor]] = {}
 
     def before(self, layer: AttentionLayer) -> Callable[..., None]:
         """A hook for the attention module that takes down how its keys are rotated."""
@@ -115,12 +118,22 @@ class _Decoding:
 
         return handle
 
+    def on_cached(self, layer: AttentionLayer) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """A handler that keeps what is cached until attention has read it."""
+
+        def handle(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+            self._cached[layer.layer] = key, value
+            return key, value
+
+        return handle
+
     def handler(self, layer: AttentionLayer) -> Handler:
         """Attention of one layer."""
 
         def attend(
             query: Tensor, key: Tensor, value: Tensor, visible: Bool[Tensor, "batch queries tokens"], scoring: Scoring
         ) -> Tensor:
+            check_handed(layer.module, self._cached.pop(layer.layer, None), (key, value))
             store = LayerStore(layer, self._quantizers, self._policy, self._sources)
             store.append(self._keys.pop(layer.layer, key), value, None)
             for site, tokens in store.stores():

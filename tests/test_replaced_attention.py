@@ -1,0 +1,90 @@
+"""Attention that cannot be replaced is refused by name: by the module that bypasses the interface, and where."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from test_packed_cache import IDS, step
+from test_simulate import everywhere, identity, logits, n_hooks
+from torch import Tensor, nn
+from transformers import DiffLlamaConfig, DiffLlamaForCausalLM, LlamaForCausalLM, PreTrainedModel
+
+from artifacts.errors import UnsupportedModelError
+from simquant import decode_exact, packed_cache
+
+
+def diff_llama() -> PreTrainedModel:
+    """Attends twice, each time to half of the values."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "head_dim": 8}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return DiffLlamaForCausalLM(DiffLlamaConfig(**sizes, **heads)).eval()
+
+
+def run_decode(model: nn.Module) -> Tensor:
+    with decode_exact(model, everywhere(identity)):
+        return logits(model, IDS)
+
+
+def run_cache(model: nn.Module) -> Tensor:
+    with packed_cache(model, everywhere(identity)) as new_cache:
+        return step(model, new_cache(), IDS)
+
+
+both_ways = pytest.mark.parametrize("run", [run_decode, run_cache])
+
+
+def by_itself(attention: Any, original: Any, hidden_states: Tensor, **options: Any) -> Any:
+    """Chooses no function by name."""
+    chosen, attention.config = attention.config, type(attention.config)(**attention.config.to_dict())
+    attention.config._attn_implementation = "eager"
+    try:
+        return original(hidden_states, **options)
+    finally:
+        attention.config = chosen
+
+
+def twice(attention: Any, original: Any, hidden_states: Tensor, **options: Any) -> Any:
+    def again(*args: Any, **kwargs: Any) -> Any:
+        interface(*args, **kwargs)
+        return interface(*args, **kwargs)
+
+    from transformers.models.llama import modeling_llama
+
+    interface = modeling_llama.ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
+    modeling_llama.ALL_ATTENTION_FUNCTIONS["twice"] = again
+    chosen, attention.config._attn_implementation_internal = attention.config._attn_implementation, "twice"
+    try:
+        return original(hidden_states, **options)
+    finally:
+        attention.config._attn_implementation_internal = chosen
+        del modeling_llama.ALL_ATTENTION_FUNCTIONS["twice"]
+
+
+@both_ways
+def test_attention_to_other_values_than_are_cached_is_refused(run: Callable[[nn.Module], Tensor]) -> None:
+    """DiffLlama's logits were wrong at 16 bits, by a KL of 1.05 and 1.89, and nothing was said."""
+    model = diff_llama()
+    with pytest.raises(UnsupportedModelError, match=r"layers\.0: DiffLlamaAttention attends to other values .*'full'"):
+        run(model)
+    assert n_hooks(model) == 0
+
+
+@both_ways
+@pytest.mark.parametrize(
+    ("forward", "fault"), [(by_itself, "computed its attention itself"), (twice, "more than once")]
+)
+def test_attention_beside_the_interface_is_refused(
+    forward: Callable[..., Any],
+    fault: str,
+    run: Callable[[nn.Module], Tensor],
+    tiny_llama: LlamaForCausalLM,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    attention = tiny_llama.model.layers[1].self_attn
+    monkeypatch.setattr(attention, "forward", partial(forward, attention, attention.forward))
+    with pytest.raises(UnsupportedModelError, match=rf"layers\.1: LlamaAttention .*{fault}.*'full'"):
+        run(tiny_llama)
+    assert n_hooks(tiny_llama) == 0
