@@ -6,12 +6,19 @@ import importlib.util
 import logging
 import os
 import sys
+import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any, NoReturn
 
 FAILURE, WRONG_USAGE, INTERRUPTED = 1, 2, 130
+
+
+def _half_minute(finished: Event) -> bool:
+    return finished.wait(30)
 
 
 class UsageError(Exception):
@@ -60,11 +67,88 @@ def say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def bar(items: Iterable[Any], what: str) -> Iterator[Any]:
-    """The items, with a progress bar on a terminal."""
-    from tqdm import tqdm
+def bar(items: Iterable[Any], what: str, *, pause: Callable[[Event], bool] = _half_minute) -> Iterator[Any]:
+    """The items, with a progress bar on a terminal, and elsewhere with a line every half minute.
 
-    yield from tqdm(items, desc=what, file=sys.stderr, disable=None)
+    `pause` returns false when it is time for a line, and true when the items are finished.
+    """
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        yield from tqdm(items, desc=what, file=sys.stderr)
+        return
+    progress, finished = Progress(what, len(items) if isinstance(items, Sized) else None), Event()
+    teller = Thread(target=_tell, args=(progress, finished, pause), daemon=True)
+    teller.start()
+    try:
+        for item in items:
+            yield item
+            progress.done += 1
+    finally:
+        finished.set()
+        teller.join()
+
+
+@dataclass
+class Progress:
+    """How far something has come.
+
+    Parameters
+    ----------
+    what : str
+        What is done.
+    total : int or None
+        Of how many; None where that is not known.
+    clock : callable
+        Seconds, from any start.
+
+    Examples
+    --------
+    >>> seconds = iter([0.0, 90.0])
+    >>> progress = Progress("evaluating", 16, clock=lambda: next(seconds))
+    >>> progress.done = 4
+    >>> progress.line()
+    'evaluating: 4 of 16 after 1 min 30 s, about 4 min 30 s still'
+    """
+
+    what: str
+    total: int | None
+    clock: Callable[[], float] = time.monotonic
+    done: int = 0
+
+    def __post_init__(self) -> None:
+        self._start = self.clock()
+
+    def line(self) -> str:
+        """A line for people, as of now."""
+        seconds = self.clock() - self._start
+        count = f"{self.done} of {self.total}" if self.total is not None else f"{self.done} done"
+        left = (
+            f", about {duration(seconds * (self.total - self.done) / self.done)} still"
+            if self.total is not None and self.done
+            else ""
+        )
+        return f"{self.what}: {count} after {duration(seconds)}{left}"
+
+
+def duration(seconds: float) -> str:
+    """A time for people.
+
+    Examples
+    --------
+    >>> duration(7), duration(61), duration(7265)
+    ('7 s', '1 min 1 s', '2 h 1 min')
+    """
+    whole = round(seconds)
+    minutes, hours = whole // 60, whole // 3600
+    if hours:
+        return f"{hours} h {minutes % 60} min"
+    return f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"
+
+
+def _tell(progress: Progress, finished: Event, pause: Callable[[Event], bool]) -> None:
+    while not pause(finished):
+        say(progress.line())
 
 
 def set_up_logging(verbose: bool) -> None:
