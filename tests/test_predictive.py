@@ -458,7 +458,7 @@ def test_errors_of_single_layers_are_those_of_decoded_sources(
     inputs = attention_inputs(model, attention_layers(model), windows[0])
     decoded: dict[Site, Tensor] = {}
     for site, quantizer in artifact.items():
-        rows = to_rows(inputs[site.layer].sites[site])
+        rows = to_rows(inputs[site.layer].sites.vectors[site])
         decoded[site] = quantizer.simulate(rows, tuple(decoded[source] for source in quantizer.sources))
     for one in inputs:
         _, value = one.decoded(artifact, 2)
@@ -466,6 +466,20 @@ def test_errors_of_single_layers_are_those_of_decoded_sources(
         assert torch.equal(own[2:], decoded[Site(one.layer.layer, "value")][2:])
         assert torch.equal(own[:2], to_rows(one.value)[:2])
         assert 0 < attention_errors(one, artifact).relative()["output"] < 1
+
+
+def test_each_site_is_decoded_once_for_the_errors_of_all_layers(
+    model: LlamaForCausalLM, artifact: Artifact, windows: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All sites before a layer used to be decoded anew for each of its two sites: quadratic in the layers."""
+    inputs, encoded = attention_inputs(model, attention_layers(model), windows[0]), []
+    plain = Predicted._encode
+    monkeypatch.setattr(
+        Predicted, "_encode", lambda self, x, context: encoded.append(self.site) or plain(self, x, context)
+    )
+    for one in inputs:
+        attention_errors(one, artifact)
+    assert sorted(encoded) == sorted(site for site, own in artifact.items() if own.sources)
 
 
 def test_no_token_sees_later_ones(model: LlamaForCausalLM, artifact: Artifact, windows: Tensor) -> None:

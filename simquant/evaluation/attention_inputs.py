@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +15,46 @@ from artifacts.quantizer import Context, Quantizer
 from artifacts.rope import position_tables
 from artifacts.sites import Site
 from artifacts.taps import evaluating
+
+
+class WindowSites:
+    """Keys before rotation and values of all layers in one window, for quantizers that predict one from another.
+
+    What sites are predicted from is decoded once for a set of quantizers; with the next set it is let go.
+
+    Parameters
+    ----------
+    vectors : Mapping[Site, Float[Tensor, "1 heads tokens head_dim"]]
+        As the exact model has them.
+    """
+
+    def __init__(self, vectors: Mapping[Site, Float[Tensor, "1 _ tokens _"]]) -> None:
+        self.vectors = vectors
+        self._quantizers: Mapping[Site, Quantizer] = {}
+        self._sources: frozenset[Site] = frozenset()
+        self._rows: dict[Site, Tensor] = {}
+
+    def context(self, quantizers: Mapping[Site, Quantizer], site: Site) -> Context:
+        """What a site's quantizer is handed: its sources, decoded from the window's first token on."""
+        self._start(quantizers)
+        for earlier in sorted(self._sources - self._rows.keys()):
+            if earlier < site:
+                self.decoded(quantizers, earlier)
+        return tuple(self._rows[source] for source in quantizers[site].sources)
+
+    def decoded(self, quantizers: Mapping[Site, Quantizer], site: Site) -> Float[Tensor, "tokens channels"] | None:
+        """All tokens of a site that others are predicted from, as they are decoded; None for any other site."""
+        self._start(quantizers)
+        if site in self._sources and site not in self._rows:
+            x = self.vectors[site]
+            context = self.context(quantizers, site)
+            self._rows[site] = quantizers[site].to(x.device).simulate(to_rows(x), _on(x.device, context))
+        return self._rows.get(site)
+
+    def _start(self, quantizers: Mapping[Site, Quantizer]) -> None:
+        if quantizers is not self._quantizers:
+            self._quantizers, self._rows = quantizers, {}
+            self._sources = frozenset(source for own in quantizers.values() for source in own.sources)
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,8 +71,8 @@ class AttentionInputs:
         As it is cached.
     tables : pair of Tensor, or None
         The cosines and sines that `rotate` reads; None where nothing rotates.
-    sites : Mapping[Site, Float[Tensor, "1 heads tokens head_dim"]]
-        Keys before rotation and values of all layers, for quantizers that predict one from another.
+    sites : WindowSites
+        Keys and values of all layers.
     """
 
     layer: AttentionLayer
@@ -40,7 +80,7 @@ class AttentionInputs:
     key: Float[Tensor, "1 kv_heads tokens head_dim"]
     value: Float[Tensor, "1 kv_heads tokens head_dim"]
     tables: tuple[Tensor, Tensor] | None
-    sites: Mapping[Site, Float[Tensor, "1 _ tokens _"]] = field(default_factory=dict)
+    sites: WindowSites
 
     def rotated(self, x: Float[Tensor, "1 heads tokens head_dim"]) -> Float[Tensor, "1 heads tokens head_dim"]:
         """Keys or queries as attention reads them."""
@@ -67,18 +107,17 @@ class AttentionInputs:
         rows, quantizer = to_rows(x), quantizers[site].to(x.device)
         if sink_tokens >= len(rows):
             return x
-        context = tuple(u[sink_tokens:] for u in self._context(quantizers, site, x.device))
-        return from_rows(torch.cat([rows[:sink_tokens], quantizer.simulate(rows[sink_tokens:], context)]), x)
+        known = None if quantizer.looks_ahead and sink_tokens else self.sites.decoded(quantizers, site)
+        if known is None:
+            context = tuple(u[sink_tokens:] for u in _on(x.device, self.sites.context(quantizers, site)))
+            read = quantizer.simulate(rows[sink_tokens:], context)
+        else:
+            read = known[sink_tokens:]
+        return from_rows(torch.cat([rows[:sink_tokens], read]), x)
 
-    def _context(self, quantizers: Mapping[Site, Quantizer], site: Site, device: torch.device) -> Context:
-        """What the site is predicted from, found by decoding all sites before it in their order."""
-        decoded: dict[Site, Tensor] = {}
-        earlier = [other for other in sorted(self.sites) if other < site and other in quantizers]
-        for other in earlier if quantizers[site].sources else ():
-            quantizer = quantizers[other].to(device)
-            context = tuple(decoded[source] for source in quantizer.sources)
-            decoded[other] = quantizer.simulate(to_rows(self.sites[other]).to(device), context)
-        return tuple(decoded[source] for source in quantizers[site].sources)
+
+def _on(device: torch.device, context: Context) -> Context:
+    return tuple(u.to(device) for u in context)
 
 
 @torch.no_grad()
@@ -107,7 +146,7 @@ def attention_inputs(
             hook = layer.module.register_forward_pre_hook(_table_keeper(layer, tables), with_kwargs=True)
             stack.callback(hook.remove)
         model(input_ids=window[None].to(next(model.parameters()).device), use_cache=False)
-    found, cached = [], {site: x for site, x in seen.items() if site.tensor != "query"}
+    found, cached = [], WindowSites({site: x for site, x in seen.items() if site.tensor != "query"})
     for layer in layers:
         query, key, value = (seen[site] for site in _sites(layer))
         found.append(AttentionInputs(layer, query, key, value, tables.get(layer.layer), cached))
