@@ -23,7 +23,7 @@ from simquant.evaluation.figures import Normalization, clustered_mean, perplexit
 from simquant.evaluation.protocols import Protocol, ProtocolName
 from simquant.evaluation.result import EvalResult
 from simquant.evaluation.scored_targets import ScoredTargets, scored_targets
-from simquant.evaluation.scoring import score, window_logits
+from simquant.evaluation.scoring import ScoredLogits, window_logits
 from simquant.evaluation.steps import Steps
 from simquant.evaluation.window_log import WindowLog
 
@@ -62,9 +62,9 @@ def perplexity(
     found = []
     with evaluating(model):
         for batch, n_scored in zip(windows.split(batch_size), scored.split(batch_size), strict=True):
-            logits = window_logits(model, batch)
-            found += score(logits, logits, batch, n_scored)
-    return perplexity_of([scores.nll for scores in found], normalization)[0]
+            logits = ScoredLogits.of(window_logits(model, batch), batch, n_scored)
+            found += [nll for (nll,) in logits.by_window(logits.nll)]
+    return perplexity_of(found, normalization)[0]
 
 
 @torch.no_grad()
@@ -199,7 +199,7 @@ def _score(
 ) -> list[BatchScores]:
     """What each set of quantizers makes of a batch, from one full-precision pass over it."""
     start = time.perf_counter()
-    fp = window_logits(model, batch)
+    fp = ScoredLogits.of(window_logits(model, batch), batch, n_scored)
     seconds = time.perf_counter() - start
-    found = [run.score(model, layers, batch, fp, n_scored) for run in runs]
+    found = [run.score(model, layers, batch, fp) for run in runs]
     return [replace(own, seconds=own.seconds + seconds) for own in found]

@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from jaxtyping import Float, Int64
+from jaxtyping import Int64
 from torch import Tensor, nn
 
 from artifacts.artifact import Artifact
@@ -19,7 +19,7 @@ from simquant.evaluation.protocols import Protocol
 from simquant.evaluation.report import protocol_line, stored_bits, worse_than_guessing
 from simquant.evaluation.result import EvalResult
 from simquant.evaluation.scored_targets import ScoredTargets
-from simquant.evaluation.scoring import Scores, score, window_logits
+from simquant.evaluation.scoring import ScoredLogits, Scores, score, window_logits
 from simquant.usage import Usage
 
 
@@ -64,14 +64,13 @@ class EvaluationRun:
         model: nn.Module,
         layers: Sequence[AttentionLayer],
         batch: Int64[Tensor, "windows tokens"],
-        fp: Float[Tensor, "windows tokens vocab"],
-        n_scored: Sequence[int],
+        fp: ScoredLogits,
     ) -> BatchScores:
         """What the quantized model makes of a batch whose full-precision logits are `fp`."""
         start = time.perf_counter()
         on_device = batch.to(next(model.parameters()).device)
         quantized, usage = self.protocol.run(model, on_device, self.quantizers, layers, logits=window_logits)
-        scores = tuple(score(fp, quantized, batch, n_scored))
+        scores = tuple(score(fp, ScoredLogits.of(quantized, batch, fp.n_scored)))
         return BatchScores(scores, usage, time.perf_counter() - start)
 
     def add(self, batch: BatchScores) -> None:
