@@ -12,6 +12,7 @@ from torch import Tensor
 
 from artifacts.checks import check_vector
 from artifacts.codes import Codes
+from artifacts.finite import answer_now
 from artifacts.frequency_coder import LARGEST_INDEX, TOTAL, FrequencyCoder
 from artifacts.quantizer import Context, Quantizer
 
@@ -83,6 +84,7 @@ class EntropyCoded(Quantizer):
         return self._coder.ideal_bits(self._indices(x.float()).cpu().numpy())
 
     def _encode(self, x: Float[Tensor, "tokens channels"], context: Context) -> Codes:
+        answer_now()  # the coder must see no indices of NaN, and it waits for the device anyway
         groups = self._indices(x.float()).cpu().split(self.group_tokens, dim=1) if len(x) else ()
         streams = [self._coder.encode(group.numpy()) for group in groups]
         counts = torch.tensor([len(words) for words in streams], dtype=torch.int32)

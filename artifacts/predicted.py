@@ -12,6 +12,7 @@ from artifacts.checks import check_vector
 from artifacts.codes import Codes
 from artifacts.errors import MismatchError, NonFiniteError
 from artifacts.exact import on_grid
+from artifacts.finite import expect_finite
 from artifacts.quantizer import Context, Quantizer
 from artifacts.sites import Site
 from artifacts.wrapper import AbstractWrapper
@@ -89,11 +90,14 @@ class Predicted(AbstractWrapper):
     def _encode(self, x: Float[Tensor, "tokens channels"], context: Context) -> Codes:
         self._check_context(context, x.shape[0])
         residual = x.float() - self.predict(context)
-        if not torch.isfinite(residual).all():
-            raise NonFiniteError(
-                f"{self.label}: values of up to {float(x.abs().max()):.4g} leave the range of float32 when their "
-                "prediction is subtracted. Find the layer that overflows."
-            )
+        expect_finite(
+            residual,
+            x,
+            lambda _, largest: NonFiniteError(
+                f"{self.label}: values of up to {largest:.4g} leave the range of float32 when their prediction is "
+                "subtracted. Find the layer that overflows."
+            ),
+        )
         inner = self.inner._encode(residual, ())
         return Codes(tensors={}, shape=(x.shape[0], x.shape[1]), dtype=x.dtype, inner=inner)
 

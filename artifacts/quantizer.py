@@ -17,6 +17,7 @@ from torch import Tensor
 
 from artifacts.codes import Codes
 from artifacts.errors import MismatchError, NonFiniteError
+from artifacts.finite import answered_together, expect_finite
 from artifacts.sites import Site
 from artifacts.spec import QuantSpec
 
@@ -77,18 +78,9 @@ class Quantizer(ABC):
         NonFiniteError
             If `x` holds NaN or infinity.
         """
-        if x.ndim != 2 or x.shape[1] != self.channels:
-            raise MismatchError(
-                f"{self.label}: x has shape {tuple(x.shape)}, this quantizer was fitted on tokens of {self.channels} "
-                "channels. Was the artifact made for another model?"
-            )
-        if not torch.isfinite(x).all():
-            n_bad = int((~torch.isfinite(x)).sum())
-            raise NonFiniteError(
-                f"{self.label}: {n_bad} of {x.numel()} values to encode are NaN or infinite. "
-                "Find the layer that overflows, or run the model with --dtype float32."
-            )
-        return self._encode(x, context)
+        with answered_together():
+            self._check(x)
+            return self._encode(x, context)
 
     @final
     def decode(self, codes: Codes, context: Context = ()) -> Float[Tensor, "tokens channels"]:
@@ -104,6 +96,22 @@ class Quantizer(ABC):
     def simulate(self, x: Float[Tensor, "tokens channels"], context: Context = ()) -> Float[Tensor, "tokens channels"]:
         """`decode(encode(x))`: bit for bit what a cache gives back."""
         return self.decode(self.encode(x, context), context)
+
+    def _check(self, x: Float[Tensor, "tokens channels"]) -> None:
+        if x.ndim != 2 or x.shape[1] != self.channels:
+            raise MismatchError(
+                f"{self.label}: x has shape {tuple(x.shape)}, this quantizer was fitted on tokens of {self.channels} "
+                "channels. Was the artifact made for another model?"
+            )
+        n_values = x.numel()
+        expect_finite(
+            x,
+            x,
+            lambda n_bad, _: NonFiniteError(
+                f"{self.label}: {n_bad} of {n_values} values to encode are NaN or infinite. "
+                "Find the layer that overflows, or run the model with --dtype float32."
+            ),
+        )
 
     @abstractmethod
     def _encode(self, x: Float[Tensor, "tokens channels"], context: Context) -> Codes: ...

@@ -5,6 +5,7 @@ from jaxtyping import Float16
 from torch import Tensor
 
 from artifacts.errors import NonFiniteError
+from artifacts.finite import expect_finite
 
 
 def nearest_half(x: Tensor, *, who: str) -> Float16[Tensor, "..."]:
@@ -16,11 +17,14 @@ def nearest_half(x: Tensor, *, who: str) -> Float16[Tensor, "..."]:
         If `x` is beyond the range of float16.
     """
     half = x.half()
-    if not torch.isfinite(half).all():
-        raise NonFiniteError(
-            f"{who}: a scale or offset of {float(x.abs().max()):.4g} does not fit float16 (largest 65504). "
+    expect_finite(
+        half,
+        x,
+        lambda _, largest: NonFiniteError(
+            f"{who}: a scale or offset of {largest:.4g} does not fit float16 (largest 65504). "
             "Values this large call for a static per-channel quantizer."
-        )
+        ),
+    )
     return half
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from artifacts.checks import check_vector
 from artifacts.codes import Codes
 from artifacts.errors import NonFiniteError
+from artifacts.finite import expect_finite
 from artifacts.quantizer import Context
 from artifacts.wrapper import AbstractWrapper
 
@@ -57,11 +58,14 @@ class AbstractSparse(AbstractWrapper):
 
     def _stored_values(self, values: Float[Tensor, " outliers"]) -> Float[Tensor, " outliers"]:
         stored = values if values.element_size() == 2 else values.half()
-        if not torch.isfinite(stored).all():
-            raise NonFiniteError(
-                f"{self.label}: an outlier of {float(values.abs().max()):.4g} does not fit float16 (largest 65504). "
+        expect_finite(
+            stored,
+            values,
+            lambda _, largest: NonFiniteError(
+                f"{self.label}: an outlier of {largest:.4g} does not fit float16 (largest 65504). "
                 "Run the model with --dtype bfloat16, or use a recipe without outliers."
-            )
+            ),
+        )
         return stored
 
 

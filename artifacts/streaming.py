@@ -15,6 +15,7 @@ from torch import Tensor
 from artifacts.checks import check_bits
 from artifacts.codes import Codes
 from artifacts.errors import MismatchError
+from artifacts.finite import answered_together
 from artifacts.packing import pack, packed_bytes, unpack
 from artifacts.quantizer import Context, Quantizer
 from artifacts.rounding import round_outward
@@ -113,8 +114,11 @@ class Streaming(Quantizer):
         MismatchError, NonFiniteError
             As `encode`; and if the state is that of another number of groups.
         """
-        if x.shape[1:] != (self.channels,) or not torch.isfinite(x).all():
-            self.encode(x)  # refuses it in the words of the contract
+        with answered_together():
+            self._check(x)
+            return self._encode_from(x, state)
+
+    def _encode_from(self, x: Float[Tensor, "tokens channels"], state: StreamingState) -> tuple[Codes, StreamingState]:
         if state.absmax.shape != (self._n_groups,):
             raise MismatchError(
                 f"{self.label}: the state has shape {tuple(state.absmax.shape)}, this quantizer has {self._n_groups} "
@@ -127,7 +131,7 @@ class Streaming(Quantizer):
         return self._codes(x, self._scale(absmax, running, promoted), promoted), states[-1]
 
     def _encode(self, x: Float[Tensor, "tokens channels"], context: Context) -> Codes:
-        return self.encode_from(x, self.start)[0]
+        return self._encode_from(x, self.start)[0]
 
     def _decode(self, codes: Codes, context: Context) -> Float[Tensor, "tokens channels"]:
         scale = codes.tensors["scale"].float()

@@ -4,12 +4,12 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import final
 
-import torch
 from jaxtyping import Bool, Float, Float32
 from torch import Tensor
 
 from artifacts.codes import Codes
 from artifacts.errors import NonFiniteError
+from artifacts.finite import expect_finite
 from artifacts.quantizer import Context, Quantizer
 
 
@@ -71,11 +71,14 @@ class AbstractTransform(AbstractWrapper):
     @final
     def _encode(self, x: Float[Tensor, "tokens channels"], context: Context) -> Codes:
         z = self.transform(x.float())
-        if not torch.isfinite(z).all():
-            raise NonFiniteError(
-                f"{self.label}: values of up to {float(x.abs().max()):.4g} leave the range of float32 when they are "
-                "transformed. Find the layer that overflows."
-            )
+        expect_finite(
+            z,
+            x,
+            lambda _, largest: NonFiniteError(
+                f"{self.label}: values of up to {largest:.4g} leave the range of float32 when they are transformed. "
+                "Find the layer that overflows."
+            ),
+        )
         dense = self.inner._encode(z, context)
         return Codes(tensors={}, shape=(x.shape[0], x.shape[1]), dtype=x.dtype, inner=dense)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from artifacts.artifact import Artifact
 from artifacts.attention import AttentionLayer, attention_layers, tapped
 from artifacts.errors import MismatchError
+from artifacts.finite import answered_each_step
 from artifacts.fingerprint import model_fingerprint
 from artifacts.layout import from_rows, to_rows
 from artifacts.quantizer import Context, Quantizer
@@ -66,6 +67,7 @@ def simulate(
         )
     usage, sources = Usage(quantizers), DecodedSources(quantizers)
     with ExitStack() as stack:
+        stack.enter_context(answered_each_step(model))
         tokens = stack.enter_context(watch_tokens(model))
         handlers = {
             site: _handler(site, quantizer, (policy, tokens, usage), sources) for site, quantizer in quantizers.items()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from artifacts.artifact import Artifact
 from artifacts.attention import AttentionLayer, attention_layers, tapped
 from artifacts.errors import MismatchError
+from artifacts.finite import answered_each_step
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
 from simquant.cache.arrival import Arrival
@@ -74,6 +75,7 @@ def packed_cache(
     check_cacheable(quantizers, policy)
     check_evictable(policy, layers)
     with ExitStack() as stack:
+        stack.enter_context(answered_each_step(model))
         session = _Session(layers, quantizers, policy, stack.enter_context(watch_tokens(model)))
         stack.enter_context(attention_replaced(model, session.handlers()))
         for layer in layers:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from artifacts.artifact import Artifact
 from artifacts.attention import AttentionLayer, attention_layers, tapped
 from artifacts.errors import MismatchError
+from artifacts.finite import answered_each_step
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
 from artifacts.taps import intercept_cache
@@ -73,6 +74,7 @@ def decode_exact(
             f"{policy.describe()}. Use packed_cache, or the protocol 'cache'."
         )
     with ExitStack() as stack:
+        stack.enter_context(answered_each_step(model))
         decoding = _Decoding(quantizers, policy, steps or Steps(), stack.enter_context(watch_tokens(model)))
         stack.enter_context(attention_replaced(model, {layer.module: decoding.handler(layer) for layer in layers}))
         for layer in layers:

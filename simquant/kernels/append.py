@@ -37,13 +37,12 @@ def append(quantizer: Quantizer, x: Float[Tensor, "tokens channels"]) -> Codes:
         As `quantizer.encode` does.
     """
     sharing = Sharing.of(quantizer, len(x))
-    encodable = x.ndim == 2 and x.shape[1] == quantizer.channels and bool(torch.isfinite(x).all())
-    if not encodable or len(x) == 0:
+    if x.ndim != 2 or x.shape[1] != quantizer.channels or len(x) == 0:
         return quantizer.encode(x)  # which refuses them, or stores nothing
     x = x.contiguous()
     stored = _dynamic_parameters(quantizer, x, sharing) if isinstance(quantizer, DynamicAffine) else {}
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in stored.values()):
-        return quantizer.encode(x)  # which says what does not fit float16
+    if not torch.stack([torch.isfinite(tensor).all() for tensor in (x, *stored.values())]).all():
+        return quantizer.encode(x)  # which says what is not finite, or does not fit float16
     codes = _codes(quantizer, x, sharing, stored)
     return Codes(tensors={"codes": codes, **stored}, shape=(x.shape[0], x.shape[1]), dtype=x.dtype)
 
