@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from artifacts.artifact import Artifact
 from artifacts.attention import AttentionLayer, attention_layers, tapped
 from artifacts.errors import MismatchError
-from artifacts.finite import answered_each_step
 from artifacts.fingerprint import model_fingerprint
+from artifacts.finite import answered_each_step
 from artifacts.layout import from_rows, to_rows
 from artifacts.quantizer import Context, Quantizer
 from artifacts.sites import Site

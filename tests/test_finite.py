@@ -87,8 +87,13 @@ def test_a_step_names_the_site_and_the_next_step_starts_afresh(fetched: list[int
     assert finite._ASKED.get() is None
 
 
-def test_an_error_that_follows_is_explained(fetched: list[int]) -> None:
-    with pytest.raises(NonFiniteError, match="two"), finite.answered_together():
+def followed_by_an_error() -> None:
+    with finite.answered_together():
         finite.expect_finite(torch.ones(3), torch.ones(3), lambda *_: NonFiniteError("one"))
         finite.expect_finite(torch.tensor([torch.nan]), torch.ones(3), lambda *_: NonFiniteError("two"))
         raise RuntimeError("a shape that follows")
+
+
+def test_an_error_that_follows_is_explained(fetched: list[int]) -> None:
+    with pytest.raises(NonFiniteError, match="two"):
+        followed_by_an_error()

@@ -132,7 +132,8 @@ def score(fp: ScoredLogits, quantized: ScoredLogits) -> list[Scores]:
 def _parts(logits: Float[Tensor, "windows targets vocab"]) -> tuple[Float[Tensor, "windows _ vocab"], ...]:
     """A few targets at a time, so that nothing as large as the logits is ever made of them."""
     at_a_time = _SCORED_LOGITS if logits.device.type == "cpu" else _SCORED_LOGITS_ELSEWHERE
-    return logits.split(max(1, at_a_time // (logits.shape[0] * logits.shape[2])), dim=1)
+    parts: tuple[Tensor, ...] = logits.split(max(1, at_a_time // (logits.shape[0] * logits.shape[2])), dim=1)
+    return parts
 
 
 def _totals(
@@ -167,4 +168,5 @@ def _first(x: Float32[Tensor, "windows targets vocab"]) -> Int64[Tensor, "window
 def _sum(x: Float32[Tensor, "windows targets vocab"]) -> Float64[Tensor, "windows targets"]:
     whole = x.shape[-1] // _SUMMED * _SUMMED
     blocks = x[..., :whole].unflatten(-1, (whole // _SUMMED, _SUMMED)).sum(dim=-1)
-    return blocks.sum(dim=-1, dtype=torch.float64) + x[..., whole:].sum(dim=-1, dtype=torch.float64)
+    total: Tensor = blocks.sum(dim=-1, dtype=torch.float64) + x[..., whole:].sum(dim=-1, dtype=torch.float64)
+    return total
