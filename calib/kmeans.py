@@ -16,16 +16,17 @@ A. Gronlund et al., "Fast exact k-means, k-medians and Bregman divergence cluste
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import pad
 
-from calib.partition import at, cost, optimal_bounds, programme_rows
+from calib.compiled import in_parts
+from calib.interval_kernel import solve_distortions, solve_levels
 
-# Bins per batch of problems. One stage then holds a few arrays of some 2 * 13 * 2**17 doubles: bounded.
-_BATCH_BINS = 2**17
-_TINY = torch.finfo(torch.float64).tiny
+Solver = Callable[[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]], None]
+"""Writes the answers to problems, given as centers and weights."""
 
 
 def kmeans_1d(
@@ -45,8 +46,8 @@ def kmeans_1d(
     Returns
     -------
     Tensor
-        Levels in float64, on the device of `centers`. They are found on the CPU, whatever the device: many steps, each
-        short. They do not depend on which problems share a call.
+        Levels in float64, on the device of `centers`. They are found on the CPU, whatever the device, and depend
+        neither on which problems share a call nor on the number of threads.
 
     Raises
     ------
@@ -59,7 +60,7 @@ def kmeans_1d(
     tensor([[0.7500, 9.5000]], dtype=torch.float64)
     """
     _check("kmeans_1d", centers, weights, n_levels)
-    return _in_batches(_levels, centers, weights, n_levels)
+    return _solve(solve_levels, centers, weights, n_levels)
 
 
 def distortion_by_levels(
@@ -71,7 +72,7 @@ def distortion_by_levels(
     range; where that matters, `distortion` of the levels is exact.
     """
     _check("distortion_by_levels", centers, weights, n_levels)
-    return _in_batches(_distortions, centers, weights, n_levels)
+    return _solve(solve_distortions, centers, weights, n_levels)
 
 
 def distortion(
@@ -117,58 +118,8 @@ def _check(who: str, centers: Tensor, weights: Tensor, n_levels: int) -> None:
     _require(not idle, f"{who}: expected a positive total weight; got zero in problems {idle[:8]}; drop them.")
 
 
-def _in_batches(
-    solve: Callable[[Tensor, Tensor, int], Tensor], centers: Tensor, weights: Tensor, n_levels: int
-) -> Tensor:
-    size = max(1, _BATCH_BINS // centers.shape[-1])
-    batches = zip(centers.double().cpu().split(size), weights.double().cpu().split(size), strict=True)
-    return torch.cat([solve(x, w, n_levels) for x, w in batches]).to(centers.device)
-
-
-def _levels(centers: Tensor, weights: Tensor, n_levels: int) -> Tensor:
-    """Means of the optimal intervals, or the distinct values themselves where there are no more than levels."""
-    values = _occupied(centers, weights)
-    prefix, origin, span = _prefix_sums(values, weights)
-    bounds = optimal_bounds(prefix, _prefix_sums(-values.flip(-1), weights.flip(-1))[0], n_levels)
-    start, stop, last_bin = bounds[:, :-1], bounds[:, 1:], values.shape[-1] - 1
-    weight, moment, _ = (at(prefix, stop) - at(prefix, start)).unbind()
-    # Kept within the interval's own values: exact where there is one, ascending and finite where there is none.
-    lowest = values.gather(-1, start.clamp(max=last_bin))
-    highest = values.gather(-1, (stop - 1).clamp(min=0)).maximum(lowest)
-    means = (origin + span * (moment / weight.clamp(min=_TINY))).clamp(lowest, highest)
-    # Where values are too few for an optimum to need means, level q is the value of rank q, or the last.
-    rank = pad((values.diff(dim=-1) > 0).cumsum(-1), (1, 0))
-    wanted = torch.arange(n_levels, device=rank.device).expand(len(rank), -1).contiguous()
-    distinct = values.gather(-1, torch.searchsorted(rank, wanted).clamp(max=last_bin))
-    return torch.where(rank[:, -1:] < n_levels, distinct, means)
-
-
-def _distortions(centers: Tensor, weights: Tensor, n_levels: int) -> Tensor:
-    """Last column of the programme for every number of levels, in the caller's units."""
-    prefix, _, span = _prefix_sums(_occupied(centers, weights), weights)
-    closing = cost(prefix, prefix[..., -1:])
-    best = torch.stack([(row + closing).amin(-1) for row in programme_rows(prefix, n_levels)], -1)
-    return best.cummin(-1).values * weights.sum(-1, keepdim=True) * span.square()
-
-
-def _occupied(centers: Tensor, weights: Tensor) -> Tensor:
-    """Centers in which an empty bin repeats its occupied neighbour, so that it adds neither a value nor range."""
-    before = centers.masked_fill(weights == 0, -torch.inf).cummax(-1).values
-    first = centers.masked_fill(weights == 0, torch.inf).amin(-1, keepdim=True)
-    return before.maximum(first)
-
-
-def _prefix_sums(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums of ``(w, w u, w u^2)`` before each of ``bins + 1`` positions, and origin and span of u.
-
-    With ``values = origin + span * u``, ``0 <= u <= 1`` and ``sum w = 1``, an offset of the data cancels before it is
-    squared, and all three sums ascend. The weights are the steps of their own sum: one that vanishes in it vanishes in
-    all three, so an interval without weight has no moment either. The total is read off that sum too, whose order,
-    unlike that of ``sum``, is the same in any batch.
-    """
-    low, span = values[:, :1], values[:, -1:] - values[:, :1]
-    span = span.where(span > 0, 1.0)
-    u, sums = (values - low) / span, pad(weights.cumsum(-1), (1, 0))
-    sums = sums / sums[:, -1:]
-    w = sums.diff(dim=-1)
-    return torch.stack([sums, *(pad(part.cumsum(-1), (1, 0)) for part in (w * u, w * u.square()))]), low, span
+def _solve(solver: Solver, centers: Tensor, weights: Tensor, n_levels: int) -> Tensor:
+    values, masses = (part.double().cpu().contiguous().numpy() for part in (centers, weights))
+    found = np.empty((len(values), n_levels))
+    in_parts(lambda part: solver(values[part], masses[part], found[part]), len(values))
+    return torch.from_numpy(found).to(centers.device)

@@ -164,14 +164,39 @@ def test_scale_of_the_weights_is_immaterial() -> None:
 
 
 def test_batch_equals_one_by_one_exactly() -> None:
-    centers, weights = random_problems(10, 2000, seed=7)  # eight of them fill an internal batch
+    centers, weights = random_problems(10, 2000, seed=7)
     together = kmeans_1d(centers, weights, 8)
     alone = torch.cat([kmeans_1d(x[None], w[None], 8) for x, w in zip(centers, weights, strict=True)])
     assert torch.equal(together, alone)
     assert torch.equal(together, kmeans_1d(centers, weights, 8))
 
 
-def test_problem_larger_than_a_batch() -> None:
+def test_the_number_of_threads_leaves_no_trace() -> None:
+    centers, weights = random_problems(13, 300, seed=11)
+    before, found = torch.get_num_threads(), []
+    try:
+        for n_threads in (1, 2, 5, 40):
+            torch.set_num_threads(n_threads)
+            found.append((kmeans_1d(centers, weights, 8), distortion_by_levels(centers, weights, 8)))
+    finally:
+        torch.set_num_threads(before)
+    for levels, distortions in found[1:]:
+        assert torch.equal(levels, found[0][0])
+        assert torch.equal(distortions, found[0][1])
+
+
+def test_a_level_of_one_value_is_that_value() -> None:
+    """Empty bins before it once left it to rounding."""
+    centers, weights = random_problems(300, 8, seed=12, empty=0.4)
+    levels = kmeans_1d(centers, weights, 3)
+    edges = (levels[:, 1:] + levels[:, :-1]) / 2
+    for x, w, level, edge in zip(centers, weights, levels, edges, strict=True):
+        for number in range(3):
+            own = x[(w > 0) & (torch.searchsorted(edge, x) == number)].unique()
+            assert len(own) != 1 or level[number] == own
+
+
+def test_fine_problems_are_solved_too() -> None:
     centers, weights = gaussian_histogram(2**14 + 1)
     fine, coarse = kmeans_1d(centers, weights, 4), kmeans_1d(*gaussian_histogram(2**12), 4)
     torch.testing.assert_close(fine, coarse, rtol=0, atol=5e-3)
