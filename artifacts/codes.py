@@ -1,11 +1,16 @@
 """What a quantizer stores for some tokens."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
+
+from artifacts.span import Span
+
+_ONE_EACH = Span()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -15,13 +20,14 @@ class Codes:
     Parameters
     ----------
     tensors : Mapping[str, Tensor]
-        Packed codes and the parameters of this call (scales, outliers, ...), by name. Each is ordered by token along
-        its first axis: a row for every token or group of tokens, or a list with several entries for each token. Where
-        their number varies, the row-wise tensor `counts` holds it, and all its companions are such lists.
+        Packed codes and the parameters of this call (scales, outliers, ...), by name; each is ordered by token along
+        its first axis.
     shape : tuple[int, int]
         Tokens and channels of what was encoded.
     dtype : torch.dtype
         Dtype of what was encoded and will be decoded.
+    spans : Mapping[str, Span]
+        How the entries of these tensors belong to tokens; where one is missing, it has one entry for each token.
     inner : Codes or None
         What the wrapped quantizer of a wrapper stored.
     """
@@ -29,7 +35,35 @@ class Codes:
     tensors: Mapping[str, Tensor]
     shape: tuple[int, int]
     dtype: torch.dtype
+    spans: Mapping[str, Span] = field(default_factory=dict)
     inner: "Codes | None" = None
+
+    def __post_init__(self) -> None:
+        for name, tensor in self.tensors.items():
+            span = self.span(name)
+            wanted = span.n_entries(self.shape[0])
+            if wanted not in (None, len(tensor)):
+                raise ValueError(
+                    f"Codes: {name} has {len(tensor)} entries; {self.shape[0]} tokens with {span.entries} for each "
+                    f"{span.tokens} need {wanted}. Say in `spans` how its entries belong to tokens"
+                )
+
+    def span(self, name: str) -> Span:
+        """How the entries of a tensor belong to tokens."""
+        return self.spans.get(name, _ONE_EACH)
+
+    def check(self) -> None:
+        """Asked where codes come from a file: numbers that are stored as `counts` are those of the entries.
+
+        Raises
+        ------
+        ValueError
+            If they are not.
+        """
+        for name, tensor in self.tensors.items():
+            n_counted = int(self.tensors["counts"].sum()) if self.span(name).entries == "counts" else len(tensor)
+            if n_counted != len(tensor):
+                raise ValueError(f"Codes: {name} has {len(tensor)} entries; their counts say {n_counted}")
 
     @property
     def nbytes(self) -> int:
@@ -54,33 +88,26 @@ class Codes:
     def cat(parts: Sequence["Codes"]) -> "Codes":
         """The codes of consecutive tokens as one: what their quantizer gives for all of them at once.
 
-        For quantizers whose scales belong to a group of tokens, every part but the last consists of whole groups.
+        Raises
+        ------
+        ValueError
+            If a part before the last one ends within a group of tokens, or their groups differ.
         """
-        first, *others = parts
+        first, *others = [part for part in parts if part.shape[0]] or parts[:1]
         if not others:
             return first
-        inner = [part.inner for part in parts if part.inner is not None]
+        first._check_followed_by(others)
+        inner = [part.inner for part in (first, *others) if part.inner is not None]
         return replace(
             first,
-            tensors={name: torch.cat([part.tensors[name] for part in parts]) for name in first.tensors},
-            shape=(sum(part.shape[0] for part in parts), first.shape[1]),
+            tensors={name: torch.cat([part.tensors[name] for part in (first, *others)]) for name in first.tensors},
+            shape=(sum(part.shape[0] for part in (first, *others)), first.shape[1]),
             inner=Codes.cat(inner) if inner else None,
         )
 
     def first(self, n_tokens: int) -> "Codes":
-        """The codes of the first `n_tokens` tokens, in memory of their own.
-
-        Raises
-        ------
-        ValueError
-            If that would divide a group of tokens, or a list whose entries cannot be told apart by token.
-        """
-        return replace(
-            self,
-            tensors={name: tensor[: self._n_entries(name, n_tokens)].clone() for name, tensor in self.tensors.items()},
-            shape=(n_tokens, self.shape[1]),
-            inner=None if self.inner is None else self.inner.first(n_tokens),
-        )
+        """The codes of the first `n_tokens` tokens; see `select`."""
+        return self.select(torch.arange(self.shape[0]) < n_tokens)
 
     def select(self, kept: Bool[Tensor, " tokens"]) -> "Codes":
         """The codes of the tokens where `kept` is true, in memory of their own unless it is so everywhere.
@@ -101,39 +128,24 @@ class Codes:
 
     def _of_tokens(self, name: str, kept: Bool[Tensor, " tokens"]) -> Bool[Tensor, " entries"]:
         """Which entries of a tensor belong to the tokens."""
-        tensor, counts = self.tensors[name], self.tensors.get("counts")
-        n_tokens, n_entries = len(kept), len(tensor)
-        if counts is not None and name != "counts":
-            return self._of_tokens("counts", kept).repeat_interleave(counts.long())
-        if not kept.any():
-            return kept[:1].expand(n_entries)
-        told_apart = tensor.ndim > 1 or not self._in_groups
-        if told_apart and n_entries % n_tokens == 0:
-            return kept.repeat_interleave(n_entries // n_tokens)
-        groups = kept.view(n_entries, -1) if told_apart and n_tokens % n_entries == 0 else kept[None]
-        if (groups != groups[:, :1]).any():
+        span, n_entries = self.span(name), len(self.tensors[name])
+        runs = span.runs(kept.to(self.tensors[name].device))
+        if span.entries == "counts":
+            return runs.repeat_interleave(self.tensors["counts"].long())
+        if span.entries is not None:
+            return runs.repeat_interleave(span.entries)
+        if runs.any():
             raise ValueError(
-                f"Codes: {name} of shape {tuple(tensor.shape)} holds {n_tokens} tokens and cannot lose "
-                f"{n_tokens - int(kept.sum())} of these, which share it with others"
+                f"Codes: cannot drop {int((~kept).sum())} of {len(kept)} tokens: {name} does not say where the entries "
+                f"of each {span.tokens} tokens end; drop all of them or none"
             )
-        return groups[:, 0]
+        return runs[:1].expand(n_entries)
 
-    def _n_entries(self, name: str, n_tokens: int) -> int:
-        """How far into a tensor the first tokens reach."""
-        total, tensor, counts = self.shape[0], self.tensors[name], self.tensors.get("counts")
-        if n_tokens == total:
-            return len(tensor)
-        if counts is not None and name != "counts":
-            return int(counts[: self._n_entries("counts", n_tokens)].sum())
-        if n_tokens * len(tensor) % total or (tensor.ndim == 1 and self._in_groups):
-            raise ValueError(
-                f"Codes: {name} of shape {tuple(tensor.shape)} holds {total} tokens and cannot be cut after {n_tokens}"
-            )
-        return n_tokens * len(tensor) // total
-
-    @property
-    def _in_groups(self) -> bool:
-        """Whether some tensor has one row for several tokens."""
-        return "counts" not in self.tensors and any(
-            tensor.ndim > 1 and len(tensor) < self.shape[0] for tensor in self.tensors.values()
-        )
+    def _check_followed_by(self, others: Sequence["Codes"]) -> None:
+        for part, following in pairwise((self, *others)):
+            cut = [name for name in part.tensors if part.shape[0] % part.span(name).tokens]
+            if cut or part.spans != following.spans:
+                raise ValueError(
+                    f"Codes: {part.shape[0]} tokens cannot be followed by {following.shape[0]}: expected whole groups "
+                    f"of one size; got {dict(part.spans)} and {dict(following.spans)}"
+                )

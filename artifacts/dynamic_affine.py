@@ -14,6 +14,7 @@ from artifacts.codes import Codes
 from artifacts.packing import pack, unpack
 from artifacts.quantizer import Context, Quantizer
 from artifacts.rounding import round_outward
+from artifacts.span import Span
 
 Per = Literal["token", "channel", "tensor"]
 _SHARING: dict[Per, tuple[int, ...]] = {"token": (2,), "channel": (1,), "tensor": (1, 2)}
@@ -74,7 +75,8 @@ class DynamicAffine(Quantizer):
         return 1 if self.per == "token" else self.group_size
 
     def _encode(self, x: Float[Tensor, "tokens channels"], context: Context) -> Codes:
-        grouped = self._grouped(x.float())
+        spans = self.spans(len(x))
+        grouped = self._grouped(x.float(), spans["scale"].tokens)
         axes = _SHARING[self.per]
         parameters = self._parameters(grouped.amin(axes, keepdim=True), grouped.amax(axes, keepdim=True))
         scale, offset = self._scale_offset(parameters)
@@ -83,22 +85,26 @@ class DynamicAffine(Quantizer):
         stored = {name: tensor.squeeze(axes) for name, tensor in parameters.items()}
         if self.per == "tensor":
             stored = {name: tensor[:, None] for name, tensor in stored.items()}
-        return Codes(tensors={"codes": codes, **stored}, shape=(x.shape[0], x.shape[1]), dtype=x.dtype)
+        return Codes(tensors={"codes": codes, **stored}, shape=(x.shape[0], x.shape[1]), dtype=x.dtype, spans=spans)
 
     def _decode(self, codes: Codes, context: Context) -> Float[Tensor, "tokens channels"]:
-        steps = self._grouped(unpack(codes.tensors["codes"], self.bits, codes.shape[1]))
+        steps = self._grouped(unpack(codes.tensors["codes"], self.bits, codes.shape[1]), codes.span("scale").tokens)
         last = max(_SHARING[self.per])
         scale, offset = self._scale_offset(
             {n: t.unsqueeze(1 if last == 1 else 2) for n, t in codes.tensors.items() if n != "codes"}
         )
         return steps.float().mul_(scale).add_(offset).reshape(-1, self.channels)[: codes.shape[0]]
 
-    def _grouped(self, x: Tensor) -> Tensor:
+    def spans(self, n_tokens: int) -> dict[str, Span]:
+        """Which tokens of a call share parameters."""
+        names = ("scale",) if self.symmetric else ("scale", "offset")
+        return dict.fromkeys(names, Span(self.tokens_per_scale or max(1, n_tokens)))
+
+    def _grouped(self, x: Tensor, size: int) -> Tensor:
         """Values that share a scale side by side: "tokens groups group", else "groups group channels"."""
         if self.per == "token":
             of_tokens: Tensor = x.unflatten(1, (-1, self.group_size or self.channels))
             return of_tokens
-        size = self.group_size or max(1, len(x))
         if len(x) % size:  # the last group is filled up with its last token, which widens no range
             x = torch.cat([x, x[-1:].expand(-len(x) % size, -1)])
         of_channels: Tensor = x.unflatten(0, (len(x) // size, size))

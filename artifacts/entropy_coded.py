@@ -15,6 +15,7 @@ from artifacts.codes import Codes
 from artifacts.finite import answer_now
 from artifacts.frequency_coder import LARGEST_INDEX, TOTAL, FrequencyCoder
 from artifacts.quantizer import Context, Quantizer
+from artifacts.span import Span
 
 _ROUNDING = 1e-6
 """Of `bits`, which are a mean of logarithms."""
@@ -90,7 +91,8 @@ class EntropyCoded(Quantizer):
         counts = torch.tensor([len(words) for words in streams], dtype=torch.int32)
         words = torch.from_numpy(np.concatenate([np.zeros(0, np.uint32), *streams]).view(np.int32))
         tensors = {"counts": counts.to(x.device), "words": words.to(x.device)}
-        return Codes(tensors=tensors, shape=(x.shape[0], x.shape[1]), dtype=x.dtype)
+        spans = {"counts": Span(self.group_tokens), "words": Span(self.group_tokens, "counts")}
+        return Codes(tensors=tensors, shape=(x.shape[0], x.shape[1]), dtype=x.dtype, spans=spans)
 
     def _decode(self, codes: Codes, context: Context) -> Float[Tensor, "tokens channels"]:
         words = codes.tensors["words"]

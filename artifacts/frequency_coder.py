@@ -1,6 +1,7 @@
 """Integers as one stream of bits, each channel's with a table of frequencies of its own."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,10 @@ LARGEST_INDEX = 2**20
 """Indices lie from minus this to this."""
 
 _LENGTHS = 32
-"""Numbers of bits after the leading one of what is coded raw; those from 1 to 22 occur."""
+"""Numbers of bits after the leading one of what is coded raw."""
+
+_LONGEST = 22
+"""The largest that occurs; the smallest is 1."""
 
 
 class FrequencyCoder:
@@ -47,7 +51,18 @@ class FrequencyCoder:
         self._models = [stream.model.Categorical(table.astype(np.float32), perfect=False) for table in tables]
 
     def encode(self, indices: Int32[np.ndarray, "channels tokens"]) -> UInt32[np.ndarray, " words"]:
-        """One stream: the symbols of a channel after those of the one before, then what escaped."""
+        """One stream: the symbols of a channel after those of the one before, then what escaped.
+
+        Raises
+        ------
+        ValueError
+            If an index lies beyond `LARGEST_INDEX`.
+        """
+        least, largest = indices.min(initial=0), indices.max(initial=0)
+        if max(-int(least), int(largest)) > LARGEST_INDEX:
+            raise ValueError(
+                f"FrequencyCoder: expected indices from {-LARGEST_INDEX} to {LARGEST_INDEX}; got {least} to {largest}"
+            )
         symbols, beyond = self._symbols(indices)
         encoder = stream.queue.RangeEncoder()
         for model, row in zip(self._models, symbols, strict=True):
@@ -67,17 +82,14 @@ class FrequencyCoder:
         ValueError
             If the stream is not that of so many tokens.
         """
-        decoder = stream.queue.RangeDecoder(words)
-        symbols = np.stack([decoder.decode(model, n_tokens) for model in self._models])
-        escaped = symbols == self._lengths
-        n_escaped = int(escaped.sum())
-        indices = symbols + self._first
-        if n_escaped:
-            lengths = decoder.decode(stream.model.Uniform(_LENGTHS), n_escaped)
-            beyond = decoder.decode(stream.model.Uniform(), 1 << lengths) + (1 << lengths)
-            indices[escaped] = self._from_beyond(beyond, escaped)
-        if not decoder.maybe_exhausted():
-            raise ValueError(f"FrequencyCoder: the stream of {len(words)} words is not that of {n_tokens} tokens")
+        with _refusing_panics(f"the stream of {len(words)} words is not that of {n_tokens} tokens"):
+            decoder = stream.queue.RangeDecoder(words)
+            symbols = np.stack([decoder.decode(model, n_tokens) for model in self._models])
+            escaped = symbols == self._lengths
+            indices = symbols + self._first
+            indices[escaped] = self._from_beyond(_decode_beyond(decoder, int(escaped.sum())), escaped)
+            if not decoder.maybe_exhausted():
+                raise ValueError("more follows")
         return indices
 
     def ideal_bits(self, indices: Int32[np.ndarray, "channels tokens"]) -> float:
@@ -102,6 +114,36 @@ class FrequencyCoder:
         first, length = self._first[channel, 0], self._lengths[channel, 0]
         indices: NDArray[np.int32] = np.where(beyond % 2 == 1, first - beyond // 2, first + length + beyond // 2 - 1)
         return indices
+
+
+def _decode_beyond(decoder: stream.queue.RangeDecoder, n_escaped: int) -> Int32[np.ndarray, " escaped"]:
+    if not n_escaped:
+        return np.zeros(0, dtype=np.int32)
+    lengths = decoder.decode(stream.model.Uniform(_LENGTHS), n_escaped)
+    if lengths.min() < 1 or lengths.max() > _LONGEST:  # no model of so many values: constriction would panic
+        raise ValueError(f"lengths from {lengths.min()} to {lengths.max()}; 1 to {_LONGEST} occur")
+    beyond: NDArray[np.int32] = decoder.decode(stream.model.Uniform(), 1 << lengths) + (1 << lengths)
+    return beyond
+
+
+@contextmanager
+def _refusing_panics(problem: str) -> Iterator[None]:
+    """Says what is wrong in place of whatever constriction says.
+
+    A panic of its Rust code is no `Exception`, and its class cannot be imported: it would end a server that survives
+    every other damaged request.
+
+    Raises
+    ------
+    ValueError
+        With the problem.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, ValueError | AssertionError) or type(error).__name__ == "PanicException":
+            raise ValueError(f"FrequencyCoder: {problem} ({error})") from error
+        raise
 
 
 def _bit_lengths(beyond: Int32[np.ndarray, " escaped"]) -> Int32[np.ndarray, " escaped"]:

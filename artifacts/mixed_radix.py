@@ -25,7 +25,8 @@ class MixedRadix:
     Channels with a single value take nothing. The others are cut, in order, into words of at most 56 bits; a word is
     the integer whose digits are its channels' codes, first channel least significant. The words stand one after the
     other, each in as many bits as its largest value needs, least significant bit first; the whole is rounded up to
-    bytes. The cut is the one with the fewest bits in all; of equals, the one whose first word is longest.
+    bytes. The cut is the one with the fewest bits in all; of equals, the one whose first word is longest, then that
+    with the longest second word, and so on. All of that is part of the format of codes: another cut is a new version.
 
     Parameters
     ----------

@@ -3,7 +3,8 @@
 A final subclass is a frozen dataclass. Its tensor fields are what was fitted, its other fields are its configuration:
 both must be plain, because `spec` and `tensors()` are read off them and are all that a file keeps. It implements
 `_encode` and `_decode` for finite input of the right width, is stateless and deterministic, and `_encode` may use no
-token's neighbours unless `tokens_per_scale` says so. Nothing else has to be read to write a quantizer.
+token's neighbours unless `tokens_per_scale` says so, and `Codes.spans` what they share. Nothing else has to be read to
+write a quantizer.
 """
 
 import copy

@@ -17,6 +17,7 @@ from artifacts.codes import Codes
 from artifacts.errors import NonFiniteError
 from artifacts.finite import expect_finite
 from artifacts.quantizer import Context
+from artifacts.span import Span
 from artifacts.wrapper import AbstractWrapper
 
 
@@ -39,7 +40,8 @@ class AbstractSparse(AbstractWrapper):
             "values": self._stored_values(x[rows, channels]),
         }
         dense = self.inner._encode(move_to_edge(wide, mask), context)
-        return Codes(tensors=tensors, shape=(x.shape[0], x.shape[1]), dtype=x.dtype, inner=dense)
+        spans = dict.fromkeys(("indices", "values"), self._span)
+        return Codes(tensors=tensors, shape=(x.shape[0], x.shape[1]), dtype=x.dtype, spans=spans, inner=dense)
 
     @final
     def _decode(self, codes: Codes, context: Context) -> Float[Tensor, "tokens channels"]:
@@ -49,6 +51,11 @@ class AbstractSparse(AbstractWrapper):
         rows = torch.arange(codes.shape[0], device=x.device).repeat_interleave(self._counts(codes))
         x[rows, indices] = codes.tensors["values"].to(x.dtype)
         return x
+
+    @property
+    def _span(self) -> Span:
+        """Outliers of a token."""
+        return Span(entries="counts")
 
     def _store_counts(self, rows: Int64[Tensor, " outliers"], n_tokens: int) -> dict[str, Tensor]:
         return {"counts": torch.bincount(rows, minlength=n_tokens).to(_index_dtype(self.channels))}
@@ -155,6 +162,10 @@ class RankSparse(AbstractSparse):
     def mask(self, x: Float32[Tensor, "tokens channels"]) -> Bool[Tensor, "tokens channels"]:
         """True at the largest deviations, as the wrapped quantizer measures them."""
         return furthest(self.inner.deviation(x), self.outliers_per_token)
+
+    @property
+    def _span(self) -> Span:
+        return Span(entries=self.outliers_per_token)
 
     def _store_counts(self, rows: Int64[Tensor, " outliers"], n_tokens: int) -> dict[str, Tensor]:
         return {}

@@ -26,6 +26,7 @@ from artifacts.errors import ArtifactError, CorruptArtifactError, UnsupportedVer
 Array = NDArray[Any]
 
 FORMAT_VERSION = 1
+"""Of a format that has not changed since there are files of it."""
 SUFFIXES = (".safetensors", ".pkl")
 _METADATA_KEY = "kvcalib"
 _DTYPES = ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64")
@@ -47,6 +48,8 @@ class Stored:
     ----------
     format : str
         What the file is: `kvcalib.artifact`, `kvcalib.statistics` or `kvcalib.cache`.
+    version : int
+        Version of that format.
     header : Mapping[str, Any]
         JSON values.
     arrays : Mapping[str, Array]
@@ -56,6 +59,7 @@ class Stored:
     format: str
     header: Mapping[str, Any]
     arrays: Mapping[str, Array]
+    version: int = FORMAT_VERSION
 
     @property
     def digest(self) -> str:
@@ -97,7 +101,7 @@ def write(path: Path, stored: Stored) -> None:
     """
     check_suffix(path)
     text = canonical_json(
-        {"format": stored.format, "version": FORMAT_VERSION, "digest": stored.digest, "header": stored.header}
+        {"format": stored.format, "version": stored.version, "digest": stored.digest, "header": stored.header}
     )
     data = _to_safetensors(text, stored.arrays) if path.suffix == ".safetensors" else _to_pickle(text, stored.arrays)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,7 +128,7 @@ def written_by_kvcalib(path: Path) -> bool:
         return False
 
 
-def read(path: Path, expected_format: str) -> Stored:
+def read(path: Path, expected_format: str, expected_version: int = FORMAT_VERSION) -> Stored:
     """Reads and verifies a file.
 
     Raises
@@ -138,19 +142,19 @@ def read(path: Path, expected_format: str) -> Stored:
     try:
         top = json.loads(text)
         version, digest = top["version"], top["digest"]
-        stored = Stored(format=top["format"], header=top["header"], arrays=arrays)
+        stored = Stored(format=top["format"], header=top["header"], arrays=arrays, version=expected_version)
         canonical_json(top)  # refuses what JSON text can say and canonical JSON cannot: NaN and infinities
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptArtifactError(
             f"{path}: the header is not the JSON object that kvcalib writes ({error})"
         ) from error
-    if version != FORMAT_VERSION:
-        raise UnsupportedVersionError(
-            f"{path}: format version {version!r}; this kvcalib reads version {FORMAT_VERSION}. "
-            "Install the kvcalib that wrote it, or calibrate again."
-        )
     if stored.format != expected_format:
         raise CorruptArtifactError(f"{path}: expected a file of format {expected_format}, got {stored.format!r:.60}")
+    if type(version) is not int or version != expected_version:
+        raise UnsupportedVersionError(
+            f"{path}: {expected_format} of format version {version!r:.20}; this kvcalib reads version "
+            f"{expected_version}. Install the kvcalib that wrote it, or write it anew."
+        )
     foreign = sorted({str(array.dtype) for array in arrays.values()} - set(_DTYPES))
     if foreign:
         raise CorruptArtifactError(f"{path}: arrays must be of dtype {', '.join(_DTYPES)}; got {', '.join(foreign)}")

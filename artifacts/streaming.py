@@ -19,6 +19,7 @@ from artifacts.finite import answered_together
 from artifacts.packing import pack, packed_bytes, unpack
 from artifacts.quantizer import Context, Quantizer
 from artifacts.rounding import round_outward
+from artifacts.span import Span
 
 
 @final
@@ -176,7 +177,9 @@ class Streaming(Quantizer):
             chunks = zip(self._chunks(x), chosen, steps, strict=True)
             parts = [_pack_steps(chunk[:, kept].float(), step[kept], bits) for chunk, kept, step in chunks]
             tensors[name] = torch.cat([torch.empty(0, dtype=torch.uint8, device=x.device), *parts])
-        return Codes(tensors=tensors, shape=(x.shape[0], x.shape[1]), dtype=x.dtype)
+        by_mask = {name: Span(self.chunk_tokens, None) for name, _, _ in self._streams(promoted)}
+        spans = {**dict.fromkeys(tensors, Span(self.chunk_tokens)), **by_mask}
+        return Codes(tensors=tensors, shape=(x.shape[0], x.shape[1]), dtype=x.dtype, spans=spans)
 
     def _stored_mask(self, codes: Codes) -> Bool[Tensor, "chunks groups"]:
         return unpack(codes.tensors["promoted"], 1, self._n_groups).bool()

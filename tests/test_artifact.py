@@ -45,6 +45,7 @@ from artifacts.inspect import differences
 from artifacts.manifest import Corpus, Manifest
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
+from artifacts.span import Span
 from artifacts.sparse import PercentileSparse, RankSparse, ThresholdSparse
 from artifacts.storage import SUFFIXES, Stored, canonical_json, read, write
 
@@ -693,7 +694,8 @@ def nested(tensors: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> Co
     own = {name: tensor for name, tensor in tensors.items() if "." not in name}
     inside = {name.removeprefix("inner."): tensor for name, tensor in tensors.items() if "." in name}
     inner = nested(inside) if inside else None
-    return Codes(tensors=own, shape=(5, CHANNELS), dtype=dtype, inner=inner)
+    spans = {name: Span(entries="counts") for name in own if "counts" in own and name != "counts"}
+    return Codes(tensors=own, shape=(5, CHANNELS), dtype=dtype, spans=spans, inner=inner)
 
 
 def write_golden() -> None:

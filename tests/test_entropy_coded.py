@@ -2,15 +2,18 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from constriction import stream
 from test_quantizers import SITE, dynamic, entropy_coded, rotated, tokens
 from torch import Tensor
 
 from artifacts.entropy_coded import EntropyCoded
 from artifacts.frequency_coder import LARGEST_INDEX, TOTAL, FrequencyCoder
+from artifacts.span import Span
 from calib.estimators import EntropyCodedEstimator, RotatedEstimator
 from calib.estimators.estimator import Fit, trial_statistics
 from calib.statistics.site_statistics import SiteShape
@@ -79,7 +82,48 @@ def test_a_stream_of_other_tokens_is_refused() -> None:
     with pytest.raises(ValueError, match="is not that of 1 tokens"):
         quantizer._coder.decode(words, 1)
     with pytest.raises(ValueError, match="8 tokens must have 2 streams of 4 tokens; got 1"):
-        quantizer.decode(type(quantizer.encode(x))(tensors=quantizer.encode(x).tensors, shape=(8, 24), dtype=x.dtype))
+        quantizer.decode(
+            replace(quantizer.encode(x), shape=(8, 24), spans={"counts": Span(8), "words": Span(8, "counts")})
+        )
+    with pytest.raises(ValueError, match="counts has 1 entries; 8 tokens with 1 for each 4 need 2"):
+        replace(quantizer.encode(x), shape=(8, 24))
+
+
+def test_no_panic_leaves_the_coder() -> None:
+    """Damaged streams, and true ones of other tokens, ended in a panic of Rust, which no `except Exception` catches."""
+    tables, draw = [table(8192, 16384, 8188)] * 2, np.random.default_rng(0)
+    coder = FrequencyCoder([-1, -1], tables)
+    words = coder.encode(np.array([[0, 1, 0, -1, 70, 3]] * 2, dtype=np.int32))
+    refusals = []
+    for _ in range(1000):
+        damaged = words.copy()
+        damaged[draw.integers(len(words))] ^= np.uint32(1) << np.uint32(draw.integers(32))
+        try:
+            coder.decode(damaged, int(draw.integers(8)))
+        except ValueError as error:
+            refusals.append(str(error))
+    assert len(refusals) > 500
+    assert all("FrequencyCoder: the stream of 4 words is not that of" in refusal for refusal in refusals)
+
+
+def test_a_panic_becomes_an_error_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Should constriction ever find another reason for one."""
+    monkeypatch.setattr("artifacts.frequency_coder._LONGEST", 31)
+    frequencies = table(8192, 16384, 8188)
+    encoder = stream.queue.RangeEncoder()
+    encoder.encode(
+        np.array([3], dtype=np.int32), stream.model.Categorical(frequencies.astype(np.float32), perfect=False)
+    )
+    encoder.encode(np.array([31], dtype=np.int32), stream.model.Uniform(32))
+    with pytest.raises(ValueError, match=r"the stream of 1 words is not that of 1 tokens \(assertion failed"):
+        FrequencyCoder([-1], [frequencies]).decode(encoder.get_compressed(), 1)
+
+
+@pytest.mark.parametrize("index", [LARGEST_INDEX + 1, 2**31 - 1, -(2**31)])
+def test_indices_beyond_the_largest_are_refused(index: int) -> None:
+    """They were coded as others, or ended in a panic."""
+    with pytest.raises(ValueError, match=f"expected indices from -1048576 to 1048576; got .*{index}"):
+        FrequencyCoder([-1], [table(8192, 16384, 8188)]).encode(np.array([[index]], dtype=np.int32))
 
 
 def test_an_index_stands_for_its_shifted_middle() -> None:

@@ -96,7 +96,7 @@ def test_selected_codes_are_those_of_the_selected_tokens(name: str) -> None:
         assert codes.select(torch.zeros(24, dtype=torch.bool)).nbytes == 0
     else:
         kept[group - 1] = False
-        with pytest.raises(ValueError, match="cannot lose"):
+        with pytest.raises(ValueError, match="cannot drop"):
             codes.select(kept)
 
 

@@ -6,6 +6,7 @@ A new method is one row in `QUANTIZERS`; the completeness test fails until it is
 import json
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -490,7 +491,7 @@ def test_dynamic_parameters_are_used_as_stored(name: str) -> None:
     shape = shapes.get(name, (9, 1))
     assert {tuple(tensor.shape) for tensor in parameters.values()} == {shape}
     doubled = {key: 2 * tensor for key, tensor in parameters.items()}
-    changed = Codes(tensors={**codes.tensors, **doubled}, shape=codes.shape, dtype=codes.dtype)
+    changed = replace(codes, tensors={**codes.tensors, **doubled})
     assert torch.equal(quantizer.decode(changed), 2 * quantizer.decode(codes))
 
 

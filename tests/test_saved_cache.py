@@ -12,12 +12,12 @@ from test_simulate import build, everywhere
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from artifacts.errors import ArtifactError, CorruptArtifactError, MismatchError
+from artifacts.errors import ArtifactError, CorruptArtifactError, MismatchError, UnsupportedVersionError
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site, Stage
 from artifacts.storage import read, write
 from simquant import CachePolicy, CacheStateError, Eviction, load_cache, packed_cache, save_cache
-from simquant.cache.saved_cache import FORMAT
+from simquant.cache.saved_cache import FORMAT, VERSION
 
 CHANNELS = 16
 IDS = torch.randint(3, 64, (2, 30), generator=torch.Generator().manual_seed(0))
@@ -115,7 +115,7 @@ def test_blocks_stay_blocks(tiny_llama: LlamaForCausalLM, tmp_path: Path, monkey
         for _, store in (pair for layer in cache.layers for pair in layer.store.stores()):
             assert [codes.shape[0] for codes in store.blocks] == [8, 8, 8, 8, 2]
         assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in cache.layers[0].store.tensors())
-    assert len(read(path, FORMAT).arrays) <= 6, "one for each dtype and row shape"
+    assert len(read(path, FORMAT, VERSION).arrays) <= 6, "one for each dtype and row shape"
 
 
 def test_what_a_sliding_window_has_passed_stays_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,10 +130,13 @@ def test_what_a_sliding_window_has_passed_stays_forgotten(tmp_path: Path, monkey
     assert [first > 0 for first in first_tokens] == [True] * 4 + [False] * 4
 
 
-def test_half_precision_comes_back(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
-    assert goes_on(
-        tiny_llama.bfloat16(), quantizers("rank-affine"), POLICIES["windows"], tmp_path / "cache.safetensors"
-    )
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["rank-affine", "identity"])
+def test_every_precision_comes_back(
+    name: str, dtype: torch.dtype, tiny_llama: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    """float64 was written, and called corrupt when it was read."""
+    assert goes_on(tiny_llama.to(dtype), quantizers(name), POLICIES["small norms"], tmp_path / "cache.safetensors")
 
 
 def test_an_empty_cache_can_be_saved(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
@@ -169,17 +172,43 @@ def test_damaged_files_are_named(suffix: str, tiny_llama: LlamaForCausalLM, tmp_
 
 def test_files_of_other_formats_are_named(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
     path = saved(tiny_llama, tmp_path / "cache.safetensors")
-    stored = read(path, FORMAT)
+    stored = read(path, FORMAT, VERSION)
     write(path, replace(stored, format="kvcalib.artifact"))
     with pytest.raises(CorruptArtifactError, match="expected a file of format kvcalib"):
         loaded(tiny_llama, path)
+
+
+def test_caches_of_the_version_before_are_refused(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    """Their words of mixed radix may be cut otherwise, and were read as other codes under the same version."""
+    path = saved(tiny_llama, tmp_path / "cache.safetensors")
+    write(path, replace(read(path, FORMAT, VERSION), version=1))
+    message = r"cache.safetensors: kvcalib.cache of format version 1; this kvcalib reads version 2\. Install"
+    with pytest.raises(UnsupportedVersionError, match=message):
+        loaded(tiny_llama, path)
+
+
+def test_wrong_counts_are_named(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    """They ended in an error of indexing at some later step."""
+    path = tmp_path / "cache.safetensors"
+    with packed_cache(tiny_llama, quantizers("percentile-dynamic"), policy=POLICIES["windows"]) as new:
+        cache = new()
+        step(tiny_llama, cache, IDS)
+        for layer in cache.layers:
+            for _, store in layer.store.stores():
+                store.blocks = [
+                    codes.map(lambda tensor: tensor + 1 if tensor.dtype == torch.uint8 and tensor.ndim == 1 else tensor)
+                    for codes in store.blocks
+                ]
+        save_cache(cache, path)
+        with pytest.raises(CorruptArtifactError, match="entries; their counts say"):
+            load_cache(path, new())
 
 
 @pytest.mark.parametrize("part", ["layers", "tables"])
 def test_content_that_is_none_is_named(part: str, tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
     """With the right digest: written by someone who knows how."""
     path = saved(tiny_llama, tmp_path / "cache.safetensors")
-    stored = read(path, FORMAT)
+    stored = read(path, FORMAT, VERSION)
     with packed_cache(tiny_llama, quantizers("rank-affine"), policy=POLICIES["windows"]) as new:
         for wrong in (None, [], {}, 7, [{"n_columns": 3, "streams": [{}]}] * 2, {"tables": [["float32", 0, 9]]}):
             write(path, replace(stored, header={**stored.header, part: wrong}))

@@ -1,5 +1,6 @@
 """The streaming quantizer against a naive loop; its promotions, state and bytes; the option names of its seed."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -149,9 +150,7 @@ def test_values_are_decoded_with_the_scale_that_is_stored(setting: str) -> None:
     q = streaming(**SETTINGS[setting])
     codes = q.encode(bursts())
     assert codes.tensors["scale"].dtype == torch.float16
-    doubled = Codes(
-        tensors={**codes.tensors, "scale": 2 * codes.tensors["scale"]}, shape=codes.shape, dtype=codes.dtype
-    )
+    doubled = replace(codes, tensors={**codes.tensors, "scale": 2 * codes.tensors["scale"]})
     assert torch.equal(q.decode(doubled), 2 * q.decode(codes))
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from artifacts.codes import Codes
+from artifacts.span import Span
 from artifacts.storage import Array
 from artifacts.streaming import StreamingState
 from simquant.cache.layer_store import LayerStore
@@ -84,12 +85,15 @@ class CacheReader:
 
     def _codes(self, record: Record) -> Codes:
         n_tokens, channels = record["shape"]
-        return Codes(
+        codes = Codes(
             tensors={name: self._take(place) for name, place in record["tensors"]},
             shape=(int(n_tokens), int(channels)),
             dtype=_DTYPES[record["dtype"]],
+            spans={name: Span(*span) for name, span in record["spans"].items()},
             inner=None if record["inner"] is None else self._codes(record["inner"]),
         )
+        codes.check()
+        return codes
 
     def _state(self, kind: Callable[..., State], record: Record | None) -> State | None:
         if record is None:
@@ -100,7 +104,8 @@ class CacheReader:
         return take(self.arrays, place, self.device)
 
 
-_DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
+_DTYPES = {str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
+"""Of what is encoded: all that a model computes in."""
 
 
 def _stream_record(stream: Stream, pool: TensorPool) -> Record:
@@ -127,6 +132,7 @@ def _codes_record(codes: Codes, pool: TensorPool) -> Record:
         "shape": list(codes.shape),
         "dtype": str(codes.dtype),
         "tensors": [[name, pool.add(tensor)] for name, tensor in codes.tensors.items()],
+        "spans": {name: [span.tokens, span.entries] for name, span in codes.spans.items()},
         "inner": None if codes.inner is None else _codes_record(codes.inner, pool),
     }
 

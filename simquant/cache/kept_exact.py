@@ -9,6 +9,7 @@ from torch import Tensor
 
 from artifacts.codes import Codes
 from artifacts.quantizer import Context, Quantizer
+from artifacts.span import Span
 from artifacts.wrapper import AbstractWrapper
 
 
@@ -48,7 +49,8 @@ class KeptExact(AbstractWrapper):
     def joined(self, codes: Codes, x: Float[Tensor, "tokens channels"], kept: Bool[Tensor, " tokens"]) -> Codes:
         """The codes of all tokens, and beside them those of `x` that are kept."""
         exact = {"counts": kept.to(torch.uint8), "values": x[kept]}
-        return Codes(tensors=exact, shape=codes.shape, dtype=codes.dtype, inner=codes)
+        spans = {"values": Span(entries="counts")}
+        return Codes(tensors=exact, shape=codes.shape, dtype=codes.dtype, spans=spans, inner=codes)
 
     def _encode(self, x: Float[Tensor, "tokens channels"], context: Context) -> Codes:
         none = torch.zeros(len(x), dtype=torch.bool, device=x.device)

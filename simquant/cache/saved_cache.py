@@ -19,6 +19,8 @@ from simquant.cache.transformers_cache import PackedCache
 from simquant.evaluation.evaluation_settings import quantizers_digest, weights_digest
 
 FORMAT = "kvcalib.cache"
+VERSION = 2
+"""Under version 1 there are two cuts of mixed-radix words in use, and codes do not say which tokens share scales."""
 
 
 @torch.no_grad()
@@ -65,7 +67,7 @@ def save_cache(cache: PackedCache, path: str | Path) -> None:
         "tables": tables_record(cache.tables, pool),
         "tool_version": tool_version(),
     }
-    write(Path(path), Stored(format=FORMAT, header=header, arrays=pool.arrays()))
+    write(Path(path), Stored(format=FORMAT, version=VERSION, header=header, arrays=pool.arrays()))
 
 
 @torch.no_grad()
@@ -97,7 +99,7 @@ def load_cache(path: str | Path, cache: PackedCache) -> PackedCache:
     """
     if any(layer.store.streams for layer in cache.layers):
         raise CacheStateError(f"load_cache: expected an empty cache; got one of {cache.get_seq_length()} tokens")
-    stored = read(Path(path), FORMAT)
+    stored = read(Path(path), FORMAT, VERSION)
     _check(path, stored.header, _made_for(cache))
     try:
         _fill(cache, stored)

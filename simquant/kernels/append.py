@@ -44,7 +44,8 @@ def append(quantizer: Quantizer, x: Float[Tensor, "tokens channels"]) -> Codes:
     if not torch.stack([torch.isfinite(tensor).all() for tensor in (x, *stored.values())]).all():
         return quantizer.encode(x)  # which says what is not finite, or does not fit float16
     codes = _codes(quantizer, x, sharing, stored)
-    return Codes(tensors={"codes": codes, **stored}, shape=(x.shape[0], x.shape[1]), dtype=x.dtype)
+    spans = quantizer.spans(len(x)) if isinstance(quantizer, DynamicAffine) else {}
+    return Codes(tensors={"codes": codes, **stored}, shape=(x.shape[0], x.shape[1]), dtype=x.dtype, spans=spans)
 
 
 def _dynamic_parameters(quantizer: DynamicAffine, x: Tensor, sharing: Sharing) -> dict[str, Tensor]:
