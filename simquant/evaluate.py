@@ -20,6 +20,7 @@ from simquant.evaluation.batch_scores import BatchScores, read_batches
 from simquant.evaluation.evaluation_run import EvaluationRun, NothingQuantizedError
 from simquant.evaluation.evaluation_settings import evaluation_settings
 from simquant.evaluation.figures import Normalization, clustered_mean, perplexity_of
+from simquant.evaluation.identity_check import check_identity
 from simquant.evaluation.protocols import Protocol, ProtocolName
 from simquant.evaluation.result import EvalResult
 from simquant.evaluation.scored_targets import ScoredTargets, scored_targets
@@ -115,6 +116,8 @@ def evaluate(
     ------
     NothingQuantizedError
         If a quantizer has fewer than 16 bits and no token went through it, or no scored target reads one that did.
+    UnsupportedModelError
+        If the protocol changes the model's logits though nothing is quantized.
     WindowLogError
         If the log is one of another evaluation.
     """
@@ -163,6 +166,8 @@ def evaluate_each(
     NothingQuantizedError
         If a quantizer of a candidate has fewer than 16 bits and no scored target reads what went through one; after the
         first batch, if no token went through it.
+    UnsupportedModelError
+        If the protocol changes the model's logits though nothing is quantized.
     WindowLogError
         If the log is one of another evaluation.
     """
@@ -180,6 +185,7 @@ def evaluate_each(
     if log is not None:
         finished = read_batches(log, evaluation_settings(model, layers, runs, batches, scored), candidates)
     with evaluating(model):
+        check_identity(model, layers, runs[0], windows[:1])
         for index, (batch, n_scored) in enumerate(zip(progress(batches), scored.split(batch_size), strict=True)):
             is_new = index >= len(finished)
             found = _score(model, layers, runs, batch, n_scored) if is_new else finished[index]
@@ -197,9 +203,10 @@ def _score(
     batch: Int64[Tensor, "windows tokens"],
     n_scored: Sequence[int],
 ) -> list[BatchScores]:
-    """What each set of quantizers makes of a batch, from one full-precision pass over it."""
+    """What each set of quantizers makes of a batch, which the model in full precision reads once for all."""
     start = time.perf_counter()
-    fp = ScoredLogits.of(window_logits(model, batch), batch, n_scored)
+    logits = runs[0].protocol.exact_logits(model, batch, logits=window_logits)
+    fp = ScoredLogits.of(logits, batch, n_scored)
     seconds = time.perf_counter() - start
     found = [run.score(model, layers, batch, fp) for run in runs]
     return [replace(own, seconds=own.seconds + seconds) for own in found]

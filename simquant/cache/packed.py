@@ -115,7 +115,9 @@ class _Session:
 
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             cache = kwargs.get("past_key_values")
+            hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
             if not isinstance(cache, PackedCache) or cache.session is not self:
+                _refuse_dropped(module, cache, hidden.shape[1])
                 got = "a packed cache of another context" if isinstance(cache, PackedCache) else type(cache).__name__
                 raise MismatchError(
                     f"layers.{layer.layer}: expected past_key_values=new_cache() of the context that the model is in; "
@@ -123,7 +125,6 @@ class _Session:
                 )
             self._in_use[layer.layer] = cache
             store = cache.layers[layer.layer]
-            hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
             store.arrival = Arrival(None, self._tokens.real(hidden.shape[0], hidden.shape[1]))
             if store.store.rotates and kwargs.get("position_embeddings") is not None:
                 cache.tables.note(layer, kwargs["position_embeddings"], store.store.n_columns)
@@ -167,3 +168,14 @@ class _Session:
             return mean
 
         return read
+
+
+def _refuse_dropped(module: nn.Module, cache: Any, n_tokens: int) -> None:
+    """Says it where `generate` of a model with two sets of rotary factors (Phi-3) has put another cache in place."""
+    limit = getattr(getattr(module, "config", None), "original_max_position_embeddings", None)
+    if limit is not None and n_tokens > limit and not isinstance(cache, PackedCache):
+        raise MismatchError(
+            f"{type(module).__name__}: generate() dropped the packed cache: beyond {limit} tokens "
+            f"(original_max_position_embeddings) this model rotates keys otherwise, and reads a text of {n_tokens} "
+            f"tokens anew. Keep prompt and answer within {limit} tokens, or call the model itself, step by step."
+        )

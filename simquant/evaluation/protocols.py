@@ -7,6 +7,7 @@ from typing import Literal, get_args
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
 
 from artifacts.artifact import Artifact
 from artifacts.attention import AttentionLayer
@@ -62,7 +63,7 @@ class Protocol:
     ) -> tuple[Float[Tensor, "windows tokens vocab"], Usage]:
         """The logits and what was stored; `logits` runs the model on whole texts."""
         if self.name == "cache":
-            return self._run_steps(model, batch, quantizers, layers)
+            return self._run_packed(model, batch, quantizers, layers)
         context = (
             simulate(model, quantizers, policy=self.policy, layers=layers)
             if self.name == "full"
@@ -84,11 +85,31 @@ class Protocol:
         if self.name == "full":
             return "fully quantized: every query, its own token included, reads decoded keys and values"
         way = (
-            "packed cache" if self.name == "cache" else "decode-exact: every query reads what a cache holds at its step"
+            "packed cache, against a plain one in the same steps"
+            if self.name == "cache"
+            else "decode-exact: every query reads what a cache holds at its step"
         )
         return f"{way}; {self.steps.describe()}, {self.policy.describe_prefill()}"
 
-    def _run_steps(
+    def exact_logits(
+        self, model: nn.Module, batch: Int64[Tensor, "windows tokens"], *, logits: Callable[[nn.Module, Tensor], Tensor]
+    ) -> Float[Tensor, "windows tokens vocab"]:
+        """The logits of the model as it is, in as many pieces as the quantized ones come about in.
+
+        Where logits depend on how a text is cut (RoPE that changes with the length, activations quantized by their
+        range), one pass would be another model.
+        """
+        return self._stepwise(model, batch, DynamicCache()) if self.name == "cache" else logits(model, batch)
+
+    def _stepwise(self, model: nn.Module, batch: Tensor, cache: Cache) -> Tensor:
+        batch = batch.to(next(model.parameters()).device)
+        parts = [
+            model(input_ids=batch[:, start:end], past_key_values=cache, use_cache=True).logits
+            for start, end in self.steps.spans(batch.shape[1])
+        ]
+        return torch.cat(parts, dim=1)
+
+    def _run_packed(
         self,
         model: nn.Module,
         batch: Tensor,
@@ -98,11 +119,8 @@ class Protocol:
         usage = Usage(quantizers)
         with packed_cache(model, quantizers, policy=self.policy, layers=layers) as new_cache:
             cache = new_cache()
-            logits = [
-                model(input_ids=batch[:, start:end], past_key_values=cache, use_cache=True).logits
-                for start, end in self.steps.spans(batch.shape[1])
-            ]
+            logits = self._stepwise(model, batch, cache)
         for layer in cache.layers:
             for site, store in layer.store.stores():
                 usage.add_store(site, store)
-        return torch.cat(logits, dim=1), usage
+        return logits, usage

@@ -1,0 +1,107 @@
+"""Sixteen bits lose nothing under any protocol, whatever a model's logits depend on; otherwise evaluation refuses."""
+
+from typing import Any
+
+import pytest
+import torch
+from test_packed_cache import per_token
+from test_replaced_attention import diff_llama
+from test_simulate import build, everywhere, identity
+from torch import Tensor
+from transformers import LlamaForCausalLM, PreTrainedModel
+
+from artifacts.errors import MismatchError, UnsupportedModelError
+from simquant import Steps, evaluate, packed_cache
+from simquant.cache import replaced_attention
+from simquant.evaluation.protocols import ProtocolName
+
+WINDOWS = torch.randint(3, 64, (2, 40), generator=torch.Generator().manual_seed(5))
+
+every_protocol = pytest.mark.parametrize("protocol", ["full", "decode", "cache"])
+
+
+def longrope() -> PreTrainedModel:
+    """Phi-3 beyond 16 tokens rotates by other factors, so that logits depend on how a text is cut."""
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    lengths = {"original_max_position_embeddings": 16, "max_position_embeddings": 64}
+    return build("phi3", rope_parameters=rope | {"original_max_position_embeddings": 16}, **lengths)
+
+
+def dynamic() -> PreTrainedModel:
+    return build(
+        "llama",
+        rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
+        max_position_embeddings=16,
+    )
+
+
+@every_protocol
+@pytest.mark.parametrize("make", [longrope, dynamic])
+def test_sixteen_bits_lose_nothing_where_logits_depend_on_the_cut(make: Any, protocol: ProtocolName) -> None:
+    """Logits of steps were compared with those of one pass: KL 1.40."""
+    found = evaluate(make(), WINDOWS, everywhere(identity), protocol=protocol)
+    assert found.kl_mean < 1e-6
+    assert abs(found.loss_nats) < 1e-4
+
+
+@pytest.mark.parametrize("make", [longrope, dynamic])
+def test_their_logits_do_depend_on_the_cut(make: Any) -> None:
+    once, stepwise = (
+        evaluate(make(), WINDOWS, everywhere(identity), protocol=protocol).fp_perplexity
+        for protocol in ("decode", "cache")
+    )
+    assert abs(once / stepwise - 1) > 0.01
+
+
+def test_the_exact_model_reads_each_window_once_for_all_candidates(
+    tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from simquant.evaluate import evaluate_each
+
+    n_calls = []
+    forward = tiny_llama.forward
+    monkeypatch.setattr(tiny_llama, "forward", lambda *args, **kwargs: n_calls.append(1) or forward(*args, **kwargs))
+    counts = []
+    for n_candidates in (1, 3):
+        n_calls.clear()
+        candidates = [everywhere(per_token) for _ in range(n_candidates)]
+        evaluate_each(tiny_llama, WINDOWS, candidates, protocol="cache", steps=Steps(chunk_tokens=8))
+        counts.append(len(n_calls))
+    n_windows, n_steps, n_more = 2, 6, 2
+    assert counts[1] - counts[0] == n_windows * n_steps * n_more
+
+
+@pytest.mark.parametrize("protocol", ["decode", "cache"])
+def test_a_model_that_a_protocol_changes_is_refused(
+    protocol: ProtocolName, tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = replaced_attention.Scoring
+    monkeypatch.setattr(
+        replaced_attention, "Scoring", lambda scaling, **options: original(scaling=3 * scaling, **options)
+    )
+    with pytest.raises(UnsupportedModelError, match=rf"'{protocol}' changes its logits though nothing .*KL .*'full'"):
+        evaluate(tiny_llama, WINDOWS, everywhere(per_token), protocol=protocol)
+    assert evaluate(tiny_llama, WINDOWS, everywhere(per_token), protocol="full").kl_mean > 0
+
+
+def test_diff_llama_is_evaluated_fully_quantized_alone() -> None:
+    model = diff_llama()
+    assert evaluate(model, WINDOWS, everywhere(identity)).kl_mean == 0
+    for protocol in ("decode", "cache"):
+        with pytest.raises(UnsupportedModelError, match="DiffLlamaAttention"):
+            evaluate(model, WINDOWS, everywhere(identity), protocol=protocol)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_is_no_reason_to_refuse(dtype: torch.dtype, tiny_llama: LlamaForCausalLM) -> None:
+    for protocol in ("decode", "cache"):
+        evaluate(tiny_llama.to(dtype), WINDOWS, everywhere(identity), protocol=protocol)
+
+
+def test_a_cache_that_the_model_drops_is_told_as_that() -> None:
+    """It was said that no packed cache had been passed."""
+    model = longrope()
+    ids: Tensor = WINDOWS[:1, :14]
+    message = r"dropped the packed cache: beyond 16 tokens .*a text of 17 tokens"
+    with packed_cache(model, everywhere(identity)) as new_cache, pytest.raises(MismatchError, match=message):
+        model.generate(ids, past_key_values=new_cache(), max_new_tokens=8, min_new_tokens=8, do_sample=False)
