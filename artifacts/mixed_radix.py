@@ -46,16 +46,22 @@ class MixedRadix:
         self.channels = len(n_levels)
         coded = [channel for channel, n in enumerate(n_levels) if n > 1]
         words = _cut([n_levels[channel] for channel in coded])
-        self._longest = max((stop - start for start, stop, _ in words), default=0)
-        self._place = torch.zeros(self.channels, dtype=torch.int64)  # of a channel's digit in "digits words"
-        self._radices = torch.ones(self._longest, len(words), 1, dtype=torch.int64)
-        for word, (start, stop, _) in enumerate(words):
-            for digit, channel in enumerate(coded[start:stop]):
-                self._place[channel] = digit * len(words) + word
-                self._radices[digit, word] = n_levels[channel]
-        self._coded = torch.tensor(coded, dtype=torch.int64)
+        longest = max((stop - start for start, stop, _ in words), default=0)
+        places = [(digit, w) for w, (start, stop, _) in enumerate(words) for digit in range(stop - start)]
+        radices = torch.ones(longest, len(words), 1, dtype=torch.int64)
+        for (digit, word), channel in zip(places, coded, strict=True):
+            radices[digit, word] = n_levels[channel]
         widths = torch.tensor([width for _, _, width in words], dtype=torch.int64)
-        self._widths, self._first_bit = widths[:, None], widths.cumsum(0) - widths
+        first_bit = widths.cumsum(0) - widths
+        self._layout = {
+            "coded": torch.tensor(coded, dtype=torch.int64),
+            "place": torch.tensor([digit * len(words) + word for digit, word in places], dtype=torch.int64),
+            "radices": radices,
+            "first_byte": first_bit // 8,
+            "shift": (first_bit % 8)[:, None],
+            "mask": (1 << widths[:, None]) - 1,
+        }
+        self._layouts = {torch.device("cpu"): self._layout}
         self.bytes_per_token = _whole_bytes(words)
 
     def pack(self, codes: Integer[Tensor, "tokens channels"]) -> UInt8[Tensor, "tokens bytes"]:
@@ -78,35 +84,44 @@ class MixedRadix:
             self._unpack(rows.T, part)
         return codes.T
 
+    def _on(self, device: torch.device) -> dict[str, Tensor]:
+        """Where codes stand, by tensors that stay on the device.
+
+        Which channels are coded, the place of each one's digit in "digits words", the radices there, and of each word
+        its first byte, how far it is shifted in it, and a mask of its bits.
+        """
+        if device not in self._layouts:
+            self._layouts[device] = {name: tensor.to(device) for name, tensor in self._layout.items()}
+        return self._layouts[device]
+
     def _pack(self, codes: UInt8[Tensor, "channels tokens"]) -> UInt8[Tensor, "bytes tokens"]:
-        device, n_tokens = codes.device, codes.shape[1]
-        digits = codes.new_zeros(self._radices.numel(), n_tokens)
-        digits[self._place[self._coded].to(device)] = codes[self._coded.to(device)]
-        words = torch.zeros(self._radices.shape[1], n_tokens, dtype=torch.int64, device=device)
-        for radices, digit in zip(
-            self._radices.to(device).flip(0), digits.view(len(self._radices), *words.shape).flip(0), strict=True
-        ):
+        layout, n_tokens = self._on(codes.device), codes.shape[1]
+        n_digits, n_words, _ = layout["radices"].shape
+        digits = codes.new_zeros(n_digits * n_words, n_tokens)
+        digits[layout["place"]] = codes[layout["coded"]]
+        words = torch.zeros(n_words, n_tokens, dtype=torch.int64, device=codes.device)
+        by_digit = digits.view(n_digits, n_words, n_tokens)
+        for radices, digit in zip(layout["radices"].flip(0), by_digit.flip(0), strict=True):
             words.mul_(radices).add_(digit)
-        words <<= (self._first_bit % 8).to(device)[:, None]
-        rows = torch.zeros(self.bytes_per_token + 8, n_tokens, dtype=torch.int64, device=device)
+        words <<= layout["shift"]
+        rows = torch.zeros(self.bytes_per_token + 8, n_tokens, dtype=torch.int64, device=codes.device)
         for byte in range(8):  # words share no bits, so that adding is joining
-            rows.index_add_(0, (self._first_bit // 8 + byte).to(device), words >> 8 * byte & 0xFF)
+            rows.index_add_(0, layout["first_byte"] + byte, words >> 8 * byte & 0xFF)
         return rows[: self.bytes_per_token].to(torch.uint8)
 
     def _unpack(self, packed: UInt8[Tensor, "bytes tokens"], codes: UInt8[Tensor, "channels tokens"]) -> None:
-        device = packed.device
+        layout = self._on(packed.device)
         rows = torch.nn.functional.pad(packed, (0, 0, 0, 8)).long()
-        first = (self._first_bit // 8).to(device)
-        words = rows[first]
+        words = rows[layout["first_byte"]]
         for byte in range(1, 8):
-            words |= rows[first + byte] << 8 * byte
-        words = words >> (self._first_bit % 8).to(device)[:, None] & (1 << self._widths.to(device)) - 1
-        digits = codes.new_zeros(self._radices.shape[0], *words.shape)
-        for radices, digit in zip(self._radices.to(device), digits, strict=True):
+            words |= rows[layout["first_byte"] + byte] << 8 * byte
+        words = words >> layout["shift"] & layout["mask"]
+        digits = codes.new_zeros(len(layout["radices"]), *words.shape)
+        for radices, digit in zip(layout["radices"], digits, strict=True):
             rest = words.div(radices, rounding_mode="floor")
             digit.copy_(words.addcmul_(rest, radices, value=-1))
             words = rest
-        codes[self._coded.to(device)] = digits.flatten(0, 1)[self._place[self._coded].to(device)]
+        codes[layout["coded"]] = digits.flatten(0, 1)[layout["place"]]
 
 
 def bytes_per_token(n_levels: Sequence[int]) -> int:
