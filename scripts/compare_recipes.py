@@ -1,6 +1,7 @@
 """All recipes on the same windows of one model: counted bits, losses, errors of single layers, and a Pareto plot.
 
-Run it from the checkout: `python -m scripts.compare_recipes MODEL --dataset FILE`.
+Run it from the checkout: `python -m scripts.compare_recipes MODEL --dataset FILE`. Statistics, fits, layers' errors and
+scores are kept in the output folder as they are found; the same command goes on from them, with other recipes, too.
 """
 
 import argparse
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from scripts import options
 from scripts.console import Parser, UsageError, run, say, set_up_logging
-from scripts.evaluate_text import tell, warn_of_overlap
+from scripts.evaluate_text import warn_of_overlap
 from scripts.options import NSAMPLES
 from scripts.outputs import output_folder
 
@@ -57,9 +58,11 @@ def _main(argv: list[str]) -> int:
     from scripts.comparison_report import write_report
 
     try:
-        about, rows = _compare(args, recipes)
+        about, rows = _compare(args, recipes, folder)
     except KeyboardInterrupt as error:
-        raise KeyboardInterrupt("Nothing was written: no recipe is finished before the last window.") from error
+        raise KeyboardInterrupt(
+            f"What is finished is in {folder / 'kept'}; the same command goes on from there."
+        ) from error
     write_report(folder, {"command": shlex.join(["python", "-m", "scripts.compare_recipes", *argv]), **about}, rows)
     print((folder / "table.md").read_text(encoding="utf-8"), end="")
     say(f"{folder}: results.json, table.md, pareto.png")
@@ -77,37 +80,39 @@ def _recipes(names: str | None) -> "list[Recipe]":
     return recipes
 
 
-def _compare(args: argparse.Namespace, recipes: "list[Recipe]") -> "tuple[dict[str, Any], list[ComparedRecipe]]":
+def _compare(
+    args: argparse.Namespace, recipes: "list[Recipe]", folder: Path
+) -> "tuple[dict[str, Any], list[ComparedRecipe]]":
     """What was compared on what, and the recipes in order."""
     from artifacts.evidence import text_config
     from calib.corpus import check_dataset, load_corpus
-    from calib.windows import check_vocabulary, sample_windows, split_windows
+    from calib.windows import check_vocabulary, split_windows
     from scripts.compared_recipe import in_order
     from scripts.comparison import Comparison
-    from scripts.models import load_model
+    from scripts.gathering import loaded
+    from scripts.kept_comparison import KeptComparison
+    from scripts.sweep_settings import Settings
 
-    sources = (args.calibration_dataset or args.dataset, args.dataset)
-    for source in sources:
+    for source in (args.calibration_dataset or args.dataset, args.dataset):
         check_dataset(source)
-    loaded = load_model(args)
-    seqlen = loaded.window_tokens(args.seqlen)
-    text = load_corpus(sources[0], "calibration", loaded.encode, field=args.field)
-    sampled = sample_windows(text, n_windows=args.nsamples, seqlen=seqlen, seed=args.seed)
-    held_out = load_corpus(sources[1], "evaluation", loaded.encode, field=args.field)
+    settings = Settings(**{name: value for name, value in vars(args).items() if name in Settings.model_fields})
+    found = loaded(args.model, args.device, args.dtype, args.maxseqlen)
+    seqlen = found.window_tokens(args.seqlen)
+    held_out = load_corpus(args.dataset, "evaluation", found.encode, field=args.field)
     windows = split_windows(held_out, seqlen=seqlen, limit=args.limit)
-    check_vocabulary(windows, text_config(loaded.model).vocab_size, held_out.name)
-    comparison = Comparison(loaded.model, loaded.layers(), recipes)
-    origin = {"model_id": loaded.model_id, "seed": args.seed, "tokenizer_digest": loaded.tokenizer_digest}
-    comparison.calibrate(sampled, args.statistics, corpus=text.name, **origin)
+    check_vocabulary(windows, text_config(found.model).vocab_size, held_out.name)
+    kept = KeptComparison.under(folder, args.model, settings)
+    comparison = Comparison(found.model, found.layers(), recipes, kept)
+    comparison.calibrate(args.model, settings)
     comparison.measure_layers(windows[: args.error_windows])
     rows = in_order(comparison.evaluate(windows, args.batch_size))
     warn_of_overlap(rows[0].artifact, windows)
-    tell(rows[0].result)
+    corpus = rows[0].artifact.manifest.corpus
     about = {
         "model": args.model,
         "perplexity": rows[0].result.fp_perplexity,
         "window_tokens": seqlen,
-        "calibration": {"text": text.name, "n_windows": len(sampled), "seed": args.seed, "tier": args.statistics},
+        "calibration": {"text": corpus.name, "n_windows": corpus.n_windows, "seed": args.seed, "tier": args.statistics},
         "evaluation": {"text": held_out.name, "n_windows": len(windows), "batch_size": args.batch_size},
         "error_windows": min(args.error_windows, len(windows)),
         "skipped": comparison.skipped,

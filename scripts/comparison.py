@@ -3,23 +3,24 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from functools import partial
 
 from jaxtyping import Int64
 from torch import Tensor, nn
 
 from artifacts.artifact import Artifact
 from artifacts.attention import AttentionLayer
-from calib.calibration import add_windows, new_statistics
 from calib.capture import site_shapes
 from calib.fitting import fit
 from calib.layer_choice import check
 from calib.recipe import Recipe
 from calib.statistics.model_statistics import ModelStatistics
-from calib.statistics.site_statistics import Tier
 from scripts.compared_recipe import ComparedRecipe
 from scripts.console import UsageError, bar, say
+from scripts.gathering import Gathering
+from scripts.kept_comparison import KeptComparison
+from scripts.sweep_settings import Settings
 from simquant.evaluate import evaluate_each
 from simquant.evaluation.attention_inputs import AttentionInputs, attention_inputs
 from simquant.evaluation.site_errors import AttentionErrors, attention_errors
@@ -37,6 +38,8 @@ class Comparison:
         Its attention layers.
     recipes : Sequence[Recipe]
         With different names.
+    kept : KeptComparison
+        What an earlier run has finished, and where this one keeps what it finishes.
     skipped : dict from str to str
         Why a recipe is not compared, by its name.
     """
@@ -44,43 +47,51 @@ class Comparison:
     model: nn.Module
     layers: Sequence[AttentionLayer]
     recipes: Sequence[Recipe]
+    kept: KeptComparison
     skipped: dict[str, str] = field(default_factory=dict)
     _artifacts: dict[str, Artifact] = field(default_factory=dict)
     _fit_seconds: dict[str, float] = field(default_factory=dict)
     _errors: dict[str, dict[int, AttentionErrors]] = field(default_factory=dict)
 
-    def calibrate(self, windows: Int64[Tensor, "windows tokens"], tier: Tier, **origin: Any) -> None:
+    def calibrate(self, model: str, settings: Settings) -> None:
         """Fits all recipes, from one pass over the windows for each stage of keys that they take.
 
         Parameters
         ----------
-        windows : Int64[Tensor, "windows tokens"]
-            Token ids of the calibration text, without padding.
-        tier : {'basic', 'full'}
-            Which statistics to take.
-        **origin
-            See `calib.calibration.new_statistics`.
+        model : str
+            Folder, hub id, or `demo`.
+        settings : Settings
+            Text, windows and tier of the statistics.
         """
         for recipe in self.recipes:
             with self._or_skipped(recipe.name):
                 check(recipe, site_shapes(self.layers, recipe.stage))
         for stage in sorted({recipe.stage for recipe in self._left()}):
             own = [recipe for recipe in self._left() if recipe.stage == stage]
-            gradients = {"fisher": True} if any(recipe.needs_fisher for recipe in own) else {}
-            statistics = new_statistics(self.model, self.layers, stage=stage, tier=tier, **gradients, **origin)
-            add_windows(self.model, self.layers, statistics, windows, lambda w, s=stage: bar(w, f"calibrating, {s}"))
-            for recipe in own:
+            fisher = any(recipe.needs_fisher for recipe in own)
+            missing = [recipe for recipe in own if not self._recalled(recipe)]
+            if missing:
+                statistics = self.kept.statistics(Gathering(model, settings, stage, settings.statistics, fisher))
+            for recipe in missing:
                 with self._or_skipped(recipe.name):
                     self._fit(statistics, recipe)
 
     def measure_layers(self, windows: Int64[Tensor, "windows tokens"]) -> None:
         """Adds what each recipe does to single layers."""
-        self._errors = {name: {layer.layer: AttentionErrors() for layer in self.layers} for name in self._artifacts}
-        for window in bar(windows, "errors of layers"):
-            seen = attention_inputs(self.model, self.layers, window)
-            for recipe in self._left():
+        logs = {recipe.name: self.kept.errors_log(recipe) for recipe in self._left()}
+        found = {
+            recipe.name: [_errors(line) for line in logs[recipe.name].start(recipe.model_dump(mode="json"))]
+            for recipe in self._left()
+        }
+        for index, window in enumerate(bar(windows, "errors of layers")):
+            missing = [recipe for recipe in self._left() if index >= len(found[recipe.name])]
+            seen = attention_inputs(self.model, self.layers, window) if missing else []
+            for recipe in missing:
                 with self._or_skipped(recipe.name):
-                    self._measure(seen, recipe)
+                    found[recipe.name].append(self._measured(seen, recipe))
+                    logs[recipe.name].append(index, _to_json(found[recipe.name][-1]))
+        for name, of_windows in found.items():
+            self._errors[name] = _summed(of_windows[: len(windows)])
 
     def evaluate(self, windows: Int64[Tensor, "windows tokens"], batch_size: int) -> list[ComparedRecipe]:
         """What each recipe stores and loses.
@@ -100,6 +111,7 @@ class Comparison:
             [self._artifacts[name] for name in names],
             batch_size=batch_size,
             progress=lambda batches: bar(batches, "evaluating"),
+            log=self.kept.scores_log(self._left()),
         )
         return [
             ComparedRecipe(
@@ -123,12 +135,38 @@ class Comparison:
             self.skipped[name] = str(error)
             say(f"skipped: {error}")
 
+    def _recalled(self, recipe: Recipe) -> bool:
+        found = self.kept.fitted(recipe)
+        if found is not None:
+            self._artifacts[recipe.name], self._fit_seconds[recipe.name] = found
+        return found is not None
+
     def _fit(self, statistics: ModelStatistics, recipe: Recipe) -> None:
         start = time.perf_counter()
-        self._artifacts[recipe.name] = fit(statistics, recipe)
-        self._fit_seconds[recipe.name] = time.perf_counter() - start
+        artifact = fit(statistics, recipe, progress=partial(bar, what=f"fitting {recipe.name}"))
+        seconds = time.perf_counter() - start
+        self.kept.keep_fitted(recipe, artifact, seconds)
+        self._artifacts[recipe.name], self._fit_seconds[recipe.name] = artifact, seconds
 
-    def _measure(self, seen: Sequence[AttentionInputs], recipe: Recipe) -> None:
-        for inputs in seen:
-            found = attention_errors(inputs, self._artifacts[recipe.name], sink_tokens=recipe.sink_tokens)
-            self._errors[recipe.name][inputs.layer.layer] += found
+    def _measured(self, seen: Sequence[AttentionInputs], recipe: Recipe) -> dict[int, AttentionErrors]:
+        return {
+            inputs.layer.layer: attention_errors(inputs, self._artifacts[recipe.name], sink_tokens=recipe.sink_tokens)
+            for inputs in seen
+        }
+
+
+def _summed(windows: Sequence[dict[int, AttentionErrors]]) -> dict[int, AttentionErrors]:
+    layers = windows[0] if windows else {}
+    return {layer: sum((found[layer] for found in windows), start=AttentionErrors()) for layer in layers}
+
+
+def _to_json(errors: dict[int, AttentionErrors]) -> dict[str, dict[str, str]]:
+    """By layer; every bit of the numbers, also where they are not finite."""
+    return {str(layer): {name: x.hex() for name, x in asdict(own).items()} for layer, own in errors.items()}
+
+
+def _errors(data: dict[str, dict[str, str]]) -> dict[int, AttentionErrors]:
+    return {
+        int(layer): AttentionErrors(**{name: float.fromhex(x) for name, x in own.items()})
+        for layer, own in data.items()
+    }

@@ -17,6 +17,7 @@ from calib.statistics.model_statistics import ModelStatistics
 from calib.statistics.site_statistics import Tier
 from calib.windows import sample_windows
 from scripts.console import say
+from scripts.interrupt import remaining_windows
 from scripts.models import LoadedModel, load_model
 from scripts.sweep_cell import digest_name, stamp
 from scripts.sweep_settings import Settings
@@ -60,8 +61,11 @@ class Gathering:
         tier: Tier = "full" if any(recipe.needs_full for recipe in own) else settings.statistics
         return cls(model, settings, stage, tier, any(recipe.needs_fisher for recipe in own))
 
-    def gather(self, progress: Progress = iter) -> ModelStatistics:
-        """Runs the model over the calibration windows; `progress` wraps them."""
+    def gather(self, progress: Progress = iter, unfinished: Path | None = None) -> ModelStatistics:
+        """Runs the model over the calibration windows, which `progress` wraps.
+
+        After Ctrl-C the windows that are finished are kept in the file `unfinished`; the next call goes on from them.
+        """
         args = self.settings.arguments(self.model)
         found = self.load_model()
         text = load_corpus(args.calibration_dataset, "calibration", found.encode, field=args.field)
@@ -79,7 +83,16 @@ class Gathering:
             seed=args.seed,
             tokenizer_digest=found.tokenizer_digest,
         )
-        add_windows(found.model, layers, statistics, windows, progress)
+        if unfinished is not None and unfinished.exists():
+            statistics.merge(ModelStatistics.load(unfinished))
+            windows = remaining_windows(windows, statistics, unfinished)
+        try:
+            if len(windows):
+                add_windows(found.model, layers, statistics, windows, progress)
+        except KeyboardInterrupt:
+            if unfinished is not None and statistics.windows:
+                statistics.save(unfinished)
+            raise
         return statistics
 
     def load_model(self) -> LoadedModel:
@@ -94,17 +107,30 @@ class Gathering:
         """Gathers, and writes what was found into the folder."""
         self.gather().save(self.path(folder))
 
+    def kept(self, folder: Path, progress: Progress) -> ModelStatistics:
+        """What the folder holds, else what is gathered now and kept there; Ctrl-C loses the window at hand at most."""
+        found = self._load(folder)
+        if found is None:
+            path = self.path(folder)
+            unfinished = path.with_name(f"unfinished-{path.name}")
+            found = self.gather(progress, unfinished)
+            found.save(path)
+            unfinished.unlink(missing_ok=True)
+        return found
+
     def is_kept(self, folder: Path) -> bool:
         """Whether the folder holds these very statistics, undamaged."""
+        return self._load(folder) is not None
+
+    def _load(self, folder: Path) -> ModelStatistics | None:
         path = self.path(folder)
         if not path.exists():
-            return False
+            return None
         try:
-            ModelStatistics.load(path)
+            return ModelStatistics.load(path)
         except ArtifactError as error:
             say(f"{error}; it is gathered again")
-            return False
-        return True
+            return None
 
     def _identity(self) -> dict[str, Any]:
         args = self.settings.arguments(self.model)

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,13 +21,14 @@ from artifacts.dynamic_affine import DynamicAffine
 from artifacts.identity import Identity
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site, Stage
+from calib import capture
 from scripts import calibrate as calibrate_program
 from scripts import compare_recipes, comparison
 from scripts import evaluate as evaluate_program
 from scripts.pareto import Point, label_points, pareto_front, plot_pareto, save_pareto
 from simquant import CachePolicy, evaluate, simulate
 from simquant.evaluate import evaluate_each
-from simquant.evaluation import site_errors
+from simquant.evaluation import evaluation_run, site_errors
 from simquant.evaluation.attention_inputs import attention_inputs
 from simquant.evaluation.site_errors import AttentionErrors, attention_errors
 
@@ -360,17 +362,73 @@ def test_the_first_line_tells_how_to_mend_it(
     assert said in line
 
 
-def test_an_interrupt_says_what_is_lost(
+class Stop:
+    """Calls a function until it is called for the n-th time, which is Ctrl-C."""
+
+    def __init__(self, function: Callable[..., Any], n: int) -> None:
+        self._function, self._left = function, n
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._left -= 1
+        if not self._left:
+            raise KeyboardInterrupt
+        return self._function(*args, **kwargs)
+
+
+STEPS = {
+    "gathering": (capture, "token_batch", 3),
+    "fitting": (comparison, "fit", 2),
+    "errors": (comparison, "attention_errors", 6),
+    "scores": (evaluation_run, "score", 3),
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_an_interrupted_comparison_goes_on_where_it_stopped(
+    step: str, compare: Callable[[str], tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything used to be lost until the last window: hours, for many recipes."""
+    more = "--recipes rotated.yaml,sinks.yaml --error-windows 2 --output {}"
+    assert compare(more.format(tmp_path / "whole"))[0] == 0
+    owner, name, n = STEPS[step]
+    calls, function = [], getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *args, **kwargs: calls.append(1) or function(*args, **kwargs))
+    assert compare(more.format(tmp_path / "counted"))[0] == 0
+    total = len(calls)
+    monkeypatch.setattr(owner, name, Stop(function, n))
+    status, out, err = compare(more.format(tmp_path / "out"))
+    assert (status, out) == (130, "")
+    assert f"What is finished is in {tmp_path / 'out' / 'kept'}; the same command goes on" in err
+    calls.clear()
+    monkeypatch.setattr(owner, name, lambda *args, **kwargs: calls.append(1) or function(*args, **kwargs))
+    status, _, err = compare(more.format(tmp_path / "out"))
+    assert status == 0
+    assert "going on from what an earlier run has finished" in err
+    assert len(calls) < total
+    whole, resumed = (without_times(json.loads((tmp_path / f / "results.json").read_text())) for f in ("whole", "out"))
+    assert resumed == whole
+
+
+def without_times(results: dict) -> dict:
+    recipes = [{**recipe, "seconds": 0, "fit_seconds": 0} for recipe in results["recipes"]]
+    return {**results, "recipes": recipes, "command": ""}
+
+
+def test_what_is_finished_is_not_done_again_and_other_settings_start_anew(
     compare: Callable[[str], tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
+    output = f"--output {tmp_path / 'out'}"
+    assert compare(f"--recipes rotated.yaml {output}")[0] == 0
+    status, _, err = compare(f"--recipes rotated.yaml {output} --seed 1")
+    assert status == 0
+    assert "was made with other settings, texts or versions; this comparison starts anew" in err
 
-    monkeypatch.setattr(comparison, "evaluate_each", interrupted)
-    status, out, err = compare(f"--recipes rotated.yaml --output {tmp_path / 'out'}")
-    assert (status, out) == (130, "")
-    assert "Nothing was written" in err
-    assert not list((tmp_path / "out").iterdir())
+    def forbidden(*_: Any, **__: Any) -> None:
+        raise AssertionError
+
+    for owner, name, _ in STEPS.values():
+        monkeypatch.setattr(owner, name, forbidden)
+    assert compare(f"--recipes rotated.yaml {output}")[0] == 0
 
 
 def test_a_recipe_that_cannot_encode_is_skipped_and_the_others_go_on(
