@@ -104,7 +104,7 @@ def _mixers(model: nn.Module) -> dict[int, dict[str, nn.Module]]:
 
     Of those inside one another the outermost that projects keys itself, otherwise the innermost.
     """
-    found = {name: module for name, module in model.named_modules() if _takes_cache(module)}
+    found = {name.replace("_orig_mod.", ""): module for name, module in model.named_modules() if _takes_cache(module)}
     attention = {name for name, module in found.items() if projection(module, "key") or _latent(module)}
     found = {name: module for name, module in found.items() if attention.isdisjoint(_ancestors(name))}
     outer = {ancestor for name in found for ancestor in _ancestors(name)}

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from artifacts.evidence import ROLES, Evidence, norm, projection, text_config
 from artifacts.rope import position_tables
-from artifacts.taps import evaluating, exchange_cache, intercept_cache
+from artifacts.taps import evaluating, exchange_cache, intercept_cache, uncompiled
 
 _MIN_TOKENS = 11
 # Beyond the bounds, about 8, to which OLMo and DBRX clip their projections: a clipped tensor must not pass for whole.
@@ -27,6 +27,7 @@ def probe(model: nn.Module, modules: Sequence[nn.Module]) -> dict[nn.Module, Evi
     noise = torch.Generator().manual_seed(0)
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
+        stack.enter_context(uncompiled())
         stack.enter_context(torch.no_grad())
         for seen in evidence.values():
             for handle in _watch(seen, noise):

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from artifacts.errors import MismatchError
+from artifacts.errors import MismatchError, UnsupportedModelError
 from artifacts.rope import Rotation, TableOrder, position_tables, rotate, spread
 from artifacts.sites import Site
 
@@ -135,7 +135,7 @@ def tapped(layers: Sequence[AttentionLayer], handlers: Mapping[Site, Handler]) -
 
     A handler gets "batch heads tokens head_dim". What it returns goes on in place of the tensor, both into the cache
     and into attention; None leaves everything as it is. Contexts may be nested: the outer one's handlers come first.
-    On leaving, also by an exception, no hook remains.
+    Compiled modules run as they are written meanwhile. On leaving, also by an exception, no hook remains.
 
     Parameters
     ----------
@@ -153,6 +153,7 @@ def tapped(layers: Sequence[AttentionLayer], handlers: Mapping[Site, Handler]) -
     """
     by_index = {layer.layer: layer for layer in layers}
     with ExitStack() as stack:
+        stack.enter_context(uncompiled())
         for site, handler in handlers.items():
             if site.layer not in by_index:
                 raise MismatchError(
@@ -162,6 +163,29 @@ def tapped(layers: Sequence[AttentionLayer], handlers: Mapping[Site, Handler]) -
             for handle in _register(by_index[site.layer], site, handler):
                 stack.callback(handle.remove)
         yield
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Modules that were compiled run as they are written: compiled code never calls hooks that are added later."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def check_seen(model: nn.Module, missing: Sequence[Site]) -> None:
+    """A forward pass that went by some sites is told.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If any is missing.
+    """
+    if missing:
+        others = f" and of {len(missing) - 1} other sites" if len(missing) > 1 else ""
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: it ran, and nothing was seen of {missing[0]}{others}: its hooks were not called, as "
+            "where a graph was captured before. Run the module as it was written: model._orig_mod of a compiled one."
+        )
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """One forward pass per batch of windows, and what the sites gave during it; a backward pass where it is asked for."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from artifacts.attention import AttentionLayer, tapped
 from artifacts.errors import UnsupportedModelError
 from artifacts.layout import to_rows
 from artifacts.sites import Site, Stage
+from artifacts.taps import check_seen
 from calib.statistics.model_statistics import ModelStatistics
 from calib.statistics.site_statistics import SiteShape
 from calib.statistics.token_batch import TokenBatch
@@ -46,7 +47,7 @@ def site_shapes(layers: Sequence[AttentionLayer], stage: Stage) -> list[SiteShap
 def capture(
     model: nn.Module,
     layers: Sequence[AttentionLayer],
-    sites: Iterable[Site],
+    sites: Collection[Site],
     input_ids: Int64[Tensor, "windows tokens"],
     attention_mask: Bool[Tensor, "windows tokens"] | None = None,
 ) -> Vectors:
@@ -58,7 +59,7 @@ def capture(
         A transformers model; it is as it was afterwards, also after an error.
     layers : Sequence[AttentionLayer]
         Its attention layers.
-    sites : Iterable[Site]
+    sites : Collection[Site]
         What to observe.
     input_ids : Int64[Tensor, "windows tokens"]
         Token ids.
@@ -75,13 +76,14 @@ def capture(
 
     with tapped(layers, {site: observer(site) for site in sites}):
         _run(model, input_ids, attention_mask)
+    check_seen(model, [site for site in sites if site not in vectors])
     return vectors
 
 
 def capture_with_gradients(
     model: nn.Module,
     layers: Sequence[AttentionLayer],
-    sites: Iterable[Site],
+    sites: Collection[Site],
     input_ids: Int64[Tensor, "windows tokens"],
     attention_mask: Bool[Tensor, "windows tokens"] | None = None,
 ) -> tuple[Vectors, Vectors]:
@@ -121,6 +123,7 @@ def capture_with_gradients(
     with _without_weight_gradients(model), torch.enable_grad():
         with tapped(layers, {site: watcher(site) for site in sites}):
             output = _run(model, input_ids, attention_mask)
+        check_seen(model, [site for site in sites if site not in vectors])
         loss = _summed_loss(output, input_ids, attention_mask)
         found = torch.autograd.grad(loss, list(sources.values()))
     return vectors, {site: _real_rows(g, attention_mask) for site, g in zip(sources, found, strict=True)}

@@ -19,7 +19,7 @@ from simquant.cache.cacheable import default_policy
 from simquant.cache.decoded_sources import DecodedSources
 from simquant.cache.policy import CachePolicy
 from simquant.cache.tokens import Tokens, watch_tokens
-from simquant.usage import Usage
+from simquant.usage import Usage, counted_passes
 
 
 @contextmanager
@@ -73,6 +73,7 @@ def simulate(
             site: _handler(site, quantizer, (policy, tokens, usage), sources) for site, quantizer in quantizers.items()
         }
         stack.enter_context(tapped(layers, handlers))
+        stack.enter_context(counted_passes(model, usage))
         yield usage
 
 

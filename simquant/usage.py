@@ -2,12 +2,17 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
+from typing import Any
+
+from torch import nn
 
 from artifacts.codes import Codes
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
+from artifacts.taps import check_seen
 from simquant.cache.token_store import TokenStore
 from simquant.fake_quant.stored import Stored
 
@@ -114,5 +119,33 @@ class Usage:
         channels = sum(self.quantizers[site].channels for site in chosen)
         return 8 * total / (context_tokens * channels) if channels else 0.0
 
+    def n_tokens(self) -> dict[Site, int]:
+        """Tokens of each site so far."""
+        return {site: self.sites[site].n_encoded + self.sites[site].n_exact for site in self.quantizers}
+
     def _chosen(self, tensor: str) -> dict[Site, SiteUsage]:
         return {site: use for site, use in self.sites.items() if site.tensor == tensor}
+
+
+@contextmanager
+def counted_passes(model: nn.Module, usage: Usage) -> Iterator[None]:
+    """Every forward pass of the model inside the context adds tokens at every site.
+
+    Raises
+    ------
+    UnsupportedModelError
+        After a pass that did not.
+    """
+    before: dict[Site, int] = {}
+
+    def start(*_: Any) -> None:
+        before.update(usage.n_tokens())
+
+    def end(*_: Any) -> None:
+        check_seen(model, [site for site, n_tokens in usage.n_tokens().items() if n_tokens == before[site]])
+
+    module = getattr(model, "_orig_mod", model)
+    with ExitStack() as stack:
+        stack.callback(module.register_forward_pre_hook(start).remove)
+        stack.callback(module.register_forward_hook(end).remove)
+        yield

@@ -26,7 +26,7 @@ from simquant.cache.tokens import Tokens, watch_tokens
 from simquant.evaluation.steps import Steps
 from simquant.evaluation.two_sided_attention import encoded_tokens, two_sided_attention
 from simquant.simulate import check_fit
-from simquant.usage import Usage
+from simquant.usage import Usage, counted_passes
 
 _SCORES = 2**22
 """Scores that are held at a time: queries are taken in parts."""
@@ -83,6 +83,7 @@ def decode_exact(
             stack.callback(intercept_cache(layer.module, decoding.on_cached(layer)).remove)
         taps = {site: decoding.on_key(site) for site in quantizers if site.stage == "pre_rope"}
         stack.enter_context(tapped(layers, taps))
+        stack.enter_context(counted_passes(model, decoding.usage))
         yield decoding.usage
 
 
