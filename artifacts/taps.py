@@ -183,8 +183,8 @@ def check_seen(model: nn.Module, missing: Sequence[Site]) -> None:
     if missing:
         others = f" and of {len(missing) - 1} other sites" if len(missing) > 1 else ""
         raise UnsupportedModelError(
-            f"{type(model).__name__}: it ran, and nothing was seen of {missing[0]}{others}: its hooks were not called, as "
-            "where a graph was captured before. Run the module as it was written: model._orig_mod of a compiled one."
+            f"{type(model).__name__}: it ran, and nothing was seen of {missing[0]}{others}: its hooks were not called, "
+            "as where a graph was captured before. Run the module as it was written: model._orig_mod of a compiled one."
         )
 
 
