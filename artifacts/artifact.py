@@ -73,7 +73,8 @@ class Artifact(Mapping[Site, Quantizer]):
         """
         wanted = self.manifest.model
         if not wanted:
-            _LOG.warning("artifact: imported from %s, it does not say for which model", self.manifest.recipe["source"])
+            source = self.manifest.recipe.get("source", "an unknown tool")
+            _LOG.warning("artifact: imported from %s, it does not say for which model", source)
             return
         keys = {*wanted, *fingerprint} - ({"tokenizer"} - (set(wanted) & set(fingerprint)))
         different = [key for key in sorted(keys) if wanted.get(key) != fingerprint.get(key)]

@@ -7,11 +7,9 @@ never runs code and needs no torch. Statistics are kept in the same container un
 import hashlib
 import io
 import json
-import os
 import pickle
 import pickletools
 import struct
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from artifacts.errors import ArtifactError, CorruptArtifactError, UnsupportedVersionError
+from artifacts.whole_file import write_whole
 
 Array = NDArray[Any]
 
@@ -90,7 +89,7 @@ def check_suffix(path: Path) -> None:
 
 
 def write(path: Path, stored: Stored) -> None:
-    """Writes the file whole or not at all: a temporary sibling, then a rename.
+    """Writes the file whole or not at all.
 
     Raises
     ------
@@ -104,19 +103,7 @@ def write(path: Path, stored: Stored) -> None:
         {"format": stored.format, "version": stored.version, "digest": stored.digest, "header": stored.header}
     )
     data = _to_safetensors(text, stored.arrays) if path.suffix == ".safetensors" else _to_pickle(text, stored.arrays)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise OSError(f"{path}: cannot be written there: {error.strerror}") from error
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_whole(path, data)
 
 
 def written_by_kvcalib(path: Path) -> bool:

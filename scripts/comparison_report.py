@@ -1,7 +1,6 @@
 """What a comparison leaves behind: `results.json`, `table.md` and `pareto.png`."""
 
 import json
-import os
 import platform
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -13,6 +12,7 @@ from scripts.benchmark import hardware
 from scripts.compared_recipe import LEGEND, ComparedRecipe, table
 from scripts.models import short_name
 from scripts.pareto import Point, save_pareto
+from scripts.text_files import replace_text
 
 
 def write_report(folder: Path, about: dict[str, Any], rows: Sequence[ComparedRecipe]) -> None:
@@ -30,8 +30,8 @@ def write_report(folder: Path, about: dict[str, Any], rows: Sequence[ComparedRec
     """
     machine = {"hardware": hardware(), "versions": _versions()}
     results = {**about, **machine, "recipes": [row.to_json() for row in rows]}
-    _replace(folder / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
-    _replace(folder / "table.md", _markdown(about, rows))
+    replace_text(folder / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
+    replace_text(folder / "table.md", _markdown(about, rows))
     points = [Point(row.name, row.mean_bits, row.result.loss_nats, row.result.loss_nats_stderr) for row in rows]
     save_pareto(points, _title(about), folder / "pareto.png")
 
@@ -59,9 +59,3 @@ def _title(about: dict[str, Any]) -> str:
 
 def _versions() -> dict[str, str]:
     return {"kvcalib": tool_version(), "python": platform.python_version(), "transformers": version("transformers")}
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

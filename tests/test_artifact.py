@@ -12,10 +12,10 @@ import json
 import os
 import pickle
 import random
+import stat
 import struct
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -247,15 +247,42 @@ def test_failed_write_keeps_the_old_file(
     assert list(tmp_path.iterdir()) == [path]
 
 
+@either_format
+@pytest.mark.parametrize("umask", [0o077, 0o027, 0o022])
+def test_files_are_as_private_as_the_umask_asks(tmp_path: Path, suffix: str, umask: int) -> None:
+    """They were readable by everyone, whatever it said."""
+    before = os.umask(umask)
+    try:
+        path = save_to(tmp_path, suffix)
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_content_is_on_the_disk_before_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rename can reach the disk before the content does: after a loss of power the file was empty."""
+    done = []
+    flush, rename = os.fsync, os.replace
+
+    def flushed(handle: int) -> None:
+        done.append("folder" if stat.S_ISDIR(os.fstat(handle).st_mode) else f"{os.fstat(handle).st_size > 0}")
+        flush(handle)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "replace", lambda *paths: (done.append("renamed"), rename(*paths)))
+    save_to(tmp_path)
+    assert done == ["True", "renamed", "folder"]
+
+
 def test_a_folder_that_takes_no_file_is_an_error_about_the_wanted_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Regression: the message named a temporary file that nobody had asked for."""
 
-    def refuse(**_: object) -> None:
+    def refuse(*_: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", "/folder/.q.pkl.x1y2")
 
-    monkeypatch.setattr(tempfile, "mkstemp", refuse)
+    monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(OSError, match=rf"^{tmp_path}/q.pkl: cannot be written there: Permission denied$"):
         save(artifact(), tmp_path / "q.pkl")
 
@@ -268,6 +295,15 @@ def test_the_same_model_passes() -> None:
     artifact().check_model(fingerprint)
     del fingerprint["tokenizer"]  # unknown, not different
     artifact().check_model(fingerprint)
+
+
+@pytest.mark.parametrize("recipe", [{}, {"name": "made-up"}])
+def test_an_artifact_that_says_nothing_of_a_model_passes_with_a_warning(
+    recipe: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A manifest without model and recipe ended in KeyError: 'source'."""
+    artifact(model={}, recipe=recipe).check_model({"model_type": "llama"})
+    assert "imported from an unknown tool, it does not say for which model" in caplog.text
 
 
 def test_check_model_lists_every_difference() -> None:

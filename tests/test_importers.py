@@ -339,6 +339,63 @@ def test_a_folder_that_lacks_something_is_refused(tmp_path: Path, damage: Callab
         open_artifact(folder)
 
 
+def _renamed(folder: Path, old: str, new: str, keep: bool) -> Path:
+    """The folder with tensors, or copies twice as large, under other names."""
+    file = folder / "quant_model_weights.safetensors"
+    tensors = load_file(file)
+    others = {name.replace(old, new): 2 * tensor for name, tensor in tensors.items() if old in name}
+    save_file({**{n: t for n, t in tensors.items() if keep or old not in n}, **others}, file)
+    (folder / "quant_model_description.json").unlink()
+    return folder
+
+
+@pytest.mark.parametrize("other", ["model.vision_tower.encoder.layers", "visual.blocks", "audio_tower.layers"])
+def test_a_tower_for_pictures_does_not_take_the_place_of_the_text_decoder(tmp_path: Path, other: str) -> None:
+    """Its layers have the same numbers, and the last file that was read won."""
+    plain = open_artifact(write_msmodelslim(tmp_path / "plain")).artifact
+    folder = _renamed(write_msmodelslim(tmp_path / "m"), "model.layers", other, keep=True)
+    found = open_artifact(folder)
+    assert found.artifact.digest == plain.digest
+    assert any(
+        f"4 entries such as {other}.0.self_attn" in notice and "model.layers.N is taken for the text" in notice
+        for notice in found.notices
+    )
+
+
+@pytest.mark.parametrize("other", ["model.decoder.layers", "model.layers.0.cross_attn.layers"])
+def test_two_stacks_that_could_be_the_text_decoder_are_refused_by_name(tmp_path: Path, other: str) -> None:
+    folder = _renamed(write_msmodelslim(tmp_path / "m"), "model.layers", other, keep=True)
+    with pytest.raises(
+        CorruptArtifactError, match=rf"{other}\.0\S+ and model\.layers\.0\S+|model\.layers.* and {other}"
+    ):
+        open_artifact(folder)
+
+
+def test_two_names_for_one_site_are_refused_by_name(tmp_path: Path) -> None:
+    folder = _renamed(write_msmodelslim(tmp_path / "m"), "self_attn", "cross_attn", keep=True)
+    with pytest.raises(CorruptArtifactError, match=r"expected one name for it; got \S+cross_attn\S+ and \S+self_attn"):
+        open_artifact(folder)
+
+
+def test_a_fused_projection_is_not_taken_for_the_values(tmp_path: Path) -> None:
+    """`qkv_proj` ends in `v_proj`."""
+    folder = _renamed(write_msmodelslim(tmp_path / "m"), "v_proj", "qkv_proj", keep=False)
+    with pytest.raises(CorruptArtifactError, match=r"expected names such as .*; got \S+qkv_proj"):
+        open_artifact(folder)
+
+
+def test_kvquant_names_are_chosen_alike(tmp_path: Path) -> None:
+    content = kvquant_content((LEVELS,))
+    plain = opened(write_pickle(tmp_path / "p.pkl", content))
+    vision = kvquant_content((LEVELS,), "vision_tower.layers.{}.self_attn.{}_proj")
+    found = open_artifact(write_pickle(tmp_path / "q.pkl", {**content, **vision}))
+    assert found.artifact.digest == plain.digest
+    assert any("vision_tower.layers" in notice for notice in found.notices)
+    twice = {**content, **kvquant_content((LEVELS,), "model.layers.{}.other_attn.{}_proj")}
+    with pytest.raises(CorruptArtifactError, match=r"expected one name for it; got \S+self_attn\S+ and \S+other_attn"):
+        opened(write_pickle(tmp_path / "r.pkl", twice))
+
+
 # --- safety
 
 

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from artifacts.affine import Affine
 from artifacts.errors import ArtifactError, CorruptArtifactError
+from artifacts.importers.layer_names import text_sites
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
+from artifacts.storage import naming
 
 _DESCRIPTION = "quant_model_description.json"
-_NAME = re.compile(r"(?:.*\.)?(\d{1,6})\..*?([kv])_proj\.kv_cache_(scale|offset)")
+_SCALE, _OFFSET = ".kv_cache_scale", ".kv_cache_offset"
 _LOWEST, _HIGHEST = -128, 127
 
 
@@ -45,12 +47,14 @@ def quantizers(path: Path) -> tuple[dict[Site, Quantizer], list[str]]:
     if not scales:
         raise CorruptArtifactError(f"{path}: no tensor is named *.k_proj.kv_cache_scale. Was the cache quantized?")
     _check_no_zeros(path, scales)
+    with naming(path):
+        places, notices = text_sites([name.removesuffix(_SCALE) for name in scales], "post_rope")
     found: dict[Site, Quantizer] = {}
-    for name, scale in scales.items():
-        offset = offsets.get(name.replace("kv_cache_scale", "kv_cache_offset"), torch.zeros_like(scale))
-        found[_site(path, name)] = _affine(f"{path}: {name}", scale, offset)
-    without = [n for n in scales if n.replace("kv_cache_scale", "kv_cache_offset") not in offsets]
-    return found, _notices(description, promised, without)
+    for site, place in places.items():
+        scale = scales[place + _SCALE]
+        found[site] = _affine(f"{path}: {place}", scale, offsets.get(place + _OFFSET, torch.zeros_like(scale)))
+    without = [place for place in places.values() if place + _OFFSET not in offsets]
+    return found, [*notices, *_notices(description, promised, without)]
 
 
 def _affine(place: str, scale: Float32[Tensor, " channels"], offset: Float32[Tensor, " channels"]) -> Quantizer:
@@ -73,14 +77,6 @@ def _check_no_zeros(path: Path, scales: dict[str, Tensor]) -> None:
             f"{path}: {len(zeros)} of {len(scales)} tensors have scales of zero, with which nothing can be stored: "
             f"{rows}. Calibrate again; a known defect of some writers leaves scales unset."
         )
-
-
-def _site(path: Path, name: str) -> Site:
-    match = _NAME.fullmatch(name)
-    if match is None:
-        raise CorruptArtifactError(f"{path}: {name}: expected a name with a layer's number and k_proj or v_proj")
-    layer, tensor, _ = match.groups()
-    return Site(int(layer), "key", "post_rope") if tensor == "k" else Site(int(layer), "value")
 
 
 def _description(path: Path) -> dict[str, object]:

@@ -1,6 +1,5 @@
 """Quantizers from the numbers that KVQuant and its descendants keep: ends of ranges, and tables of levels."""
 
-import re
 from typing import Any
 
 import torch
@@ -12,44 +11,32 @@ from artifacts.codebook import Codebook, DynamicCodebook
 from artifacts.dynamic_affine import DynamicAffine
 from artifacts.errors import CorruptArtifactError
 from artifacts.importers.hints import Hints
+from artifacts.importers.layer_names import text_sites
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
 from artifacts.sparse import PercentileSparse, ThresholdSparse
 
-_NAME = re.compile(r"(?:.*\.)?(?:layers|blocks)\.(\d{1,6})\.(?:.*\.)?([kv])_proj")
 _NARROWEST = 2.0**-100
 """Scale of a channel whose range is a point: beside its offset every level vanishes."""
 
 
-def site_of(name: str) -> Site | None:
-    """The site of a projection's name, `model.layers.3.self_attn.k_proj` or `transformer.blocks.3.v_proj`."""
-    match = _NAME.fullmatch(name)
-    if match is None:
-        return None
-    layer, tensor = match.groups()
-    return Site(int(layer), "key", "pre_rope") if tensor == "k" else Site(int(layer), "value")
-
-
 def by_site(content: dict[object, object]) -> tuple[dict[Site, object], list[str]]:
-    """Entries by site, and a notice of what else there was.
+    """Entries by site, and notices of what else there was.
 
     Raises
     ------
     CorruptArtifactError
-        If a name is no projection of a layer.
+        If a name is no projection of a layer, or two could stand for one site.
     """
-    entries, left = {}, []
-    for name, entry in content.items():
-        site = site_of(name) if isinstance(name, str) else None
-        if site is not None:
-            entries[site] = entry
-        elif isinstance(name, str) and ".lut" in name:
-            left.append(name)
-        else:
-            raise CorruptArtifactError(f"expected names such as model.layers.0.self_attn.k_proj; got {name!r:.80}")
-    if not entries:
-        raise CorruptArtifactError("expected quantizers of k_proj and v_proj; got none")
-    return entries, [f"{len(left)} old entries, such as {left[0]}, were left out"] if left else []
+    old = [name for name in content if isinstance(name, str) and ".lut" in name]
+    odd = [name for name in content if not isinstance(name, str)]
+    if odd or len(old) == len(content):
+        got = f"{odd[0]!r:.80}" if odd else "none"
+        raise CorruptArtifactError(f"expected quantizers of k_proj and v_proj; got {got}")
+    names, notices = text_sites([name for name in content if isinstance(name, str) and name not in old], "pre_rope")
+    if old:
+        notices.append(f"{len(old)} old entries, such as {old[0]}, were left out")
+    return {site: content[name] for site, name in names.items()}, notices
 
 
 def numbers(site: Site, name: str, value: object) -> Float64[Tensor, " n"]:

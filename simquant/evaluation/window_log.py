@@ -2,13 +2,13 @@
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from artifacts.storage import canonical_json
+from artifacts.whole_file import write_whole
 
 _FORMAT = "kvcalib.windows"
 _VERSION = 2
@@ -75,13 +75,9 @@ class WindowLog:
             file.write(f"{canonical_json({'batch': batch, 'found': found})}\n".encode())
 
     def _create(self, settings: Mapping[str, Any]) -> None:
-        """Under another name first, so that no log is without its settings."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        """Whole, so that no log is without its settings."""
         header = canonical_json({"format": _FORMAT, "version": _VERSION, "settings": settings})
-        handle, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
-        with os.fdopen(handle, "w", encoding="ascii") as file:
-            file.write(f"{header}\n")
-        os.replace(temporary, self.path)
+        write_whole(self.path, f"{header}\n".encode("ascii"))
 
     def _check(self, header: bytes, settings: Mapping[str, Any]) -> None:
         try:

@@ -1,0 +1,45 @@
+"""Files that are whole or not there."""
+
+import os
+import secrets
+from contextlib import suppress
+from pathlib import Path
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file whole or not at all, replacing an earlier one, with the permissions that the umask leaves.
+
+    A temporary sibling takes the content and is renamed when that is on the disk: a rename alone may get there first,
+    and after a loss of power the name stands for an empty file.
+
+    Raises
+    ------
+    OSError
+        If the folder takes no new file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written there: {error.strerror}") from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    _flush(path.parent)
+
+
+def _flush(folder: Path) -> None:
+    """The rename itself, where the file system knows how."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
