@@ -1,7 +1,7 @@
 """One forward pass per batch of windows, and what the sites gave during it; a backward pass where it is asked for."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -100,7 +100,7 @@ def capture_with_gradients(
     Raises
     ------
     UnsupportedModelError
-        If the model gives no logits.
+        If the model gives no logits, or a module gives no gradients.
 
     References
     ----------
@@ -121,12 +121,49 @@ def capture_with_gradients(
         return watch
 
     with _without_weight_gradients(model), torch.enable_grad():
-        with tapped(layers, {site: watcher(site) for site in sites}):
+        with tapped(layers, {site: watcher(site) for site in sites}), _gradients_watched(model):
             output = _run(model, input_ids, attention_mask)
         check_seen(model, [site for site in sites if site not in vectors])
         loss = _summed_loss(output, input_ids, attention_mask)
-        found = torch.autograd.grad(loss, list(sources.values()))
-    return vectors, {site: _real_rows(g, attention_mask) for site, g in zip(sources, found, strict=True)}
+        found = _gradients(loss, sources)
+    return vectors, {site: _real_rows(g, attention_mask) for site, g in found.items()}
+
+
+@contextmanager
+def _gradients_watched(model: nn.Module) -> Iterator[None]:
+    """No module without children, such as a linear layer, takes in what has a gradient and gives what has none.
+
+    What flows by it on other ways would be the gradient of another model.
+    """
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            if next(module.children(), None) is None:
+                stack.callback(module.register_forward_hook(_gradient_check(name)).remove)
+        yield
+
+
+def _gradient_check(name: str) -> Callable[[nn.Module, Any, Any], None]:
+    def check(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not isinstance(output, Tensor) or not output.is_floating_point() or output.requires_grad:
+            return
+        if any(isinstance(x, Tensor) and x.requires_grad and x.shape[:-1] == output.shape[:-1] for x in args):
+            raise UnsupportedModelError(
+                f"{name}: squared gradients need modules that autograd passes through; {type(module).__name__} gives "
+                "no gradient to what it is called with. Calibrate without --fisher, or load the weights unquantized."
+            )
+
+    return check
+
+
+def _gradients(loss: Float[Tensor, ""], sources: dict[Site, Tensor]) -> dict[Site, Tensor]:
+    found = torch.autograd.grad(loss, list(sources.values()), allow_unused=True) if loss.requires_grad else ()
+    by_site = {site: g for site, g in zip(sources, found, strict=False) if g is not None}
+    if len(by_site) < len(sources):
+        raise UnsupportedModelError(
+            f"{min(sources.keys() - by_site)}: squared gradients need a loss that depends on it; autograd finds no way "
+            "from the logits back. Calibrate without --fisher."
+        )
+    return by_site
 
 
 def _run(model: nn.Module, input_ids: Tensor, mask: Tensor | None) -> Any:

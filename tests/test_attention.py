@@ -390,6 +390,12 @@ def test_models_of_other_precision(kind: str, dtype: torch.dtype) -> None:
     assert [layer.rotation for layer in layers] == [layer.rotation for layer in supported(kind)[1]]
 
 
+def test_a_model_in_float64_may_rotate_in_float32() -> None:
+    """Its keys were refused as no rotation of what k_proj returns."""
+    layers = attention_layers(build("ernie4_5", {}).double())
+    assert [layer.rotation for layer in layers] == ["interleaved", "interleaved"]
+
+
 def test_the_probe_leaves_no_trace() -> None:
     model = build("llama", {})
     model.model.layers[0].train()

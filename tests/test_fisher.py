@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from random_models import random_llama
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -177,9 +178,34 @@ def test_a_model_without_logits_is_refused(tiny_llama: LlamaForCausalLM) -> None
 # The model afterwards
 
 
+@pytest.mark.parametrize("place", ["model.layers.0.self_attn.o_proj", "model.layers.1.mlp.down_proj", "lm_head"])
+def test_a_module_without_gradients_is_named(place: str) -> None:
+    """Torch's own words were let through, or, where a residual goes by, the gradients of another model."""
+
+    class Opaque(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.detach())
+
+    model = random_llama()
+    linear = model.get_submodule(place)
+    linear.__class__ = Opaque
+    layers = attention_layers(model)
+    sites = [Site(i, "key", "pre_rope") for i in (0, 1)] + [Site(i, "value") for i in (0, 1)]
+    with pytest.raises(UnsupportedModelError, match=rf"^{place}: squared gradients need .*; Opaque gives no gradient"):
+        capture_with_gradients(model, layers, sites, torch.arange(8)[None])
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_loss_without_a_way_back_is_refused(tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calib.capture, "_summed_loss", lambda output, *_: output.logits.detach().sum())
+    layers = attention_layers(tiny_llama)
+    with pytest.raises(UnsupportedModelError, match=r"^layers\.0\.key\.pre_rope: squared gradients need a loss"):
+        capture_with_gradients(tiny_llama, layers, [Site(0, "key", "pre_rope")], torch.arange(8)[None])
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_model_is_as_it_was(tiny_llama: LlamaForCausalLM, fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(*_: Any) -> None:
+    def failing(*_: Any, **__: Any) -> None:
         raise RuntimeError("out of memory")
 
     tiny_llama.train()
@@ -206,8 +232,8 @@ def test_no_gradient_outlives_its_window(tiny_llama: LlamaForCausalLM, monkeypat
     seen: list[weakref.ref[Tensor]] = []
     grad, capturing, alive = torch.autograd.grad, capture_with_gradients, []
 
-    def watched_grad(loss: Tensor, sources: list[Tensor]) -> tuple[Tensor, ...]:
-        found = grad(loss, sources)
+    def watched_grad(loss: Tensor, sources: list[Tensor], **options: Any) -> tuple[Tensor, ...]:
+        found = grad(loss, sources, **options)
         seen.extend(map(weakref.ref, [loss, *sources, *found]))
         return found
 
@@ -232,7 +258,7 @@ def test_no_gradient_outlives_its_window(tiny_llama: LlamaForCausalLM, monkeypat
 def test_gradients_that_are_no_numbers_are_refused(
     tiny_llama: LlamaForCausalLM, bad: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def spoilt(loss: Tensor, sources: list[Tensor]) -> list[Tensor]:
+    def spoilt(loss: Tensor, sources: list[Tensor], **_: Any) -> list[Tensor]:
         gradients = [torch.zeros_like(source) for source in sources]
         gradients[3][1, 0, 5, 2:4] = bad
         return gradients

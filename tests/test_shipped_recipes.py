@@ -1,17 +1,23 @@
 """Every shipped recipe on made-up activations: it fits, stays finite, counts the bits it says, and is told apart."""
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from random_models import random_llama
 from torch import Tensor
 
+from artifacts.attention import attention_layers
 from artifacts.quantizer import Quantizer
-from artifacts.sites import Site
+from artifacts.sites import Site, Stage
 from artifacts.storage import Stored, read, write
+from calib.calibration import add_windows, new_statistics
 from calib.estimators.estimator import trial_statistics
+from calib.fitting import fit
 from calib.recipe import load_recipe, shipped_recipes
+from calib.statistics.model_statistics import ModelStatistics
 from calib.statistics.site_statistics import SiteShape
 
 HEADS, HEAD_DIM = 4, 64
@@ -67,6 +73,29 @@ def test_tokens_that_are_all_alike_are_fitted(name: str) -> None:
             decoded = quantizer.simulate(x)
             assert torch.isfinite(decoded).all()
             assert float((decoded - x).abs().max()) <= 3 * abs(value) + 1e-6
+
+
+@cache
+def one_token_repeated(stage: Stage) -> ModelStatistics:
+    model = random_llama(hidden_size=128, head_dim=32)
+    layers = attention_layers(model)
+    statistics = new_statistics(model, layers, stage=stage, tier="full", fisher=True)
+    add_windows(model, layers, statistics, torch.full((2, 48), 7))
+    return statistics
+
+
+@every_recipe
+def test_one_token_repeated_is_fitted(name: str) -> None:
+    """Its covariances are rounding, of which some matrices are not positive: LinAlgError."""
+    recipe = load_recipe(name)
+    for site, quantizer in fit(one_token_repeated(recipe.stage), recipe).items():
+        assert all(torch.isfinite(x).all() for x in quantizer.tensors().values() if x.is_floating_point()), site
+
+
+@pytest.mark.parametrize("name", ["eigen", "predictive"])
+def test_one_token_repeated_shares_a_budget(name: str) -> None:
+    recipe = load_recipe(name).edited({"target_bits": 2.0})
+    assert len(fit(one_token_repeated("pre_rope"), recipe)) == 4
 
 
 @pytest.mark.parametrize(

@@ -63,13 +63,18 @@ class NormalEquations:
         return NormalEquations(self.inputs.float(), self.cross.float())
 
     def solve(self, ridge: float) -> Float[Tensor, "inputs channels"]:
-        """The predictor, with a share of each input's variance added to it; inputs that never change count nothing."""
+        """The predictor, with a share of each input's variance added to it; inputs that never change count nothing.
+
+        Nothing is predicted from covariances that are rounding alone, as those of one token repeated are.
+        """
         variance = self.inputs.diagonal()
         scale = torch.where(variance > _CONSTANT * variance.max(), variance, torch.inf).rsqrt()
         scaled = scale[:, None] * self.inputs * scale
         scaled.diagonal().add_(ridge)
-        solution: Tensor = torch.cholesky_solve(scale[:, None] * self.cross, torch.linalg.cholesky(scaled))
-        return scale[:, None] * solution
+        factor, failed = torch.linalg.cholesky_ex(scaled)
+        if failed:
+            return torch.zeros_like(self.cross)
+        return scale[:, None] * torch.cholesky_solve(scale[:, None] * self.cross, factor)
 
     @classmethod
     def of(cls, u: Float[Tensor, "rows inputs"], x: Float[Tensor, "rows channels"]) -> "NormalEquations":
