@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from jaxtyping import Int64
@@ -15,11 +15,13 @@ from calib.corpus_errors import CorpusError
 from calib.demo.pages import demo_text
 from calib.hub_datasets import HUB_DATASETS, KNOWN_DATASETS, hub_rows
 from calib.lazy_documents import LazyDocuments, Tokenizer
-from calib.local_files import check_file, read_jsonl, read_text, read_token_ids
+from calib.local_files import check_file, is_token_ids, read_local_text, read_token_ids
+from calib.padding import PaddingIds
+from calib.records import Split
 
-__all__ = ["Corpus", "CorpusError", "LazyDocuments", "Split", "check_dataset", "load_corpus"]
+__all__ = ["Corpus", "CorpusError", "LazyDocuments", "PaddingIds", "Split", "check_dataset", "load_corpus"]
 
-Split = Literal["calibration", "evaluation"]
+_NO_PADDING = PaddingIds()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,26 +44,37 @@ class Corpus:
     digest: str
 
 
-def load_corpus(dataset: str, split: Split, tokenizer: Tokenizer | None, *, field: str = "text") -> Corpus:
+def load_corpus(
+    dataset: str,
+    split: Split,
+    tokenizer: Tokenizer | None,
+    *,
+    field: str = "text",
+    padding: PaddingIds = _NO_PADDING,
+) -> Corpus:
     r"""The token ids of a known data set or a local file.
 
     Parameters
     ----------
     dataset : str
-        `demo`, `wikitext2`, `ptb`, `c4`, or a path: `.jsonl` (one object per line, texts joined by a blank line),
-        `.npy` (integer token ids: 1-D a stream, 2-D one document per row), any other suffix UTF-8 text, as it is.
+        `demo`, `wikitext2`, `ptb`, `c4`, or a path: `.npy` (integer token ids: 1-D a stream, 2-D one document per row,
+        without the padding at its ends); records, whose texts are joined by blank lines (`.jsonl`, `.ndjson`,
+        `.jsonlines`, `.csv`, `.tsv`, `.parquet`, `.arrow`, a folder that `datasets` saved); any other suffix UTF-8
+        text. All texts may be compressed, `.gz`; Windows' line ends and a byte order mark do not count.
     split : {'calibration', 'evaluation'}
         The part of a known data set: train, or test (validation for C4, held-out pages for demo). A local file is
         used whole.
     tokenizer : Callable or None
         Text to token ids; not needed for `.npy`.
     field : str
-        The key that holds the text in a `.jsonl` file.
+        The key or the column that holds the text of a record.
+    padding : PaddingIds
+        What fills up the rows of a `.npy` file.
 
     Raises
     ------
     CorpusError
-        If the text cannot be had, is empty, or is not what its suffix says.
+        If the text cannot be had, is empty, is no text, or is not what its suffix says.
 
     Examples
     --------
@@ -74,8 +87,8 @@ def load_corpus(dataset: str, split: Split, tokenizer: Tokenizer | None, *, fiel
     if split not in get_args(Split):
         raise ValueError(f"load_corpus: expected split {' or '.join(get_args(Split))}; got {split!r}")
     path = Path(dataset)
-    if path.suffix == ".npy":
-        documents = read_token_ids(path)
+    if dataset not in KNOWN_DATASETS and is_token_ids(path):
+        documents = read_token_ids(path, padding)
         return Corpus(name=path.name, documents=documents, digest=_digest(documents))
     if tokenizer is None:
         raise CorpusError(f"{dataset}: text needs a tokenizer; got none; pass one, or a .npy file of token ids")
@@ -83,10 +96,7 @@ def load_corpus(dataset: str, split: Split, tokenizer: Tokenizer | None, *, fiel
         return _stream(dataset, demo_text("training" if split == "calibration" else "held-out"), tokenizer)
     if dataset in HUB_DATASETS:
         return _of_hub(dataset, split, tokenizer)
-    if path.suffix == ".json":
-        raise CorpusError(f"{dataset}: expected text; got a .json file; write one object per line into a .jsonl file")
-    text = read_jsonl(path, field) if path.suffix == ".jsonl" else read_text(path)
-    return _stream(path.name, text, tokenizer)
+    return _stream(path.name, read_local_text(path, field, split), tokenizer)
 
 
 def check_dataset(dataset: str) -> None:

@@ -1,8 +1,9 @@
 """Local files as text or as token ids; each refusal says what stands in the file and what to do about it."""
 
-import codecs
 import difflib
+import gzip
 import json
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -11,16 +12,22 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from calib.corpus_errors import CorpusError
+from calib.file_formats import ARROW, GZIP, NUMPY, PARQUET, refuse_binary, undecodable, zero_byte
 from calib.hub_datasets import KNOWN_DATASETS
+from calib.padding import PaddingIds, without_padding
+from calib.records import Split, arrow, column_text, csv_text, is_saved_dataset, jsonl_text, parquet, saved_dataset
 
 _GIT_LFS = b"version https://git-lfs.github.com/spec/"
+_HEAD_BYTES = 512
 
 
 def check_file(path: Path) -> None:
-    """Refuses what is not a file with content, before its format is looked at."""
+    """Refuses what is not a file with content, and files that hold neither text nor token ids."""
+    if is_saved_dataset(path):
+        return
     try:
         with path.open("rb") as file:
-            head = file.read(len(_GIT_LFS))
+            head = file.read(_HEAD_BYTES)
     except FileNotFoundError as error:
         close = difflib.get_close_matches(str(path), KNOWN_DATASETS, n=1)
         advice = f"did you mean {close[0]}?" if close else "check the path"
@@ -31,49 +38,101 @@ def check_file(path: Path) -> None:
         raise CorpusError(f"{path}: expected a readable file; got {error.strerror}; check the path") from error
     if not head:
         raise CorpusError(f"{path}: expected content; got a file of 0 bytes; was it downloaded completely?")
-    if head == _GIT_LFS:
+    if head.startswith(_GIT_LFS):
         raise CorpusError(f"{path}: expected data; got a git-lfs pointer to it; run `git lfs pull` first")
+    if not is_token_ids(path):
+        refuse_binary(path, head)
 
 
-def read_text(path: Path) -> str:
-    """The whole of a UTF-8 file, as it is."""
+def is_token_ids(path: Path) -> bool:
+    """Whether a file is one of token ids, by its suffix or its content."""
+    if path.suffix.lower() == ".npy":
+        return True
+    try:
+        with path.open("rb") as file:
+            return file.read(len(NUMPY)) == NUMPY
+    except OSError:
+        return False
+
+
+def read_local_text(path: Path, field: str, split: Split) -> str:
+    """The text of a file or of a folder that `datasets` saved; records are joined by blank lines.
+
+    Raises
+    ------
+    CorpusError
+        If it holds no text, or none where `field` says.
+    """
     check_file(path)
-    data = path.read_bytes()
-    charset = "utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "latin1"
+    if path.is_dir():
+        return column_text(path, saved_dataset(path, split), field)
+    data, suffix = _content(path)
+    if suffix == ".parquet" or (data.startswith(PARQUET) and data.endswith(PARQUET)):
+        return column_text(path, parquet(path), field)
+    if suffix == ".arrow" or data.startswith(ARROW):
+        return column_text(path, arrow(path), field)
+    text = _decoded(path, data)
+    match suffix:
+        case ".jsonl" | ".ndjson" | ".jsonlines":
+            return jsonl_text(path, text, field)
+        case ".csv" | ".tsv":
+            return csv_text(path, text, field, "\t" if suffix == ".tsv" else ",")
+    _refuse_markup(path, text, suffix)
+    return text
+
+
+def _content(path: Path) -> tuple[bytes, str]:
+    """What a file holds, decompressed, and the suffix in lower case that tells its format."""
+    data, name = path.read_bytes(), path.name.lower()
+    if data.startswith(GZIP):
+        try:
+            data, name = gzip.decompress(data), name.removesuffix(".gz")
+        except (OSError, EOFError, zlib.error) as error:
+            raise CorpusError(f"{path}: expected a whole .gz file; got {error}; download it again") from error
+        refuse_binary(path, data[:_HEAD_BYTES])
+    return data, Path(name).suffix
+
+
+def _decoded(path: Path, data: bytes) -> str:
+    """UTF-8 text; a byte order mark and Windows' line ends do not belong to it."""
     try:
-        text = data.decode("utf-8")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise CorpusError(
-            f"{path}: expected UTF-8 text; got byte 0x{data[error.start]:02x} at offset {error.start} "
-            f"({error.reason}); convert it, e.g. with iconv -f {charset} -t utf-8"
-        ) from error
+        raise undecodable(path, data, error) from error
     if "\0" in text:
-        raise CorpusError(f"{path}: expected text; got a zero byte at offset {data.index(0)}; is it a binary file?")
-    return text
+        raise zero_byte(path, data.index(0))
+    return text.replace("\r\n", "\n")
 
 
-def read_jsonl(path: Path, field: str) -> str:
-    """The texts in one field of all lines, joined by blank lines."""
-    # Not splitlines(): JSON strings may hold U+2028 and other characters that it takes for line ends.
-    lines = read_text(path).rstrip().split("\n")
-    return "\n\n".join(_parse_line(line, field, f"{path}, line {number}") for number, line in enumerate(lines, 1))
+def _refuse_markup(path: Path, text: str, suffix: str) -> None:
+    """Refuses records and pages, which a model would be scored on with all their brackets.
+
+    Raises
+    ------
+    CorpusError
+        With the format, and what to do.
+    """
+    first = text.lstrip()[:200].lower()
+    if suffix in (".html", ".htm", ".xhtml") or first.startswith(("<!doctype html", "<html")):
+        raise CorpusError(f"{path}: expected text; got an HTML page; extract its text first, e.g. with lynx -dump")
+    records = _is_record(next((line for line in text.split("\n") if line.strip()), ""))
+    if suffix == ".json":
+        several = records and "\n" in text.strip()
+        advice = "rename it to .jsonl" if several else "write one object per line into a .jsonl file"
+        raise CorpusError(f"{path}: expected text; got a .json file; {advice}")
+    if records:
+        raise CorpusError(f"{path}: expected text; got lines of JSON objects; rename it to .jsonl")
 
 
-def _parse_line(line: str, field: str, where: str) -> str:
+def _is_record(line: str) -> bool:
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        got = error if line.strip() else "an empty line"
-        raise CorpusError(f"{where}: expected a JSON object; got {got}; mend or remove the line") from error
-    text = record.get(field) if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        got = f"{type(text).__name__} {text!r:.60}" if isinstance(record, dict) and field in record else f"{line:.100}"
-        raise CorpusError(f"{where}: expected text in the field {field!r}; got {got}; name another one with --field")
-    return text
+        return line.startswith("{") and isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
-def read_token_ids(path: Path) -> tuple[Int64[Tensor, "_"], ...]:
-    """A stream, or the rows of a table, of token ids."""
+def read_token_ids(path: Path, padding: PaddingIds) -> tuple[Int64[Tensor, "_"], ...]:
+    """A stream, or the rows of a table without their padding, of token ids."""
     check_file(path)
     try:
         # Unlike np.load this holds the header against the size of the file, and never unpickles.
@@ -88,4 +147,4 @@ def read_token_ids(path: Path) -> tuple[Int64[Tensor, "_"], ...]:
     ids = torch.from_numpy(np.array(stored, dtype=np.int64))
     if ids.min() < 0:  # also unsigned ids beyond int64, which wrap
         raise CorpusError(f"{path}: expected token ids from 0; got {int(ids.min())}; remove padding and label masks")
-    return ids.unbind() if ids.ndim == 2 else (ids,)
+    return without_padding(ids, padding, path.name) if ids.ndim == 2 else (ids,)

@@ -1,5 +1,8 @@
 """Corpora and windows: KVQuant's sampling, every refusal, fingerprints and sketches."""
 
+import csv
+import gzip
+import io
 import json
 import random
 import time
@@ -14,7 +17,7 @@ from torch import Tensor
 
 from calib import corpus as corpus_module
 from calib import hub_datasets
-from calib.corpus import Corpus, CorpusError, LazyDocuments, load_corpus
+from calib.corpus import Corpus, CorpusError, LazyDocuments, PaddingIds, check_dataset, load_corpus
 from calib.windows import (
     check_vocabulary,
     merge_sketches,
@@ -202,10 +205,156 @@ def write(path: Path, content: str | bytes) -> str:
 
 @pytest.mark.parametrize("file_name", ["a.txt", "wiki.test.raw", "README"])
 def test_text_is_read_as_it_is(tmp_path: Path, file_name: str) -> None:
-    text = " é\r\n\n= Title =\u2028 \n"
+    text = " é\n\n= Title =\u2028\r \n"
     corpus = load_corpus(write(tmp_path / file_name, text), "evaluation", to_bytes)
     assert corpus.name == file_name
-    assert bytes(corpus.documents[0].tolist()).decode() == text
+    assert read_back(corpus) == text
+
+
+def read_back(corpus: Corpus) -> str:
+    [document] = corpus.documents
+    return bytes(document.tolist()).decode()
+
+
+RECORDS = ["one", "", 'two, "quoted"\u2028\nand more', "é" * 70_000]
+
+
+def as_csv(delimiter: str) -> str:
+    written = io.StringIO(newline="")
+    rows = csv.writer(written, delimiter=delimiter)
+    rows.writerows([["number", "body"], *enumerate(RECORDS)])
+    return written.getvalue()
+
+
+AS_JSONL = "\n".join(json.dumps({"body": text}, ensure_ascii=False) for text in RECORDS)
+FILES = {
+    **dict.fromkeys(("a.jsonl", "a.ndjson", "a.jsonlines", "UPPER.JSONL"), AS_JSONL),
+    "blank.jsonl": f"\n\n{AS_JSONL}\n \n".replace("\n", "\n\n"),
+    **dict.fromkeys(("a.csv", "A.CSV"), as_csv(",")),
+    "a.tsv": as_csv("\t"),
+}
+
+
+@pytest.mark.parametrize("disguise", ["as it is", "Windows", "gzip"])
+@pytest.mark.parametrize("file_name", FILES)
+def test_records_are_read_whatever_they_lie_in(tmp_path: Path, file_name: str, disguise: str) -> None:
+    """Regression: what was not called .jsonl was scored with all its brackets, and blank lines were refused."""
+    data = FILES[file_name].encode()
+    match disguise:
+        case "Windows":
+            data = b"\xef\xbb\xbf" + data.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+        case "gzip":
+            file_name, data = f"{file_name}.gz", gzip.compress(data)
+    corpus = load_corpus(write(tmp_path / file_name, data), "evaluation", to_bytes, field="body")
+    assert read_back(corpus) == "\n\n".join(RECORDS)
+
+
+@pytest.mark.parametrize("data", [b"\xef\xbb\xbfone\r\n\r\ntwo", gzip.compress(b"one\n\ntwo")], ids=["Windows", "gzip"])
+def test_a_text_is_the_same_from_windows_and_out_of_gzip(tmp_path: Path, data: bytes) -> None:
+    """Regression: line ends and byte order marks were scored."""
+    assert read_back(load_corpus(write(tmp_path / "a.txt", data), "calibration", to_bytes)) == "one\n\ntwo"
+
+
+def test_tables_of_datasets_are_read(tmp_path: Path) -> None:
+    """Regression: they were read as text, with advice about iconv."""
+    table = datasets.Dataset.from_dict({"body": RECORDS, "number": range(4)})
+    table.to_parquet(tmp_path / "a.parquet")
+    table.to_parquet(tmp_path / "unnamed")
+    table.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": table.select([0]), "test": table}).save_to_disk(tmp_path / "parts")
+    [arrow] = (tmp_path / "saved").glob("*.arrow")
+    for path in (tmp_path / "a.parquet", tmp_path / "unnamed", tmp_path / "saved", arrow, tmp_path / "parts"):
+        check_dataset(str(path))
+        assert read_back(load_corpus(str(path), "evaluation", to_bytes, field="body")) == "\n\n".join(RECORDS)
+    assert read_back(load_corpus(str(tmp_path / "parts"), "calibration", to_bytes, field="body")) == "one"
+    with pytest.raises(CorpusError, match=r"expected a column 'text'; got 'body', 'number'; .*--field"):
+        load_corpus(str(tmp_path / "a.parquet"), "evaluation", to_bytes)
+    with pytest.raises(CorpusError, match=r"row 1: expected text in the column 'number'; got int 0; .*--field"):
+        load_corpus(str(tmp_path / "a.parquet"), "evaluation", to_bytes, field="number")
+    datasets.DatasetDict({"all": table}).save_to_disk(tmp_path / "odd")
+    with pytest.raises(
+        CorpusError, match=r"odd: expected a part test or validation for evaluation; got all; .*odd/all"
+    ):
+        load_corpus(str(tmp_path / "odd"), "evaluation", to_bytes)
+
+
+@pytest.mark.parametrize(
+    ("file_name", "data", "match"),
+    [
+        ("a.html", b"<p>text</p>", "an HTML page; .*lynx"),
+        ("a.txt", b"\n<!DOCTYPE html><p>text</p>", "an HTML page"),
+        ("a.txt", b'{"text": "a"}\n{"text": "b"}', r"lines of JSON objects; rename it to \.jsonl"),
+        ("a.json", b'{"text": "a"}\n{"text": "b"}', r"got a \.json file; rename it to \.jsonl"),
+        ("a.npz", b"PK\x03\x04" + bytes(99), r"a zip archive; .*numpy\.save"),
+        ("a.pt", b"PK\x03\x04" + bytes(99), r"a zip archive; .*numpy\.save"),
+        ("a.docx", b"PK\x03\x04" + bytes(99), "a zip archive; export it as plain text"),
+        ("a.pt", b"\x80\x02" + bytes(99), r"a pickle; .*numpy\.save"),
+        ("a.bin", b"\x01\xff\x02\x03", r"in binary data; .*numpy\.fromfile"),
+        ("a.bin", bytes(range(1, 200)), r"in binary data; .*numpy\.fromfile"),
+        ("a.bin", np.arange(99, dtype=np.uint16).tobytes(), r"a zero byte at offset 0; .*numpy\.fromfile"),
+        ("a.dat", bytes(range(1, 200)), "in binary data; name a text"),
+        ("a.pdf", b"%PDF-1.4 \xff", "a PDF file; .*pdftotext"),
+        ("a.tar", bytes(257) + b"ustar", "a tar archive; unpack it"),
+        ("a.tgz", gzip.compress(bytes(257) + b"ustar"), "a tar archive; unpack it"),
+        ("a.gz", gzip.compress(b"text" * 99)[:-9], r"a whole \.gz file; got .*download it again"),
+        ("a.gz", gzip.compress(b"PK\x03\x04"), "a zip archive"),
+        ("a.txt", b"\x28\xb5\x2f\xfd", "a zstd file; unpack it with unzstd"),
+        ("a.txt", b"\x7fELF", "a program"),
+        ("a.parquet", b"PAR1" + bytes(99), "expected a table that `datasets` can read"),
+        ("a.arrow", b"\xff\xff\xff\xff" + bytes(99), "expected a table that `datasets` can read"),
+        ("a.csv", b"number,body\n1,a", "expected a column 'text'; got 'number', 'body'; name one with --field"),
+        ("a.csv", b"number,text\n1,a\n2", "line 3: expected 2 columns; got fewer"),
+        ("a.csv", b'text,number\n"a"b,1', r"after line 1: expected a table; got "),
+    ],
+)
+def test_what_is_no_text_is_refused_by_name(tmp_path: Path, file_name: str, data: bytes, match: str) -> None:
+    """Regression: pages and tables were scored as text, and binary files got advice about iconv."""
+    with pytest.raises(CorpusError, match=match) as refused:
+        load_corpus(write(tmp_path / file_name, data), "calibration", to_bytes)
+    assert "iconv" not in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+# --- padding
+
+TEXTS = [[5, 7, 5, 9, 7, 5], [5, 2, 9, 9, 2], [8], [7, 7, 5, 8, 6]]
+
+
+def padded(token: int, side: str) -> np.ndarray:
+    width = max(map(len, TEXTS))
+    fill = [[token] * (width - len(text)) for text in TEXTS]
+    return np.array(
+        [[*text, *own] if side == "right" else [*own, *text] for text, own in zip(TEXTS, fill, strict=True)]
+    )
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("padding", [PaddingIds(pad=0), PaddingIds(special=(1, 0)), PaddingIds(pad=0, special=(0, 1))])
+def test_padding_is_no_text(tmp_path: Path, side: str, padding: PaddingIds, caplog: pytest.LogCaptureFixture) -> None:
+    """Regression: rows of a padded file were scored with their padding, perplexity 953."""
+    np.save(tmp_path / "a.npy", padded(0, side))
+    corpus = load_corpus(str(tmp_path / "a.npy"), "evaluation", None, padding=padding)
+    single = [0] if padding.special else []  # one token that ends or begins a text belongs to it
+    kept = [row if len(row) != 5 else [*row, *single] if side == "right" else [*single, *row] for row in TEXTS]
+    assert [document.tolist() for document in corpus.documents] == kept
+    assert "a.npy: padding left out" in caplog.text
+
+
+def test_rows_that_look_padded_are_refused_where_nothing_tells(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", padded(0, "right"))
+    with pytest.raises(CorpusError, match=r"a\.npy: .*token 0, which stands nowhere else.*Cut"):
+        load_corpus(str(tmp_path / "a.npy"), "evaluation", None)
+    np.save(tmp_path / "a.npy", np.zeros((2, 9), int))
+    with pytest.raises(CorpusError, match="2 of nothing but padding"):
+        load_corpus(str(tmp_path / "a.npy"), "evaluation", None, padding=PaddingIds(pad=0))
+
+
+def test_rows_without_padding_stay_whole(tmp_path: Path) -> None:
+    rows = np.array([[5, 6, 7, 7], [7, 8, 5, 2], [2, 5, 9, 6]])  # 2 ends a text
+    np.save(tmp_path / "a.npy", rows)
+    for padding in (PaddingIds(), PaddingIds(pad=0), PaddingIds(pad=2, special=(1, 2))):
+        corpus = load_corpus(str(tmp_path / "a.npy"), "evaluation", None, padding=padding)
+        assert [document.tolist() for document in corpus.documents] == rows.tolist()
 
 
 def test_jsonl_fields_are_joined_by_blank_lines(tmp_path: Path) -> None:
@@ -236,13 +385,12 @@ def test_npy_needs_no_tokenizer(tmp_path: Path, dtype: str) -> None:
         ("a.npy", b"\x93NUMPY", "expected a .npy array"),
         ("a.npy", b"PK\x03\x04 an archive", "expected a .npy array"),
         ("a.jsonl", b'{"text": "a"}\n{"text": ', r"a\.jsonl, line 2: expected a JSON object; got Expecting value"),
-        ("a.jsonl", b'{"text": "a"}\n\n{"text": "b"}', "line 2: .*got an empty line"),
-        ("a.jsonl", b'{"text": "a"}\n{"body": "b"}', "line 2: expected text in the field 'text'; got .*body"),
+        ("a.jsonl", b'{"text": "a"}\n\n{"body": "b"}', "line 3: expected text in the field 'text'; got .*body"),
         ("a.jsonl", b'{"text": 3}', "line 1: expected text in the field 'text'"),
         ("a.jsonl", b'"text"', "line 1: expected text in the field 'text'"),
         ("a.jsonl", b"[" * 100_000, "line 1: expected a JSON object"),
         ("a.jsonl", b'{"text": ""}', "expected text; got 0 characters"),
-        ("a.jsonl", b"\n\n", "line 1: .*got an empty line"),
+        ("a.jsonl", b"\n\n", "a JSON object on every line; got empty lines"),
     ],
 )
 def test_unusable_files(tmp_path: Path, file_name: str, content: bytes, match: str) -> None:
