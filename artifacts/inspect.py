@@ -37,6 +37,8 @@ def table(found: dict[str, Any]) -> str:
         else "unknown"
     )
     windows = f"{corpus['n_windows']} windows of {corpus['seqlen']} tokens, seed {corpus['seed']}"
+    if "start_token" in corpus:
+        windows += f", each begun with the start token, {corpus['start_token']}"
     head = [
         f"recipe     {found['recipe'].get('name', '-')}: {found['recipe'].get('source', '')}",
         f"model      {model_name}",

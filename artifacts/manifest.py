@@ -25,6 +25,8 @@ class Corpus:
         Windows, tokens in all (padding excluded), tokens of the longest window.
     seed : int or None
         Seed of the window sampling, where windows were sampled.
+    start_token : int or None
+        What every window was begun with, where it was; absent from a file otherwise.
     """
 
     name: str
@@ -33,6 +35,11 @@ class Corpus:
     n_tokens: int
     seqlen: int
     seed: int | None = None
+    start_token: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values."""
+        return {name: value for name, value in asdict(self).items() if name != "start_token" or value is not None}
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -82,7 +89,7 @@ class Manifest:
         return {
             **{name: dict(value) if isinstance(value, Mapping) else value for name, value in plain.items()},
             "specs": {str(site): spec.to_json() for site, spec in self.specs.items()},
-            "corpus": asdict(self.corpus),
+            "corpus": self.corpus.to_json(),
         }
 
     @classmethod

@@ -108,7 +108,7 @@ def new_statistics(
     fisher : bool
         Whether squared gradients are taken too, by one backward pass for each window.
     **origin
-        `model_id`, `corpus`, `seed` and `tokenizer_digest`, as far as they are known.
+        `model_id`, `corpus`, `seed`, `start_token` and `tokenizer_digest`, as far as they are known.
 
     Raises
     ------

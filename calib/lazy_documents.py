@@ -25,11 +25,18 @@ class LazyDocuments:
         self._texts = texts
         self._tokenizer = tokenizer
 
+    def changed(self, change: Callable[[Int64[Tensor, "_"]], Int64[Tensor, "_"]]) -> "LazyDocuments":
+        """The same documents, with a change that is made when one is taken."""
+        return LazyDocuments(self._texts, lambda text: change(self._tokens(text)).tolist())
+
+    def _tokens(self, text: str) -> Int64[Tensor, "_"]:
+        return torch.as_tensor(self._tokenizer(text), dtype=torch.int64)
+
     def __len__(self) -> int:
         return len(self._texts)
 
     def __getitem__(self, index: int) -> Int64[Tensor, "tokens"]:
-        return torch.as_tensor(self._tokenizer(self._texts[index]), dtype=torch.int64)
+        return self._tokens(self._texts[index])
 
     def __iter__(self) -> Iterator[Int64[Tensor, "_"]]:
         return (self[index] for index in range(len(self)))

@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,9 @@ Windows = Int64[Tensor, "windows tokens"]
 Sketch = Int64[Tensor, "hashes"]
 
 
-def sample_windows(corpus: Corpus, *, n_windows: int, seqlen: int, seed: int) -> Windows:
+def sample_windows(
+    corpus: Corpus, *, n_windows: int, seqlen: int, seed: int, start_token: int | None = None
+) -> Windows:
     """Windows at random places, the same that KVQuant draws from the same token ids.
 
     In a stream every start is drawn uniformly. Among several documents one is drawn, again and again until it has
@@ -37,6 +40,8 @@ def sample_windows(corpus: Corpus, *, n_windows: int, seqlen: int, seed: int) ->
         Length of a window in tokens, from 2.
     seed : int
         Same seed, same windows.
+    start_token : int or None
+        Stands at the beginning of every window, as it does of a prompt; counts as one of `seqlen`.
 
     Raises
     ------
@@ -50,6 +55,9 @@ def sample_windows(corpus: Corpus, *, n_windows: int, seqlen: int, seed: int) ->
     arXiv:2401.18079, `quant/kvquant/datautils.py`.
     """
     _require(n_windows, "n_windows", 1)
+    if start_token is not None:
+        rest = without_start(corpus, seqlen, start_token)
+        return begun(sample_windows(rest, n_windows=n_windows, seqlen=seqlen - 1, seed=seed), start_token)
     _require(seqlen, "seqlen", 2)
     rng = random.Random(seed)
     too_short: dict[int, int] = {}
@@ -75,7 +83,7 @@ def _draw_document(corpus: Corpus, seqlen: int, rng: random.Random, too_short: d
     raise _too_short(corpus, seqlen + 1, max(too_short.values(), default=0))
 
 
-def split_windows(corpus: Corpus, *, seqlen: int, limit: int | None = None) -> Windows:
+def split_windows(corpus: Corpus, *, seqlen: int, limit: int | None = None, start_token: int | None = None) -> Windows:
     """Windows side by side, in order; what is left at the end of a document is dropped.
 
     C4 is too long to be read whole: as in KVQuant, 256 windows are drawn from it with seed 0 (`sample_windows`).
@@ -88,6 +96,8 @@ def split_windows(corpus: Corpus, *, seqlen: int, limit: int | None = None) -> W
         Length of a window in tokens, from 2.
     limit : int or None
         Take only the first so many windows.
+    start_token : int or None
+        Stands at the beginning of every window; see `sample_windows`.
 
     Raises
     ------
@@ -96,6 +106,9 @@ def split_windows(corpus: Corpus, *, seqlen: int, limit: int | None = None) -> W
     ValueError
         If `seqlen` or `limit` is too small.
     """
+    if start_token is not None:
+        rest = without_start(corpus, seqlen, start_token)
+        return begun(split_windows(rest, seqlen=seqlen - 1, limit=limit), start_token)
     _require(seqlen, "seqlen", 2)
     if limit is not None:
         _require(limit, "limit", 1)
@@ -106,6 +119,39 @@ def split_windows(corpus: Corpus, *, seqlen: int, limit: int | None = None) -> W
     if not len(windows):
         raise _too_short(corpus, seqlen, max(map(len, corpus.documents)))
     return windows[:limit]
+
+
+def without_start(corpus: Corpus, seqlen: int, start_token: int) -> Corpus:
+    """The corpus with no start token at the beginning of its documents, for windows that bring their own.
+
+    Parameters
+    ----------
+    corpus : Corpus
+        Where windows are cut from.
+    seqlen : int
+        Length of a window in tokens, the start token among them, from 3.
+    start_token : int
+        What is taken away where it is there.
+
+    Raises
+    ------
+    ValueError
+        If `seqlen` is too small.
+    """
+    _require(seqlen, "seqlen", 3)
+
+    def rest(tokens: Int64[Tensor, "_"]) -> Int64[Tensor, "_"]:
+        return tokens[1:] if len(tokens) and tokens[0] == start_token else tokens
+
+    documents = corpus.documents
+    if isinstance(documents, LazyDocuments):
+        return replace(corpus, documents=documents.changed(rest))
+    return replace(corpus, documents=tuple(map(rest, documents)))
+
+
+def begun(windows: Windows, start_token: int) -> Int64[Tensor, "windows longer"]:
+    """The windows, each behind a start token."""
+    return torch.cat([torch.full_like(windows[:, :1], start_token), windows], 1)
 
 
 def _require(value: int, name: str, least: int) -> None:

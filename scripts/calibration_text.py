@@ -30,7 +30,7 @@ def calibration_windows(
         What was calibrated; its manifest says on what, and proves it.
     """
     from artifacts.storage import Stored
-    from calib.corpus import CorpusError, load_corpus
+    from calib.corpus import CorpusError
     from calib.windows import sample_windows, window_digests
 
     corpus = artifact.manifest.corpus
@@ -38,8 +38,14 @@ def calibration_windows(
     if source is None or corpus.seed is None or not corpus.n_windows:
         return None
     try:
-        text = load_corpus(source, "calibration", loaded.encode, field=args.field)
-        windows = sample_windows(text, n_windows=corpus.n_windows, seqlen=corpus.seqlen, seed=corpus.seed)
+        text = loaded.corpus(source, "calibration", args.field)
+        windows = sample_windows(
+            text,
+            n_windows=corpus.n_windows,
+            seqlen=corpus.seqlen,
+            seed=corpus.seed,
+            start_token=corpus.start_token,
+        )
     except (CorpusError, OSError, ValueError):  # another text under the same name
         return None
     digest = Stored(format="windows", header={"windows": sorted(window_digests(windows))}, arrays={}).digest

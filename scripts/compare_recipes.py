@@ -85,7 +85,7 @@ def _compare(
 ) -> "tuple[dict[str, Any], list[ComparedRecipe]]":
     """What was compared on what, and the recipes in order."""
     from artifacts.evidence import text_config
-    from calib.corpus import check_dataset, load_corpus
+    from calib.corpus import check_dataset
     from calib.windows import check_vocabulary, split_windows
     from scripts.compared_recipe import in_order
     from scripts.comparison import Comparison
@@ -98,8 +98,9 @@ def _compare(
     settings = Settings(**{name: value for name, value in vars(args).items() if name in Settings.model_fields})
     found = loaded(args.model, args.device, args.dtype, args.maxseqlen)
     seqlen = found.window_tokens(args.seqlen)
-    held_out = load_corpus(args.dataset, "evaluation", found.encode, field=args.field)
-    windows = split_windows(held_out, seqlen=seqlen, limit=args.limit)
+    start_token = found.start_token(args.bos)
+    held_out = found.corpus(args.dataset, "evaluation", args.field)
+    windows = split_windows(held_out, seqlen=seqlen, limit=args.limit, start_token=start_token)
     check_vocabulary(windows, text_config(found.model).vocab_size, held_out.name)
     kept = KeptComparison.under(folder, args.model, settings)
     comparison = Comparison(found.model, found.layers(), recipes, kept)
@@ -112,6 +113,7 @@ def _compare(
         "model": args.model,
         "perplexity": rows[0].result.fp_perplexity,
         "window_tokens": seqlen,
+        "start_token": start_token,
         "calibration": {"text": corpus.name, "n_windows": corpus.n_windows, "seed": args.seed, "tier": args.statistics},
         "evaluation": {"text": held_out.name, "n_windows": len(windows), "batch_size": args.batch_size},
         "error_windows": min(args.error_windows, len(windows)),

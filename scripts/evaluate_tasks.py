@@ -89,13 +89,12 @@ def _options(args: argparse.Namespace, names: Sequence[str], loaded: "LoadedMode
 
 def _texts(args: argparse.Namespace, loaded: "LoadedModel") -> tuple[str, ...]:
     """Windows of the first evaluation text, short enough to be gone on with."""
-    from calib.corpus import load_corpus
     from calib.windows import split_windows
     from simquant.tasks.drift import Drift
 
     limit, room = args.task_limit or Drift.n_items, loaded.context - Drift.max_new_tokens
     n_tokens = args.task_lengths[0] if args.task_lengths else max(2, min(_DRIFT_TOKENS, room))
-    corpus = load_corpus(args.dataset.split(",")[0], "evaluation", loaded.encode, field=args.field)
+    corpus = loaded.corpus(args.dataset.split(",")[0], "evaluation", args.field)
     windows = split_windows(corpus, seqlen=n_tokens, limit=limit)
     return tuple(loaded.tokenizer.decode(window, skip_special_tokens=True) for window in windows)
 

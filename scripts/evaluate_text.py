@@ -33,15 +33,16 @@ def run_text(args: argparse.Namespace, loaded: "LoadedModel", evaluated: "Evalua
         A name or a file.
     """
     from artifacts.evidence import text_config
-    from calib.corpus import load_corpus
     from calib.windows import check_vocabulary
     from simquant import evaluate
 
-    corpus = load_corpus(dataset, "evaluation", loaded.encode, field=args.field)
-    windows, scored = scoring_windows(args, corpus, loaded.window_tokens(args.seqlen))
+    start_token = loaded.start_token(args.bos)
+    corpus = loaded.corpus(dataset, "evaluation", args.field)
+    windows, scored = scoring_windows(args, corpus, loaded.window_tokens(args.seqlen), start_token)
     check_vocabulary(windows, text_config(loaded.model).vocab_size, corpus.name)
     if evaluated.artifact is not None:
         warn_of_overlap(evaluated.artifact, windows)
+        _warn_of_other_start(evaluated.artifact, start_token)
     elif args.protocol == "full":
         _warn_of_later_tokens(evaluated.quantizers)
     settings = evaluated.settings(args)
@@ -61,10 +62,12 @@ def run_text(args: argparse.Namespace, loaded: "LoadedModel", evaluated: "Evalua
     else:
         print(
             f"{args.model} on {corpus.name}"
+            + ("" if start_token is None else f", windows begun with token {start_token}")
             + (f", {args.quantizer_path}" if args.quantizer_path else ", dynamic scales")
         )
         print(result.table())
-    return result.to_json() | site_figures(args, loaded, evaluated.quantizers, windows, settings)
+    begun = {} if start_token is None else {"start_token": start_token}
+    return result.to_json() | begun | site_figures(args, loaded, evaluated.quantizers, windows, settings)
 
 
 def tell(result: "EvalResult") -> None:
@@ -92,6 +95,16 @@ def _warn_of_later_tokens(quantizers: "Mapping[Site, Quantizer]") -> None:
         say(
             "warning: a dynamic scale per channel is not causal: it looks at the later tokens of its window, which no "
             "cache can do, so the figures are too good. Calibrate for static scales, or use --pertoken k_proj v_proj."
+        )
+
+
+def _warn_of_other_start(artifact: "Artifact", start_token: int | None) -> None:
+    corpus = artifact.manifest.corpus
+    if corpus.n_windows and corpus.start_token != start_token:
+        own, here = ("begin" if token is not None else "do not" for token in (corpus.start_token, start_token))
+        say(
+            f"note: windows of the calibration {own} with the start token, those evaluated {here}; with --bos in both "
+            "or in neither the quantizers meet what they were fitted to"
         )
 
 

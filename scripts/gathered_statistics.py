@@ -44,9 +44,8 @@ def _check_not_gathering(args: argparse.Namespace, source: str) -> None:
         If the command line says it nevertheless.
     """
     saved = () if args.merge else ("save_statistics",)
-    given = [
-        name for name in ("model", "dataset", "seqlen", "nsamples", "shard", "fisher", *saved) if getattr(args, name)
-    ]
+    gathering = ("model", "dataset", "seqlen", "bos", "nsamples", "shard", "fisher", *saved)
+    given = [name for name in gathering if getattr(args, name)]
     if given:
         name = "MODEL" if given[0] == "model" else f"--{given[0]}".replace("_", "-")
         raise UsageError(
@@ -58,7 +57,7 @@ def _gather(args: argparse.Namespace, recipe: "Recipe") -> "ModelStatistics":
     """Runs the model. After Ctrl-C the finished windows are kept where --save-statistics says so."""
     from calib.calibration import add_windows, gigabytes, new_statistics
     from calib.capture import site_shapes
-    from calib.corpus import check_dataset, load_corpus
+    from calib.corpus import check_dataset
     from calib.layer_choice import check
     from calib.statistics.model_statistics import ModelStatistics
     from calib.windows import sample_windows
@@ -71,8 +70,9 @@ def _gather(args: argparse.Namespace, recipe: "Recipe") -> "ModelStatistics":
     layers = loaded.layers()
     check(recipe, site_shapes(layers, recipe.stage))
     seqlen = loaded.window_tokens(args.seqlen)
-    corpus = load_corpus(args.dataset, "calibration", loaded.encode, field=args.field)
-    windows = sample_windows(corpus, n_windows=n_windows, seqlen=seqlen, seed=args.seed)
+    start_token = loaded.start_token(args.bos)
+    corpus = loaded.corpus(args.dataset, "calibration", args.field)
+    windows = sample_windows(corpus, n_windows=n_windows, seqlen=seqlen, seed=args.seed, start_token=start_token)
     if args.shard:
         number, total = args.shard
         windows = windows[number - 1 :: total]
@@ -84,6 +84,7 @@ def _gather(args: argparse.Namespace, recipe: "Recipe") -> "ModelStatistics":
         "model_id": loaded.model_id,
         "corpus": corpus.name,
         "seed": args.seed,
+        "start_token": start_token,
         "tokenizer_digest": loaded.tokenizer_digest,
     }
     if recipe.needs_fisher and not args.fisher:

@@ -11,7 +11,6 @@ from artifacts.errors import ArtifactError
 from artifacts.manifest import tool_version
 from artifacts.sites import Stage
 from calib.calibration import add_windows, new_statistics
-from calib.corpus import load_corpus
 from calib.recipe import Recipe
 from calib.statistics.model_statistics import ModelStatistics
 from calib.statistics.site_statistics import Tier
@@ -68,9 +67,9 @@ class Gathering:
         """
         args = self.settings.arguments(self.model)
         found = self.load_model()
-        text = load_corpus(args.calibration_dataset, "calibration", found.encode, field=args.field)
-        seqlen = found.window_tokens(args.seqlen)
-        windows = sample_windows(text, n_windows=args.nsamples, seqlen=seqlen, seed=args.seed)
+        text = found.corpus(args.calibration_dataset, "calibration", args.field)
+        seqlen, start_token = found.window_tokens(args.seqlen), found.start_token(args.bos)
+        windows = sample_windows(text, n_windows=args.nsamples, seqlen=seqlen, seed=args.seed, start_token=start_token)
         layers = found.layers()
         statistics = new_statistics(
             found.model,
@@ -81,6 +80,7 @@ class Gathering:
             model_id=found.model_id,
             corpus=text.name,
             seed=args.seed,
+            start_token=start_token,
             tokenizer_digest=found.tokenizer_digest,
         )
         if unfinished is not None and unfinished.exists():
@@ -134,7 +134,7 @@ class Gathering:
 
     def _identity(self) -> dict[str, Any]:
         args = self.settings.arguments(self.model)
-        names = ("calibration_dataset", "field", "nsamples", "seqlen", "seed", "device", "dtype")
+        names = ("calibration_dataset", "field", "nsamples", "seqlen", "bos", "seed", "device", "dtype")
         return {
             "model": self.model,
             "stage": self.stage,

@@ -49,7 +49,7 @@ def remaining_windows(windows: "Tensor", statistics: "ModelStatistics", source: 
     if foreign:
         raise UsageError(
             f"{source}: {len(foreign)} of its {len(done)} windows are not of this run. --resume goes with the same "
-            "model, --dataset, --seqlen, --seed, --nsamples and --shard"
+            "model, --dataset, --seqlen, --bos, --seed, --nsamples and --shard"
         )
     say(f"{len(done)} windows are in {source}, {len(windows) - len(done)} remain")
     return windows[[digest not in done for digest in digests]]

@@ -13,6 +13,7 @@ from torch import nn
 from artifacts.attention import AttentionLayer, attention_layers
 from artifacts.evidence import text_config
 from artifacts.fingerprint import model_fingerprint, vocabulary_digest
+from calib.corpus import Corpus, PaddingIds, Split, load_corpus
 from calib.demo import model_folder
 from scripts.checkpoint import check_weights, other_format, remote_code
 from scripts.console import UsageError, say
@@ -68,6 +69,36 @@ class LoadedModel:
             raise UsageError("the model has no tokenizer: pass tokenised text, --dataset ids.npy")
         ids: list[int] = self.tokenizer(text, verbose=False).input_ids
         return ids
+
+    def corpus(self, dataset: str, split: Split, field: str) -> Corpus:
+        """A text as this model reads it.
+
+        Parameters
+        ----------
+        dataset, split, field
+            See `calib.load_corpus`.
+
+        Raises
+        ------
+        CorpusError
+            If the text cannot be had.
+        """
+        return load_corpus(dataset, split, self.encode, field=field, padding=PaddingIds.of(self.tokenizer))
+
+    def start_token(self, wanted: bool) -> int | None:
+        """The token that prompts begin with, if it is wanted.
+
+        Raises
+        ------
+        UsageError
+            If the tokenizer has none.
+        """
+        token: int | None = getattr(self.tokenizer, "bos_token_id", None)
+        if wanted and token is None:
+            raise UsageError(
+                "--bos: the model's tokenizer has no start token (bos_token); prompts begin without: drop it"
+            )
+        return token if wanted else None
 
     def window_tokens(self, seqlen: int | None) -> int:
         """Window length: as asked, else 2048 or the context.

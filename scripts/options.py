@@ -48,15 +48,24 @@ def add_text_options(parser: argparse.ArgumentParser) -> None:
         "--dataset",
         "--datasets",
         metavar="NAME|FILE",
-        help="demo, wikitext2, c4, ptb, or a .txt, .jsonl or .npy file (default: demo for the demo model, else "
-        "wikitext2)",
+        help="demo, wikitext2, c4, ptb, or a file: text, .jsonl, .csv, .tsv, all of them also .gz, .parquet, "
+        ".npy of token ids (default: demo for the demo model, else wikitext2)",
     )
-    group.add_argument("--field", default="text", help="field of a .jsonl file (default: text)")
+    group.add_argument(
+        "--field", default="text", help="field or column that holds the text of a record (default: text)"
+    )
     group.add_argument(
         "--seqlen",
         type=positive,
         metavar="N",
         help="tokens per window (default: 2048 or the model's context, whichever is smaller)",
+    )
+    group.add_argument(
+        "--bos",
+        action="store_true",
+        help="begin every window with the tokenizer's start token, which is one of its tokens, as prompts begin with "
+        "it: for models that are prompted so, and the same in calibrate and evaluate (default: windows as the text "
+        "has them, as in the published tables)",
     )
     group.add_argument("--seed", type=int, default=0)
 

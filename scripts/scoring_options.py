@@ -17,7 +17,7 @@ _MOST_OF_C4 = 256
 """Windows of a text that is too long to be read whole, as without --stride."""
 
 
-OF_TEXTS = ("stride", "resume", "site_losses", "clipping")
+OF_TEXTS = ("bos", "stride", "resume", "site_losses", "clipping")
 """Names of options that go with losses on texts alone."""
 
 
@@ -51,8 +51,21 @@ def add_scoring_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def scoring_windows(args: argparse.Namespace, corpus: "Corpus", seqlen: int) -> "tuple[Tensor, ScoredTargets | None]":
+def scoring_windows(
+    args: argparse.Namespace, corpus: "Corpus", seqlen: int, start_token: int | None = None
+) -> "tuple[Tensor, ScoredTargets | None]":
     """The windows to evaluate, and which of their targets count (None: all but the first of each).
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        With `stride` and `limit`.
+    corpus : Corpus
+        The text.
+    seqlen : int
+        Tokens of a window.
+    start_token : int or None
+        What every window begins with, as one of its tokens.
 
     Raises
     ------
@@ -60,11 +73,14 @@ def scoring_windows(args: argparse.Namespace, corpus: "Corpus", seqlen: int) -> 
         If the stride is longer than a window.
     """
     from calib.corpus import LazyDocuments
-    from calib.windows import split_windows
+    from calib.windows import begun, split_windows, without_start
     from simquant.evaluation.scored_targets import strided_windows
 
     if args.stride is None:
-        return split_windows(corpus, seqlen=seqlen, limit=args.limit), None
+        return split_windows(corpus, seqlen=seqlen, limit=args.limit, start_token=start_token), None
+    if start_token is not None:
+        windows, scored = scoring_windows(args, without_start(corpus, seqlen, start_token), seqlen - 1)
+        return begun(windows, start_token), scored
     if args.stride > seqlen:
         raise UsageError(f"--stride {args.stride}: windows of {seqlen} tokens would leave out what lies between them")
     limit = args.limit or (_MOST_OF_C4 if isinstance(corpus.documents, LazyDocuments) else None)

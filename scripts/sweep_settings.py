@@ -28,6 +28,8 @@ class Settings(BaseModel):
         Windows for calibration, and for evaluation at most (None: all).
     seqlen : int or None
         Tokens of a window.
+    bos : bool
+        Whether every window begins with the tokenizer's start token.
     seed : int
         Draws the calibration windows, and what a search tries.
     statistics : {'basic', 'full'}
@@ -52,6 +54,7 @@ class Settings(BaseModel):
     nsamples: int = Field(default=NSAMPLES, ge=1)
     limit: int | None = Field(default=None, ge=1)
     seqlen: int | None = Field(default=None, ge=2)
+    bos: bool = False
     seed: int = 0
     statistics: Tier = "basic"
     batch_size: int = Field(default=1, ge=1)

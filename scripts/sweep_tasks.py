@@ -10,7 +10,7 @@ from torch import Tensor
 
 from artifacts.artifact import Artifact
 from artifacts.evidence import text_config
-from calib.corpus import CorpusError, load_corpus
+from calib.corpus import CorpusError
 from calib.windows import check_vocabulary, split_windows
 from scripts.evaluate_tasks import run_tasks
 from scripts.evaluate_text import tell, warn_of_overlap
@@ -58,9 +58,10 @@ class Bench:
             If the text holds too few, or token ids that the model does not know.
         """
         args, first = self.cell.settings.arguments(self.cell.model), self.cell.first_window
-        text = load_corpus(args.dataset, "evaluation", self.loaded.encode, field=args.field)
+        text = self.loaded.corpus(args.dataset, "evaluation", args.field)
         limit = None if args.limit is None else first + args.limit
-        windows = split_windows(text, seqlen=self.loaded.window_tokens(args.seqlen), limit=limit)
+        seqlen, start_token = self.loaded.window_tokens(args.seqlen), self.loaded.start_token(args.bos)
+        windows = split_windows(text, seqlen=seqlen, limit=limit, start_token=start_token)
         if first and len(windows) < first + args.limit:
             raise CorpusError(
                 f"{text.name}: expected {first + args.limit} windows, half of them held out; it has {len(windows)}. "

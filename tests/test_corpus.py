@@ -7,6 +7,7 @@ import json
 import random
 import time
 import timeit
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -26,6 +27,7 @@ from calib.windows import (
     sample_windows,
     split_windows,
     window_digests,
+    without_start,
 )
 
 HubCalls = list[tuple[tuple[object, ...], dict[str, object]]]
@@ -132,6 +134,44 @@ def test_split_refuses() -> None:
         split_windows(make_corpus(7, 2), seqlen=8)
     with pytest.raises(ValueError, match="limit: expected at least 1; got 0"):
         split_windows(make_corpus(7), seqlen=2, limit=0)
+
+
+# --- start tokens
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_windows_begin_with_the_start_token_and_go_on_with_text(seed: int) -> None:
+    """Regression: prompts began with a start token, and no window that was calibrated on."""
+    plain = make_corpus(60)
+    windows = sample_windows(plain, n_windows=9, seqlen=16, seed=seed, start_token=77)
+    assert torch.equal(windows[:, 1:], sample_windows(plain, n_windows=9, seqlen=15, seed=seed))
+    parts = split_windows(plain, seqlen=16, start_token=77)
+    assert torch.equal(parts[:, 1:], torch.arange(60).view(4, 15))
+    assert torch.equal(parts[:2], split_windows(plain, seqlen=16, limit=2, start_token=77))
+    for found in (windows, parts):
+        assert found.shape[1] == 16
+        assert (found[:, 0] == 77).all()
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_document_that_begins_with_the_start_token_brings_no_second_one(lazy: bool) -> None:
+    texts = ["s" + "abcdefgh" * 3, "sxyz" * 6]
+    documents = LazyDocuments(texts, to_bytes) if lazy else tuple(torch.tensor(to_bytes(text)) for text in texts)
+    begun = Corpus(name="c4", documents=documents, digest="")
+    assert [len(document) for document in without_start(begun, 9, ord("s")).documents] == [24, 23]
+    for windows in (
+        sample_windows(begun, n_windows=40, seqlen=9, seed=0, start_token=ord("s")),
+        split_windows(begun, seqlen=9, start_token=ord("s")),
+    ):
+        assert (windows[:, 0] == ord("s")).all()
+        assert not (windows[:, 1] == ord("s")).all()
+        assert bytes(windows[0].tolist()) not in (b"ssabcdefg", b"ssxyzsxyz")
+
+
+def test_a_start_token_alone_is_no_window() -> None:
+    for cut in (partial(sample_windows, n_windows=1, seed=0), split_windows):
+        with pytest.raises(ValueError, match="seqlen: expected at least 3; got 2"):
+            cut(make_corpus(60), seqlen=2, start_token=7)
 
 
 # --- data sets of the hub

@@ -205,6 +205,7 @@ class ModelStatistics:
             n_tokens=self.n_tokens,
             seqlen=self.seqlen,
             seed=self.origin.seed,
+            start_token=self.origin.start_token,
         )
 
     @property
@@ -228,7 +229,7 @@ class ModelStatistics:
         header = {
             **({"fisher": True} if self.fisher else {}),  # absent otherwise: without gradients a file is as it was
             "tier": self.tier,
-            "origin": {**asdict(self.origin), "model": dict(self.origin.model)},
+            "origin": self.origin.to_json(),
             "shapes": [{**asdict(s.shape), "site": str(site)} for site, s in self.sites.items()],
             "windows": sorted(self.windows),
             "seqlen": self.seqlen,

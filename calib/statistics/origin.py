@@ -1,7 +1,7 @@
 """Where statistics come from, and which may be added up."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from artifacts.errors import MismatchError
@@ -23,6 +23,8 @@ class Origin:
         Seed of the window sampling.
     tool_version : str
         The kvcalib that took them.
+    start_token : int or None
+        What every window was begun with, where it was.
     """
 
     model: Mapping[str, Any]
@@ -30,6 +32,7 @@ class Origin:
     corpus: str
     seed: int | None
     tool_version: str
+    start_token: int | None = None
 
     def check_same(self, other: "Origin") -> None:
         """Both are of one model, by one version.
@@ -39,10 +42,16 @@ class Origin:
         MismatchError
             With what differs.
         """
-        for name in ("model", "model_id", "tool_version"):
+        for name in ("model", "model_id", "tool_version", "start_token"):
             own, theirs = getattr(self, name), getattr(other, name)
             if own != theirs:
-                raise MismatchError(f"merge: the shards differ in {name}: {own!r:.300} and {theirs!r:.300}")
+                advice = ". Calibrate all with --bos, or all without" if name == "start_token" else ""
+                raise MismatchError(f"merge: the shards differ in {name}: {own!r:.300} and {theirs!r:.300}{advice}")
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values; a start token that there is none of is absent, so that such a file is as it always was."""
+        plain = {**asdict(self), "model": dict(self.model)}
+        return {name: value for name, value in plain.items() if name != "start_token" or value is not None}
 
     def joined(self, other: "Origin") -> "Origin":
         """The origin of both together: every text is named once, and a seed that they do not share is none."""

@@ -13,7 +13,6 @@ from torch import Tensor
 from artifacts.artifact import Artifact
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
-from calib.corpus import load_corpus
 from calib.windows import split_windows
 from scripts.calibration_text import calibration_windows
 from scripts.evaluated import Evaluated
@@ -86,7 +85,8 @@ class ReportedRun:
             What `evaluate --json` prints.
         """
         dataset = args.dataset.split(",")[0]
-        text = load_corpus(dataset, "evaluation", loaded.encode, field=args.field)
+        text = loaded.corpus(dataset, "evaluation", args.field)
+        seqlen, start_token = loaded.window_tokens(args.seqlen), loaded.start_token(args.bos)
         wanted = args.report_windows or WINDOWS
         limit = min(wanted, args.limit or wanted)
         artifact = evaluated.artifact
@@ -95,7 +95,7 @@ class ReportedRun:
             loaded=loaded,
             quantizers=evaluated.quantizers,
             settings=evaluated.settings(args),
-            windows=split_windows(text, seqlen=loaded.window_tokens(args.seqlen), limit=limit),
+            windows=split_windows(text, seqlen=seqlen, limit=limit, start_token=start_token),
             calibration_windows=None if artifact is None else calibration_windows(args, loaded, artifact),
             results=found.get("datasets") or (single if "loss_nats" in found else {}),
             tasks=found.get("tasks", {}),
