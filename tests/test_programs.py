@@ -506,6 +506,23 @@ def test_sites_are_listed(works: Program) -> None:
     assert all("2 x 8" in row and "k_proj v_proj q_proj" in row for row in rows)
 
 
+# --- padded rows
+
+
+def test_a_padded_file_gives_the_figures_of_its_text(works: Program, here: Path) -> None:
+    """Regression: the padding of .npy rows was scored, perplexity 953 instead of 4.5."""
+    save_model(here / "padding")
+    save_tokenizer(here / "padding", pad_token="~")
+    pad = PreTrainedTokenizerFast.from_pretrained(here / "padding").pad_token_id
+    rows = np.load("ids.npy")[:400].reshape(5, 80)
+    np.save("rows.npy", rows)
+    np.save("padded.npy", np.pad(rows, ((0, 0), (0, 48)), constant_values=pad))
+    line = "evaluate padding --abits 4 --json --dataset"
+    whole, padded = works(f"{line} rows.npy"), works(f"{line} padded.npy")
+    assert {**whole.json, "seconds": 0} == {**padded.json, "seconds": 0}
+    assert "padded.npy: padding left out, 240 tokens of 5 of 5 rows" in padded.err
+
+
 # --- start tokens
 
 
