@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from scripts import options
 from scripts.console import Parser, UsageError, run, say, set_up_logging
-from scripts.evaluate_text import warn_of_overlap
+from scripts.evaluate_text import tell, warn_of_overlap
 from scripts.options import NSAMPLES
 from scripts.outputs import output_folder
 
@@ -108,6 +108,7 @@ def _compare(
     comparison.measure_layers(windows[: args.error_windows])
     rows = in_order(comparison.evaluate(windows, args.batch_size))
     warn_of_overlap(rows[0].artifact, windows)
+    tell(rows[0].result)
     corpus = rows[0].artifact.manifest.corpus
     about = {
         "model": args.model,
