@@ -509,7 +509,9 @@ def test_sites_are_listed(works: Program) -> None:
 # --- padded rows
 
 
-def test_a_padded_file_gives_the_figures_of_its_text(works: Program, here: Path) -> None:
+def test_a_padded_file_gives_the_figures_of_its_text(
+    works: Program, here: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Regression: the padding of .npy rows was scored, perplexity 953 instead of 4.5."""
     save_model(here / "padding")
     save_tokenizer(here / "padding", pad_token="~")
@@ -520,7 +522,7 @@ def test_a_padded_file_gives_the_figures_of_its_text(works: Program, here: Path)
     line = "evaluate padding --abits 4 --json --dataset"
     whole, padded = works(f"{line} rows.npy"), works(f"{line} padded.npy")
     assert {**whole.json, "seconds": 0} == {**padded.json, "seconds": 0}
-    assert "padded.npy: padding left out, 240 tokens of 5 of 5 rows" in padded.err
+    assert "padded.npy: padding left out, 240 tokens of 5 of 5 rows" in caplog.text
 
 
 # --- start tokens
