@@ -24,7 +24,9 @@ from calib.statistics.row_sample import RowSample, priorities
 from calib.statistics.site_statistics import SAMPLE_TOKENS, SiteShape, SiteStatistics, Tier
 from calib.statistics.statistic import Statistic
 from calib.statistics.tails import Tails
+from calib.statistics.token_batch import TokenBatch
 from calib.statistics.token_histogram import OUTLIER_FRACTIONS, TokenHistogram
+from calib.threads import for_each
 
 CHANNELS = 16
 FACTORIES: dict[str, Callable[[], Statistic]] = {
@@ -130,6 +132,51 @@ def test_refuses_a_foreign_state(make: Callable[[], Statistic]) -> None:
                 statistic.restore({**statistic.state(), name: wrong})
         with pytest.raises(ValueError, match="got nothing"):
             statistic.restore({key: t for key, t in statistic.state().items() if key != name})
+
+
+def weigh(statistic: Statistic, x: Tensor) -> Statistic:
+    """Fed with weights where it takes any."""
+    weights = x.double().square() / 7 + 1
+    weighted = isinstance(statistic, ChannelHistogram | TokenHistogram) and statistic.counts.is_floating_point()
+    for part, own in zip(x.split(150), weights.split(150), strict=True):
+        statistic.update(part, own) if weighted else statistic.update(part)
+    return statistic
+
+
+WEIGHTED: dict[str, Callable[[], Statistic]] = {
+    "weighted channels": lambda: ChannelHistogram(CHANNELS, bins=64, dtype=torch.float64),
+    "weighted tokens": lambda: TokenHistogram(CHANNELS, bins=128, dtype=torch.float64),
+    "channels in 64 bits": lambda: ChannelHistogram(CHANNELS, bins=64, dtype=torch.int64),
+}
+
+
+@pytest.mark.parametrize("make", [*FACTORIES.values(), *WEIGHTED.values()], ids=[*FACTORIES, *WEIGHTED])
+def test_compiled_loops_and_torch_agree(make: Callable[[], Statistic], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the same is done by torch operations, which run on the CPU too."""
+    x = tokens(400)
+    compiled, by_torch = make(), make()
+    weigh(compiled, x).merge(weigh(make(), 3 * x))
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    weigh(by_torch, x).merge(weigh(make(), 3 * x))
+    for name, tensor in by_torch.state().items():
+        torch.testing.assert_close(
+            compiled.state()[name], tensor, rtol=1e-12 if tensor.dtype == torch.float64 else 0, atol=0
+        )
+
+
+@every_statistic
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes_are_those_numbers_in_float32(make: Callable[[], Statistic], dtype: torch.dtype) -> None:
+    x = tokens(60).clamp(-6e4, 6e4).to(dtype)
+    assert_same(fed(make(), x).state(), fed(make(), x.float()).state())
+
+
+@every_statistic
+def test_no_layout_and_no_input_is_changed(make: Callable[[], Statistic]) -> None:
+    x = tokens(100)
+    strided, kept = x.repeat_interleave(2, dim=1)[:, ::2], x.clone()
+    assert_same(fed(make(), strided, x.T.contiguous().T).state(), fed(make(), x, x).state())
+    assert torch.equal(x, kept)
 
 
 def test_cross_moments_add_up() -> None:
@@ -265,6 +312,14 @@ def test_token_histogram_is_the_naive_one() -> None:
         assert histogram.counts[row].sum() == counts.sum()
         np.testing.assert_allclose(histogram.weights[row].sum(), weights.sum(), rtol=1e-5)
     assert histogram.centers()[0] == -histogram.centers()[-1] == 1 / 64 - 1
+
+
+def test_a_token_of_denormals_is_counted() -> None:
+    """The inverse of its range overflowed, and the count failed over a negative bin."""
+    histogram = TokenHistogram(8)
+    fed(histogram, 1e-39 * torch.arange(8.0)[None])
+    assert (histogram.counts.sum(1) > 0).all()
+    assert histogram.counts[0, 0] == 1
 
 
 def test_tokens_without_spread_are_left_out() -> None:
@@ -504,6 +559,42 @@ def test_a_batch_is_its_windows_one_by_one(tiny_llama: LlamaForCausalLM) -> None
     assert (batched.n_tokens, batched.windows) == (alone.n_tokens, alone.windows)
     for site, own in batched.sites.items():
         torch.testing.assert_close(own.rows, alone.sites[site].rows, rtol=1e-4, atol=1e-5)
+
+
+# Threads
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    """As many as a machine with more cores would use."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_threads_change_no_bit(tiny_llama: LlamaForCausalLM, three_threads: None) -> None:
+    vectors, gathered_with = captured(tiny_llama, windows_of(3), gathered(tiny_llama, windows_of(3)), 0), []
+    positions = torch.arange(24).repeat(3)
+    batch = TokenBatch(positions, torch.arange(3).repeat_interleave(24), ["1", "2", "3"])
+    for n_threads in (3, 1):
+        torch.set_num_threads(n_threads)
+        statistics = new_statistics(tiny_llama, attention_layers(tiny_llama), tier="full")
+        statistics.update(batch, vectors)
+        gathered_with.append(dict(states(statistics)))
+    for site, state in gathered_with[0].items():
+        for name, tensor in state.items():
+            assert torch.equal(tensor, gathered_with[1][site][name]), (site, name)
+
+
+def test_every_thread_has_one_thread_of_torch(three_threads: None) -> None:
+    seen = list[int]()
+    for_each(lambda item: seen.append(torch.get_num_threads()), range(20))
+    assert seen == [1] * 20
+    assert torch.get_num_threads() == 3
+    with pytest.raises(ZeroDivisionError):
+        for_each(lambda item: 1 / item, range(20))
+    assert torch.get_num_threads() == 3
 
 
 # Numbers that are none

@@ -5,7 +5,8 @@ import torch
 from jaxtyping import Float, Float32, Float64, Int32, Int64, Shaped
 from torch import Tensor
 
-from calib.statistics.statistic import Statistic, adopt_device
+from calib.statistics.loops import coarsen, count_channels
+from calib.statistics.statistic import Statistic, adopt_device, check_weights
 
 _SIGNIFICANT_BITS = 28
 """Bin edges are multiples of a power of two not below 2^-28 of the largest magnitude: exact in float32."""
@@ -41,25 +42,27 @@ class ChannelHistogram(Statistic):
         self, x: Float[Tensor, "tokens channels"], weights: Float64[Tensor, "tokens channels"] | None = None
     ) -> None:
         """Takes in finite tokens; without weights every value counts as one."""
+        check_weights(self, weights, self.counts)
         if x.shape[0] == 0:
             return
         adopt_device(self, x.device)
         wide = x.float()
-        low, high = torch.aminmax(wide, dim=0)
-        self._widen(low, high)
-        per_width = torch.ldexp(torch.ones_like(low), -self.exponent)
-        rows = torch.arange(x.shape[1], dtype=torch.int32, device=x.device) * self.bins
-        flat = (wide * per_width).floor_().int().add_(rows - self.first).view(-1)
-        flat_weights = None if weights is None else weights.reshape(-1)
-        self.counts += torch.bincount(flat, flat_weights, minlength=self.counts.numel()).view_as(self.counts)
+        self._widen(wide.amin(dim=0), wide.amax(dim=0))
+        if wide.is_cuda:
+            self._count_by_torch(wide, weights)
+        else:
+            columns, own = wide.T.contiguous().numpy(), None if weights is None else weights.T.contiguous().numpy()
+            state = (1 / self.width(), self.first, self.counts)
+            count_channels(columns, own, *(tensor.numpy() for tensor in state))
 
     def merge(self, other: "ChannelHistogram") -> None:
         """Takes in what another statistic has seen."""
         if not torch.isfinite(other.minimum).all():
             return
         self._widen(other.minimum, other.maximum)
-        counts, first, exponent = other.counts, other.first, other.exponent
-        self.counts += _coarsen(counts, first, exponent, self.first, self.exponent)
+        counts = other.counts.clone()
+        _coarsen(counts, other.first, other.exponent, self.first, self.exponent)
+        self.counts += counts
 
     def centers(self) -> Float32[Tensor, "channels bins"]:
         """Middle of each bin, in units of x."""
@@ -93,14 +96,17 @@ class ChannelHistogram(Statistic):
             found.append(centers.gather(1, bins)[:, 0].clamp(self.minimum, self.maximum))
         return found[0], found[1]
 
+    def _count_by_torch(self, x: Tensor, weights: Tensor | None) -> None:
+        rows = torch.arange(x.shape[1], dtype=torch.int32, device=x.device) * self.bins
+        flat = (x / self.width()).floor_().int().add_(rows - self.first).view(-1)
+        flat_weights = None if weights is None else weights.reshape(-1)
+        self.counts += torch.bincount(flat, flat_weights, minlength=self.counts.numel()).view_as(self.counts)
+
     def _widen(self, low: Tensor, high: Tensor) -> None:
         minimum, maximum = torch.minimum(self.minimum, low), torch.maximum(self.maximum, high)
         exponent = _smallest_exponent(minimum, maximum, self.bins)
         first = torch.floor(torch.ldexp(minimum, -exponent)).to(torch.int32)
-        moved = (exponent != self.exponent) | (first != self.first)
-        if moved.any():
-            old = (self.counts[moved], self.first[moved], self.exponent[moved])
-            self.counts[moved] = _coarsen(*old, first[moved], exponent[moved])
+        _coarsen(self.counts, self.first, self.exponent, first, exponent)
         self.minimum, self.maximum, self.exponent, self.first = minimum, maximum, exponent, first
 
 
@@ -120,9 +126,16 @@ def _exponent(x: Tensor) -> Int32[Tensor, " channels"]:
     return torch.where(x > 0, torch.frexp(x).exponent, -200)
 
 
-def _coarsen(counts: Tensor, first: Tensor, exponent: Tensor, new_first: Tensor, new_exponent: Tensor) -> Tensor:
-    """The same counts in bins that are wider by a power of two, from another first bin on."""
+def _coarsen(counts: Tensor, first: Tensor, exponent: Tensor, new_first: Tensor, new_exponent: Tensor) -> None:
+    """Brings counts into bins that are wider by a power of two, from another first bin on."""
+    shift = (new_exponent - exponent).clamp(0, 31)
+    if counts.is_cuda:
+        _coarsen_by_torch(counts, first, shift, new_first)
+    else:
+        coarsen(counts.numpy(), *(part.contiguous().numpy() for part in (first, shift, new_first)))
+
+
+def _coarsen_by_torch(counts: Tensor, first: Tensor, shift: Tensor, new_first: Tensor) -> None:
     index = first[:, None] + torch.arange(counts.shape[1], dtype=torch.int32, device=counts.device)
-    shift = (new_exponent - exponent).clamp(0, 31)[:, None]
-    target = ((index >> shift) - new_first[:, None]).clamp_(0, counts.shape[1] - 1)
-    return torch.zeros_like(counts).scatter_add_(1, target.long(), counts)
+    target = ((index >> shift[:, None]) - new_first[:, None]).clamp_(0, counts.shape[1] - 1)
+    counts.copy_(torch.zeros_like(counts).scatter_add_(1, target.long(), counts))

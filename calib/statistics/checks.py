@@ -9,6 +9,7 @@ from torch import Tensor
 
 from artifacts.errors import NonFiniteError
 from artifacts.sites import Site
+from calib.threads import for_each
 
 Vectors = Mapping[Site, Float[Tensor, "_ _"]]
 
@@ -39,8 +40,7 @@ def check_vectors(
     different = sorted(map(str, set(wanted) ^ set(given)))
     if different:
         raise ValueError(f"statistics: {what} missing or left over for {different}")
-    for site, x in given.items():
-        _check_finite(f"{site}: %d of {x.numel()} {what}", x, windows)
+    for_each(lambda site: _check_finite(f"{site}: %d of {given[site].numel()} {what}", given[site], windows), given)
 
 
 def _check_finite(label: str, x: Float[Tensor, "tokens channels"], windows: Int64[Tensor, " tokens"]) -> None:

@@ -8,7 +8,7 @@ from typing import cast
 
 import numpy as np
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from artifacts.errors import CorruptArtifactError, MismatchError
@@ -28,6 +28,7 @@ from calib.statistics.site_statistics import (
     Tier,
 )
 from calib.statistics.token_batch import TokenBatch
+from calib.threads import for_each
 from calib.windows import merge_sketches
 
 FORMAT = "kvcalib.statistics"
@@ -84,16 +85,21 @@ class ModelStatistics:
         head = batch.positions < HEAD_POSITIONS
         rows = self.sample.choose(batch.token_priorities(), batch.positions)
         head_rows = self.head.choose(batch.window_priorities()[head], batch.positions[head])
-        for site, statistics in self.sites.items():
-            x, g = vectors[site], gradients.get(site)
-            first = head.to(x.device)
-            statistics.update(x[~first], None if g is None else g[~first])
-            statistics.keep_head_rows(x[first], head_rows, None if g is None else g[first])
+        first, rest = head.nonzero()[:, 0], (~head).nonzero()[:, 0]
+
+        def take_in(site: Site) -> None:
+            statistics, x, g = self.sites[site], vectors[site], gradients.get(site)
+            statistics.update(_rows(x, rest), None if g is None else _rows(g, rest))
+            statistics.keep_head_rows(_rows(x, first), head_rows, None if g is None else _rows(g, first))
             if statistics.keeps_rows:
                 statistics.keep_rows(x, rows, g)
-        for (left, right), moments in self.cross.items():
-            tail = ~head.to(vectors[left].device)
-            moments.update(vectors[left][tail], vectors[right].to(vectors[left].device)[tail])
+
+        def take_in_both(pair: tuple[Site, Site]) -> None:
+            left, right = (_rows(vectors[site], rest) for site in pair)
+            self.cross[pair].update(left, right.to(left.device))
+
+        for_each(take_in, self.sites)
+        for_each(take_in_both, self.cross)
         self.windows += batch.digests
         self.n_tokens += len(batch.positions)
         self.seqlen = max(self.seqlen, int(batch.positions.max()) + 1)
@@ -284,6 +290,10 @@ class ModelStatistics:
         statistics.seqlen, statistics.n_tokens = header["seqlen"], header["n_tokens"]
         statistics.ngrams = tensors["corpus/ngrams"]
         return statistics
+
+
+def _rows(x: Float[Tensor, "tokens channels"], index: Int64[Tensor, " rows"]) -> Float[Tensor, "rows channels"]:
+    return x.index_select(0, index.to(x.device))
 
 
 def _cross_moments(sites: Mapping[Site, SiteStatistics]) -> dict[tuple[Site, Site], CrossMoments]:

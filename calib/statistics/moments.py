@@ -6,6 +6,9 @@ from torch import Tensor
 
 from calib.statistics.statistic import Statistic, adopt_device
 
+_BLOCK_TOKENS = 256
+"""Tokens that are widened at a time: few enough to stay in the cache of a core."""
+
 
 class Moments(Statistic):
     """Token count, channel sums, and products of the channels within each of `groups` equal groups.
@@ -32,11 +35,12 @@ class Moments(Statistic):
     def update(self, x: Float[Tensor, "tokens channels"]) -> None:
         """Takes in finite tokens."""
         adopt_device(self, x.device)
-        wide = x.double()
-        grouped = wide.unflatten(1, (self.groups, self.products.shape[1])).transpose(0, 1)
         self.n_tokens += x.shape[0]
-        self.sums += wide.sum(dim=0)
-        self.products += grouped.mT @ grouped
+        for part in x.split(_BLOCK_TOKENS):
+            wide = part.double()
+            grouped = wide.unflatten(1, (self.groups, self.products.shape[1])).transpose(0, 1)
+            self.sums += wide.sum(dim=0)
+            self.products.baddbmm_(grouped.mT, grouped)
 
     def merge(self, other: "Moments") -> None:
         """Takes in what another statistic has seen."""

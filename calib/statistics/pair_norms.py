@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float, Float32, Float64
 from torch import Tensor
 
+from calib.statistics.loops import add_pairs
 from calib.statistics.statistic import Statistic, adopt_device
 
 
@@ -29,11 +30,10 @@ class PairNorms(Statistic):
         if x.shape[0] == 0:
             return
         adopt_device(self, x.device)
-        first, second = (x.float().square().index_select(1, index.to(x.device)) for index in self.pairs)
-        squares = first + second
+        largest, sums = (_pairs_by_torch if x.is_cuda else _pairs_compiled)(x.float(), *self.pairs)
         self.n_tokens += x.shape[0]
-        self.squares += squares.sum(dim=0, dtype=torch.float64)
-        self.largest = torch.maximum(self.largest, squares.amax(dim=0).sqrt())
+        self.squares += sums
+        self.largest = torch.maximum(self.largest, largest.sqrt())
 
     def merge(self, other: "PairNorms") -> None:
         """Takes in what another statistic has seen."""
@@ -48,6 +48,19 @@ class PairNorms(Statistic):
     def mean_square(self) -> Float64[Tensor, " pairs"]:
         """Mean squared length of each pair."""
         return self.squares / self.n_tokens.clamp_min(1)
+
+
+def _pairs_compiled(x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest squared length, and sum of the squared lengths, of each pair."""
+    largest, sums = torch.zeros(len(first)), torch.zeros(len(first), dtype=torch.float64)
+    add_pairs(*(tensor.contiguous().numpy() for tensor in (x, first, second, largest, sums)))
+    return largest, sums
+
+
+def _pairs_by_torch(x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    a, b = (x.index_select(1, index.to(x.device)).square() for index in (first, second))
+    squares = a + b
+    return squares.amax(dim=0), squares.sum(dim=0, dtype=torch.float64)
 
 
 def rotary_pairs(kv_heads: int, head_dim: int, rotary_dim: int, *, interleaved: bool) -> tuple[Tensor, Tensor]:

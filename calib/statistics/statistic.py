@@ -52,6 +52,21 @@ class Statistic(ABC):
         return sum(tensor.nbytes for tensor in self.state().values())
 
 
+def check_weights(statistic: Statistic, weights: Tensor | None, sums: Tensor) -> None:
+    """Weights are only added up in float64.
+
+    Raises
+    ------
+    RuntimeError
+        If the statistic counts.
+    """
+    if weights is not None and sums.dtype != torch.float64:
+        raise RuntimeError(
+            f"{type(statistic).__name__}: weights of {weights.dtype} can't be cast to counts of {sums.dtype}. Make it "
+            "with dtype=torch.float64."
+        )
+
+
 def adopt_device(statistic: Statistic, device: torch.device) -> None:
     """Moves the state to where the activations are."""
     for name, tensor in statistic.state().items():

@@ -1,11 +1,14 @@
 """How values lie within their own token's range, which is what a per-token codebook is fitted to."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Float64, Shaped
 from torch import Tensor
 
-from calib.statistics.statistic import Statistic, adopt_device
+from calib.statistics.loops import count_tokens
+from calib.statistics.statistic import Statistic, adopt_device, check_weights
 
 OUTLIER_FRACTIONS = (0.0, 0.005, 0.01, 0.02, 0.05)
 
@@ -21,27 +24,43 @@ class TokenHistogram(Statistic):
         Bins over [-1, 1].
     dtype : torch.dtype
         int64 to count values, float64 to add up their weights.
+    fractions : sequence of float
+        Shares of outliers.
     """
 
     STATE = ("counts", "weights")
 
-    def __init__(self, channels: int, bins: int = 4096, dtype: torch.dtype = torch.int64) -> None:
-        self.channels, self.bins = channels, bins
-        self.counts = torch.zeros(len(OUTLIER_FRACTIONS), bins, dtype=dtype)
-        self.weights = torch.zeros(len(OUTLIER_FRACTIONS), bins, dtype=torch.float64)
+    def __init__(
+        self,
+        channels: int,
+        bins: int = 4096,
+        dtype: torch.dtype = torch.int64,
+        fractions: Sequence[float] = OUTLIER_FRACTIONS,
+    ) -> None:
+        self.channels, self.bins, self.fractions = channels, bins, fractions
+        self.counts = torch.zeros(len(fractions), bins, dtype=dtype)
+        self.weights = torch.zeros(len(fractions), bins, dtype=torch.float64)
 
     def update(
         self, x: Float[Tensor, "tokens channels"], weights: Float64[Tensor, "tokens channels"] | None = None
     ) -> None:
         """Takes in finite tokens; without weights every value counts as one."""
+        check_weights(self, weights, self.counts)
         if x.shape[0] == 0:
             return
         adopt_device(self, x.device)
         wide = x.float()
-        ordered = _ascending(wide)
-        values = ordered if weights is None else wide  # the order is of no account, and neighbours share bins
-        for row, fraction in enumerate(OUTLIER_FRACTIONS):
-            counts, spread = _histogram(values, weights, _inner_range(ordered, fraction), self.bins)
+        if wide.is_cuda:
+            self._count_by_torch(wide, weights)
+        else:
+            values, own = wide.contiguous().numpy(), None if weights is None else weights.contiguous().numpy()
+            state, fractions = (self.counts.numpy(), self.weights.numpy()), np.array(self.fractions, dtype=float)
+            count_tokens(np.sort(values, axis=1), values, own, fractions, *state)  # torch sorts many times slower
+
+    def _count_by_torch(self, x: Tensor, weights: Tensor | None) -> None:
+        ordered = x.sort(dim=1).values
+        for row, fraction in enumerate(self.fractions):
+            counts, spread = _histogram(x, weights, _inner_range(ordered, fraction), self.bins)
             self.counts[row] += counts
             self.weights[row] += spread
 
@@ -70,12 +89,10 @@ def token_histogram(
 
     With weights, their sums in place of the counts.
     """
-    return _histogram(x, weights, _inner_range(_ascending(x), fraction), bins)
-
-
-def _ascending(x: Float32[Tensor, "tokens channels"]) -> Float32[Tensor, "tokens channels"]:
-    """Each token's values in order. On the CPU by numpy, whose sort is many times faster."""
-    return x.sort(dim=1).values if x.is_cuda else torch.from_numpy(np.sort(x.numpy(), axis=1))
+    dtype = torch.int64 if weights is None else torch.float64
+    histogram = TokenHistogram(x.shape[1], bins, dtype, [fraction])
+    histogram.update(x, weights)
+    return histogram.counts[0], histogram.weights[0]
 
 
 def _inner_range(
@@ -107,7 +124,10 @@ def _histogram(
     low, high = inner
     half_range = ((high - low) / 2).clamp_min(0)
     left_out = (x < low) | (x > high) | (half_range <= 0)
-    index = ((x - low) * (bins / 2 / half_range)).clamp_(0, bins - 1).masked_fill_(left_out, bins).int().reshape(-1)
+    place = (x - low) * (bins / 2 / half_range)
+    # A range of a few denormals has no finite inverse: what is not a number belongs to the first bin.
+    place = torch.where(place > 0, place, 0).clamp_(max=bins - 1)
+    index = place.masked_fill_(left_out, bins).int().reshape(-1)
     squares = half_range.double().square().expand_as(x)
     flat = (None, squares) if weights is None else (weights, weights * squares)
     counts, spread = (
