@@ -60,6 +60,7 @@ def _main(argv: list[str]) -> int:
     from scripts.ablation_run import ablate
     from scripts.models import short_name
     from scripts.text_files import replace_text
+    from simquant.evaluation.figures import error_text
 
     recipe = load_recipe(args.recipe)
     ingredients = _ingredients(args.ingredients)
@@ -70,7 +71,7 @@ def _main(argv: list[str]) -> int:
     results = {"command": command, "recipe": recipe.model_dump(mode="json"), **found.to_json()}
     text = json.dumps(results, indent=1, allow_nan=False) + "\n"
     title = f"{recipe.name} on {short_name(args.model)}: {found.full.bits['average']:.3f} bits, {found.full.protocol}"
-    loss = f"The full recipe loses {found.full.loss_nats:.5f} ± {found.full.loss_nats_stderr:.5f} nats."
+    loss = f"The full recipe loses {found.full.loss_nats:.5f} ± {error_text(found.full.loss_nats_stderr, '.5f')} nats."
     markdown = "\n\n".join([title, f"```\n{command}\n```", found.table(), loss, LEGEND]) + "\n"
     replace_text(folder / "ablation.json", text)
     replace_text(folder / "ablation.md", markdown)

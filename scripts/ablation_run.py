@@ -1,5 +1,6 @@
 """What each ingredient of a recipe is worth, measured on the same windows with it and without it."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -16,6 +17,7 @@ from scripts.sweep_tasks import Bench
 from scripts.text_table import text_table
 from simquant import EvalResult
 from simquant.evaluate import evaluate_each
+from simquant.evaluation.figures import error_text
 
 FULL = "the full recipe"
 
@@ -60,7 +62,7 @@ class Ablation:
         bits = self.full.bits["average"]
         measured = [worth for worth in self.worths if worth.why_not is None]
         rows = [
-            (w.ingredient, f"{w.nats:+.5f} ± {w.stderr:.5f}", f"{bits:.3f}", f"{w.bits:.3f}")
+            (w.ingredient, f"{w.nats:+.5f} ± {error_text(w.stderr, '.5f')}", f"{bits:.3f}", f"{w.bits:.3f}")
             for w in sorted(measured, key=lambda worth: -(worth.nats or 0.0))
         ]
         others = [f"- {worth.ingredient}: {worth.why_not}" for worth in self.worths if worth.why_not is not None]
@@ -157,4 +159,6 @@ def _evaluated(benches: Mapping[str, Bench]) -> dict[str, EvalResult]:
 def _worth(name: str, full: EvalResult, removed: EvalResult) -> Worth:
     """The difference within each window: what all windows share, their difficulty, is not in its error."""
     nats, stderr = removed.loss_beyond(full)
-    return Worth(ingredient=name, nats=nats, stderr=stderr, bits=removed.bits["average"])
+    return Worth(
+        ingredient=name, nats=nats, stderr=stderr if math.isfinite(stderr) else None, bits=removed.bits["average"]
+    )

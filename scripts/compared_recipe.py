@@ -8,6 +8,7 @@ from typing import Any
 from artifacts.artifact import Artifact
 from artifacts.sites import Site
 from simquant import EvalResult
+from simquant.evaluation.figures import error_text
 from simquant.evaluation.site_errors import AttentionErrors
 from simquant.usage import CONTEXT_TOKENS
 
@@ -90,7 +91,7 @@ _COLUMNS: dict[str, Callable[[ComparedRecipe], str]] = {
     "values": lambda row: f"{row.result.bits['value']:.2f}",
     "mean": lambda row: f"{row.mean_bits:.2f}",
     **{f"{n // 1024}K": lambda row, n=n: f"{row.amortised_bits(n):.2f}" for n in CONTEXT_TOKENS},  # type: ignore[misc]
-    "nats": lambda row: f"{row.result.loss_nats:.4f} ± {row.result.loss_nats_stderr:.4f}",
+    "nats": lambda row: f"{row.result.loss_nats:.4f} ± {error_text(row.result.loss_nats_stderr, '.4f')}",
     "KL": lambda row: f"{row.result.kl_mean:.4f}",
     "KL 99.9 %": lambda row: f"{row.result.kl_p999:.3f}",
     "logits": lambda row: f"{row.worst('logits'):.4f}",

@@ -48,11 +48,13 @@ def _main(argv: list[str]) -> int:
 
 def table(bits: tuple[int, ...], results: list[dict[str, Any]]) -> str:
     """Loss over bits; bits are counted, scales of the tokens included."""
+    from simquant.evaluation.figures import error_text
+
     rows = [f"{'codes':>9} {'bits, keys / values':>20} {'perplexity':>11} {'loss in nats per token':>23} {'KL':>8}"]
     rows.append(f"{'exact':>9} {'16.00 / 16.00':>20} {results[0]['fp']['perplexity']:>11.3f} {'0':>23} {'0':>8}")
     for width, result in zip(bits, results, strict=True):
         counted = f"{result['bits']['key']:.2f} / {result['bits']['value']:.2f}"
-        loss = f"{result['loss_nats']:.4f} ± {result['loss_nats_stderr']:.4f}"
+        loss = f"{result['loss_nats']:.4f} ± {error_text(result['loss_nats_stderr'], '.4f')}"
         perplexity = result["quantized"]["perplexity"]
         rows.append(f"{width:>4} bits {counted:>20} {perplexity:>11.3f} {loss:>23} {result['kl_mean']:>8.4f}")
     return "\n".join(rows)

@@ -53,6 +53,7 @@ def site_figures(
 def _losses(
     args: argparse.Namespace, loaded: "LoadedModel", quantizers: Any, windows: "Tensor", settings: dict[str, Any]
 ) -> dict[str, Any]:
+    from simquant.evaluation.figures import error_text
     from simquant.evaluation.site_losses import loss_shares, site_losses
 
     losses = site_losses(
@@ -68,7 +69,8 @@ def _losses(
         print(f"lost by each site alone, {len(windows)} windows:")
         for site in list(shares)[:_SHOWN]:
             loss = losses[site]
-            print(f"  {site}: {loss.nats:+.5f} ± {loss.stderr:.5f} nats per token, {shares[site]:.0%} of their sum")
+            lost = f"{loss.nats:+.5f} ± {error_text(loss.stderr, '.5f')} nats per token"
+            print(f"  {site}: {lost}, {shares[site]:.0%} of their sum")
     return {"site_losses": {str(site): {**_json(losses[site]), "share": shares[site]} for site in losses}}
 
 

@@ -24,7 +24,7 @@ from simquant.evaluation.identity_check import check_identity
 from simquant.evaluation.protocols import Protocol, ProtocolName
 from simquant.evaluation.result import EvalResult
 from simquant.evaluation.scored_targets import ScoredTargets, scored_targets
-from simquant.evaluation.scoring import ScoredLogits, window_logits
+from simquant.evaluation.scoring import ScoredLogits, check_logits, window_logits
 from simquant.evaluation.steps import Steps
 from simquant.evaluation.window_log import WindowLog
 
@@ -60,11 +60,13 @@ def perplexity(
         Mean over all targets, or over the windows' means; the same for windows of equal length.
     """
     scored = scored_targets(windows, scored, normalization)
-    found = []
+    found: list[Tensor] = []
     with evaluating(model):
         for batch, n_scored in zip(windows.split(batch_size), scored.split(batch_size), strict=True):
             logits = ScoredLogits.of(window_logits(model, batch), batch, n_scored)
-            found += [nll for (nll,) in logits.by_window(logits.nll)]
+            for (nll,) in logits.by_window(logits.nll):
+                check_logits("", len(found), nll)
+                found.append(nll)
     return perplexity_of(found, normalization)[0]
 
 
@@ -118,6 +120,8 @@ def evaluate(
         If a quantizer has fewer than 16 bits and no token went through it, or no scored target reads one that did.
     UnsupportedModelError
         If the protocol changes the model's logits though nothing is quantized.
+    NonFiniteError
+        If the full-precision or the quantized model gives NaN; infinite losses are reported.
     WindowLogError
         If the log is one of another evaluation.
     """
@@ -168,6 +172,8 @@ def evaluate_each(
         first batch, if no token went through it.
     UnsupportedModelError
         If the protocol changes the model's logits though nothing is quantized.
+    NonFiniteError
+        If the full-precision or the quantized model gives NaN; infinite losses are reported.
     WindowLogError
         If the log is one of another evaluation.
     """
@@ -179,7 +185,7 @@ def evaluate_each(
         for own, rules in zip(candidates, policies, strict=True)
     ]
     for run in runs:
-        run.check(windows.shape[1])
+        run.check(layers, windows.shape[1], max(scored.n_scored))
     batches = windows.split(batch_size)
     finished: list[list[BatchScores]] = []
     if log is not None:
@@ -188,7 +194,8 @@ def evaluate_each(
         check_identity(model, layers, runs[0], windows[:1])
         for index, (batch, n_scored) in enumerate(zip(progress(batches), scored.split(batch_size), strict=True)):
             is_new = index >= len(finished)
-            found = _score(model, layers, runs, batch, n_scored) if is_new else finished[index]
+            numbered = (index * batch_size, batch)
+            found = _score(model, layers, runs, numbered, n_scored) if is_new else finished[index]
             for run, own in zip(runs, found, strict=True):
                 run.add(own)
             if log is not None and is_new:
@@ -200,13 +207,16 @@ def _score(
     model: nn.Module,
     layers: Sequence[AttentionLayer],
     runs: Sequence[EvaluationRun],
-    batch: Int64[Tensor, "windows tokens"],
+    numbered: tuple[int, Int64[Tensor, "windows tokens"]],
     n_scored: Sequence[int],
 ) -> list[BatchScores]:
     """What each set of quantizers makes of a batch, which the model in full precision reads once for all."""
     start = time.perf_counter()
+    first, batch = numbered
     logits = runs[0].protocol.exact_logits(model, batch, logits=window_logits)
     fp = ScoredLogits.of(logits, batch, n_scored)
+    for window, (nll,) in enumerate(fp.by_window(fp.nll), start=first):
+        check_logits("full-precision", window, nll)  # before a quantizer finds it
     seconds = time.perf_counter() - start
     found = [run.score(model, layers, batch, fp) for run in runs]
     return [replace(own, seconds=own.seconds + seconds) for own in found]

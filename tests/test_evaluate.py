@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM
 
 from artifacts.artifact import Artifact
 from artifacts.dynamic_affine import DynamicAffine
+from artifacts.errors import NonFiniteError
 from artifacts.identity import Identity
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site, Stage
@@ -373,18 +374,10 @@ def test_one_window_has_no_standard_error(tiny_llama: LlamaForCausalLM, windows:
     found = evaluate(tiny_llama, windows[:1], everywhere(per_token))
     assert math.isnan(found.loss_nats_stderr)
     plain = json.loads(json.dumps(found.to_json(), allow_nan=False))
-    assert plain["loss_nats_stderr"] is None
-    errors = (
-        "loss_nats",
-        "kl_mean",
-        "top1_flips",
-        "delta_p_mean",
-        "delta_p_rms",
-        "fp.perplexity",
-        "quantized.perplexity",
-    )
-    assert plain["non_finite"] == {f"{name}_stderr": "nan" for name in errors}
-    assert "standard error" in found.table()
+    assert plain["loss_nats_stderr"] is plain["fp"]["perplexity_stderr"] is None
+    assert "non_finite" not in plain  # nothing is wrong with it
+    assert "standard error n/a (one window)" in found.table()
+    assert "nan" not in found.table()
 
 
 def test_a_gain_over_full_precision_is_shown_with_its_error() -> None:
@@ -420,21 +413,42 @@ def change_logits(model: nn.Module, change: Callable[[Tensor, Tensor], Tensor]) 
     model.register_forward_hook(hook, with_kwargs=True)
 
 
-@pytest.mark.parametrize("bad", [-math.inf, math.nan])
-def test_an_infinite_loss_is_reported_not_raised(bad: float, tiny_llama: LlamaForCausalLM, windows: Tensor) -> None:
+def spoil_pass(model: nn.Module, number: int, bad: float) -> None:
+    """The pass of this number over windows, from 0, gives `bad` to its targets."""
     passes: list[Tensor] = []
 
     def spoil(ids: Tensor, logits: Tensor) -> Tensor:
-        """The second pass over windows, the quantized one, gives the first window's targets no chance."""
         passes.extend([ids] if ids.shape[1] == 24 else [])  # probing runs the model too, on other lengths
-        return logits.scatter(2, ids[:, 1:, None], bad) if len(passes) == 2 else logits
+        return logits.scatter(2, ids[:, 1:, None], bad) if len(passes) == number + 1 else logits
 
-    change_logits(tiny_llama, spoil)
+    change_logits(model, spoil)
+
+
+def test_an_infinite_loss_is_reported_not_raised(tiny_llama: LlamaForCausalLM, windows: Tensor) -> None:
+    spoil_pass(tiny_llama, 1, -math.inf)
     found = evaluate(tiny_llama, windows, everywhere(per_token))
     plain = json.loads(json.dumps(found.to_json(), allow_nan=False))
     assert plain["quantized"]["perplexity"] is plain["loss_nats"] is plain["kl_mean"] is plain["kl_p999"] is None
     assert plain["fp"]["perplexity"] == found.fp_perplexity
-    assert plain["non_finite"]["loss_nats"] == ("inf" if math.isinf(bad) else "nan")
+    assert plain["non_finite"]["loss_nats"] == "inf"
+    assert "standard error n/a" in found.table()
+    assert "one window" not in found.table()
+
+
+@pytest.mark.parametrize(("number", "which"), [(2, "full-precision"), (3, "quantized")])
+def test_nan_is_told_by_window_and_model(
+    number: int, which: str, tiny_llama: LlamaForCausalLM, windows: Tensor
+) -> None:
+    """It was printed as `nan +- nan`, with exit code 0. Each window is read twice."""
+    spoil_pass(tiny_llama, number, math.nan)
+    with pytest.raises(NonFiniteError, match=rf"window 1: the {which} model gives NaN for 23 of 23 scored targets"):
+        evaluate(tiny_llama, windows, everywhere(per_token))
+
+
+def test_perplexity_of_nan_is_no_number(tiny_llama: LlamaForCausalLM, windows: Tensor) -> None:
+    spoil_pass(tiny_llama, 1, math.nan)
+    with pytest.raises(NonFiniteError, match="window 1: the model gives NaN"):
+        perplexity(tiny_llama, windows)
 
 
 def test_tokens_that_the_model_rules_out_diverge_by_nothing(tiny_llama: LlamaForCausalLM, windows: Tensor) -> None:

@@ -298,6 +298,34 @@ def test_targets_that_an_exact_prefill_predicts_are_refused(protocol: str, tiny_
     assert sixteen.quantized_fraction == 0
 
 
+SLIDING = [None, 4, 8, 40]
+
+
+@pytest.mark.parametrize("protocol", ["decode", "cache"])
+def test_a_layer_that_sees_exact_tokens_alone_is_refused(protocol: str) -> None:
+    """A residual window as long as the sliding window: the loss was +0.000000, and nothing was said."""
+    model, settings = build("gemma3_text"), {"protocol": protocol, "steps": Steps(chunk_tokens=8)}
+    policy = CachePolicy(sink_tokens=1, residual_tokens=4)
+    with pytest.raises(NothingQuantizedError, match=r"last 4 tokens exact.* layer 0 sees 4 tokens back"):
+        evaluate(model, IDS, everywhere(per_token), policy=policy, protocol=protocol)
+    for reads in (CachePolicy(sink_tokens=1, residual_tokens=3), CachePolicy(sink_tokens=36)):
+        assert evaluate(model, IDS, everywhere(per_token), policy=reads, **settings).kl_mean > 0
+    exact = {site: identity() if site.layer == 0 else per_token() for site in everywhere(per_token)}
+    assert evaluate(model, IDS, exact, policy=policy, protocol=protocol).kl_mean > 0
+
+
+@every_policy
+@every_steps
+@pytest.mark.parametrize("window", SLIDING)
+def test_codes_are_read_where_the_sliding_window_reaches(window: int | None, policy: CachePolicy, steps: Steps) -> None:
+    protocol = Protocol(name="decode", policy=policy, steps=steps)
+    for tensor in TENSORS:
+        for n_tokens, n_scored in ((9, 3), (23, 22), (40, 1)):
+            band = encoded_tokens(policy.window(tensor), policy, steps, n_tokens).tril().triu(1 - (window or n_tokens))
+            found = protocol.reads_codes(tensor, n_tokens, n_scored=n_scored, sliding_window=window)
+            assert found == bool(band[:-1][-n_scored:].any())
+
+
 @every_policy
 @every_steps
 def test_codes_are_read_where_the_band_says_so(policy: CachePolicy, steps: Steps) -> None:

@@ -19,7 +19,7 @@ from simquant.evaluation.protocols import Protocol
 from simquant.evaluation.report import protocol_line, stored_bits, worse_than_guessing
 from simquant.evaluation.result import EvalResult
 from simquant.evaluation.scored_targets import ScoredTargets
-from simquant.evaluation.scoring import ScoredLogits, Scores, score, window_logits
+from simquant.evaluation.scoring import ScoredLogits, Scores, check_logits, score, window_logits
 from simquant.usage import Usage
 
 
@@ -48,16 +48,30 @@ class EvaluationRun:
     def __post_init__(self) -> None:
         self._usage = Usage(self.quantizers)
 
-    def check(self, n_tokens: int) -> None:
-        """Refuses windows of `n_tokens` in which every scored target would be predicted from exact tokens.
+    def check(self, layers: Sequence[AttentionLayer], n_tokens: int, n_scored: int) -> None:
+        """Refuses windows of `n_tokens` in which a layer has codes that no scored target reads.
+
+        Parameters
+        ----------
+        layers : Sequence[AttentionLayer]
+            Of the model; a sliding window may lie wholly in the tokens that stay exact.
+        n_tokens, n_scored : int
+            Of each window, and how many of its last targets are scored at most.
 
         Raises
         ------
         NothingQuantizedError
-            If a quantizer has fewer than 16 bits and no scored target reads what one has encoded.
+            If quantizers of a layer have fewer than 16 bits and no scored target reads what one has encoded.
         """
-        if self._lossy and not any(self.protocol.reads_codes(site.tensor, n_tokens) for site in self._lossy):
-            raise self._refusal(n_tokens)
+        windows = {layer.layer: layer.sliding_window for layer in layers}
+        reads = {
+            (tensor, window): self.protocol.reads_codes(tensor, n_tokens, n_scored=n_scored, sliding_window=window)
+            for tensor, window in {(site.tensor, windows[site.layer]) for site in self._lossy}
+        }
+        read = {site.layer for site in self._lossy if reads[site.tensor, windows[site.layer]]}
+        unread = sorted({site.layer for site in self._lossy} - read)
+        if unread:
+            raise self._refusal(n_tokens, {layer: windows[layer] for layer in unread if windows[layer] is not None})
 
     def score(
         self,
@@ -78,9 +92,14 @@ class EvaluationRun:
 
         Raises
         ------
+        NonFiniteError
+            If the full-precision or the quantized model gives NaN.
         NothingQuantizedError
             If a quantizer has fewer than 16 bits and no token went through it so far.
         """
+        for window, scores in enumerate(batch.scores, start=len(self._scores)):
+            check_logits("full-precision", window, scores.fp_nll)
+            check_logits("quantized", window, scores.nll)
         self._usage.include(batch.usage)
         self._scores.extend(batch.scores)
         self._seconds += batch.seconds
@@ -111,10 +130,13 @@ class EvaluationRun:
     def _lossy(self) -> list[Site]:
         return [site for site, quantizer in self.quantizers.items() if quantizer.spec.bits < 16]
 
-    def _refusal(self, n_tokens: int) -> NothingQuantizedError:
+    def _refusal(self, n_tokens: int, sliding: Mapping[int, int | None] | None = None) -> NothingQuantizedError:
         policy = self.protocol.policy
+        where = "".join(
+            f", layer {layer} sees {window} tokens back" for layer, window in list((sliding or {}).items())[:3]
+        )
         return NothingQuantizedError(
             "evaluate: fewer than 16 bits were asked for and no token was quantized that a scored target reads "
-            f"({policy.describe()}, windows of {n_tokens} tokens; {self.protocol.steps.describe()}, "
+            f"({policy.describe()}, windows of {n_tokens} tokens{where}; {self.protocol.steps.describe()}, "
             f"{policy.describe_prefill()}). Use longer windows, a shorter first step, or keep fewer tokens exact."
         )

@@ -45,6 +45,17 @@ def mean_of_sums(sums: Float64[Tensor, " clusters"], counts: Int64[Tensor, " clu
     return mean, math.sqrt(squares * n_clusters / (n_clusters - 1)) / n_targets
 
 
+def error_text(stderr: float | None, form: str) -> str:
+    """A standard error for people; a single window has none.
+
+    Examples
+    --------
+    >>> error_text(0.0123, ".3f"), error_text(math.nan, ".3f")
+    ('0.012', 'n/a')
+    """
+    return format(stderr, form) if stderr is not None and math.isfinite(stderr) else "n/a"
+
+
 def mean_and_stderr(values: Sequence[float]) -> tuple[float, float]:
     """The mean of independent values, and its standard error (nan for one value).
 

@@ -72,13 +72,30 @@ class Protocol:
         with context as usage:
             return logits(model, batch), usage
 
-    def reads_codes(self, tensor: Literal["key", "value", "query"], n_tokens: int) -> bool:
+    def reads_codes(
+        self,
+        tensor: Literal["key", "value", "query"],
+        n_tokens: int,
+        *,
+        n_scored: int | None = None,
+        sliding_window: int | None = None,
+    ) -> bool:
         """Whether any scored target of a text of `n_tokens`, from 2, is predicted from keys or values that have codes.
 
-        If any is, the last one: its query, that of the last token but one, reads the most codes.
+        Parameters
+        ----------
+        tensor, n_tokens
+            Keys or values, of that many tokens.
+        n_scored : int or None
+            How many of the last targets are scored; None is all.
+        sliding_window : int or None
+            How many tokens back a query of the layer sees, its own among them; None is all.
         """
         ends = encoded_ends(self.policy.window(tensor), self.policy, self.steps, n_tokens)
-        return min(int(ends[-2]), n_tokens - 1) > self.policy.sink_tokens
+        tokens = torch.arange(n_tokens)
+        seen_from = tokens - (sliding_window or n_tokens) + 1
+        reads = torch.minimum(ends, tokens + 1) > seen_from.clamp_min(self.policy.sink_tokens)
+        return bool(reads[:-1][-(n_scored or n_tokens) :].any())
 
     def describe(self) -> str:
         """What a query reads, for reports; which tokens stay exact is the policy's to say."""

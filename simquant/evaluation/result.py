@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from simquant.evaluation.costs import Costs
-from simquant.evaluation.figures import mean_of_sums
+from simquant.evaluation.figures import error_text, mean_of_sums
 
 _NOT_IN_JSON = ("cluster_nats", "cluster_targets")
 
@@ -105,7 +105,7 @@ class EvalResult:
         return mean_of_sums(mine - others, torch.tensor(self.cluster_targets))
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values; what is no finite number becomes null and is named under `non_finite`."""
+        """JSON values; what is no finite number becomes null, and is named under `non_finite` unless it is an error."""
         plain = {name: value for name, value in asdict(self).items() if name not in _NOT_IN_JSON}
         sides = {
             side: {name: plain.pop(prefix + name) for name in ("perplexity", "perplexity_stderr")}
@@ -125,21 +125,26 @@ class EvalResult:
 
     def _losses(self) -> list[tuple[str, str]]:
         return [
-            ("perplexity, full precision", f"{self.fp_perplexity:.4f} ± {self.fp_perplexity_stderr:.4f}"),
-            ("perplexity, quantized", f"{self.perplexity:.4f} ± {self.perplexity_stderr:.4f}"),
-            ("loss", f"{self.loss_nats:+.5f} nats per token, standard error {self.loss_nats_stderr:.5f}"),
+            ("perplexity, full precision", f"{self.fp_perplexity:.4f} ± {self._error('fp_perplexity_stderr', '.4f')}"),
+            ("perplexity, quantized", f"{self.perplexity:.4f} ± {self._error('perplexity_stderr', '.4f')}"),
+            ("loss", f"{self.loss_nats:+.5f} nats per token, standard error {self._error('loss_nats_stderr', '.5f')}"),
             (
                 "KL(fp || quantized)",
-                f"{self.kl_mean:.5f} ± {self.kl_mean_stderr:.5f} mean, {self.kl_p99:.4f} at the 99th and "
+                f"{self.kl_mean:.5f} ± {self._error('kl_mean_stderr', '.5f')} mean, {self.kl_p99:.4f} at the 99th and "
                 f"{self.kl_p999:.4f} at the 99.9th percentile",
             ),
-            ("first choice changed", f"{self.top1_flips:.2%} ± {self.top1_flips_stderr:.2%}"),
+            ("first choice changed", f"{self.top1_flips:.2%} ± {self._error('top1_flips_stderr', '.2%')}"),
             (
                 "change of target's probability",
-                f"{self.delta_p_rms:.3%} ± {self.delta_p_rms_stderr:.3%} root mean square, "
-                f"{self.delta_p_mean:+.3%} ± {self.delta_p_mean_stderr:.3%} mean",
+                f"{self.delta_p_rms:.3%} ± {self._error('delta_p_rms_stderr', '.3%')} root mean square, "
+                f"{self.delta_p_mean:+.3%} ± {self._error('delta_p_mean_stderr', '.3%')} mean",
             ),
         ]
+
+    def _error(self, name: str, form: str) -> str:
+        one = " (one window)" if len(self.cluster_targets) == 1 else ""
+        stderr: float = getattr(self, name)
+        return error_text(stderr, form) + ("" if math.isfinite(stderr) else one)
 
     def _storage(self) -> list[tuple[str, str]]:
         both = {"bits per element, stored": self.bits} | {
@@ -156,6 +161,7 @@ def _finite(value: Any, name: str, non_finite: dict[str, str]) -> Any:
     if isinstance(value, dict):
         return {key: _finite(item, f"{name}.{key}" if name else key, non_finite) for key, item in value.items()}
     if isinstance(value, float) and not math.isfinite(value):
-        non_finite[name] = str(value)
+        if not name.endswith("_stderr"):
+            non_finite[name] = str(value)
         return None
     return value

@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Bool, Float, Float32, Float64, Int64, Shaped
 from torch import Tensor, nn
 
+from artifacts.errors import NonFiniteError
+
 _SCORED_LOGITS = 2**18
 """Logits that are scored at a time on a CPU: few enough to stay in its cache, from operation to operation."""
 
@@ -56,6 +58,31 @@ def window_logits(model: nn.Module, batch: Int64[Tensor, "windows tokens"]) -> F
     device = next(model.parameters()).device
     logits: Tensor = model(input_ids=batch.to(device), use_cache=False).logits
     return logits
+
+
+def check_logits(which: str, window: int, nll: Float64[Tensor, " targets"]) -> None:
+    """The model has given numbers: a NaN among the logits of a token makes its target's negative log probability one.
+
+    Parameters
+    ----------
+    which : str
+        Of what model they are; empty where there is but one.
+    window : int
+        Number of the window, from 0.
+    nll : Float64[Tensor, "targets"]
+        Of its scored targets; infinity is a number.
+
+    Raises
+    ------
+    NonFiniteError
+        If any is NaN.
+    """
+    n_bad, who = int(nll.isnan().sum()), f"the {which} model" if which else "the model"
+    if n_bad:
+        raise NonFiniteError(
+            f"window {window}: {who} gives NaN for {n_bad} of {len(nll)} scored targets. Run it in a wider dtype "
+            "(--dtype float32), or look for weights that are not finite."
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, final
 
+from simquant.evaluation.figures import error_text
+
 
 @final
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +58,9 @@ class TaskResult:
     def table(self) -> str:
         """A table for people, with a row for each cell."""
         rows = [
-            ("full precision", f"{self.fp:.3f}, standard error {self.fp_stderr:.3f}"),
-            ("quantized", f"{self.quantized:.3f}, standard error {self.quantized_stderr:.3f}"),
-            ("difference", f"{self.difference:+.3f}, standard error {self.difference_stderr:.3f}"),
+            ("full precision", f"{self.fp:.3f}, standard error {error_text(self.fp_stderr, '.3f')}"),
+            ("quantized", f"{self.quantized:.3f}, standard error {error_text(self.quantized_stderr, '.3f')}"),
+            ("difference", f"{self.difference:+.3f}, standard error {error_text(self.difference_stderr, '.3f')}"),
             *((name, f"{both['fp']:.3f} -> {both['quantized']:.3f}") for name, both in self.others.items()),
             *((_where(cell), f"{cell['fp']:.3f} -> {cell['quantized']:.3f}, n = {cell['n']}") for cell in self.cells),
         ]
