@@ -26,7 +26,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
+        choices=("auto", "float64", "float32", "bfloat16", "float16"),
         default="auto",
         help="of the model; statistics are always float32 or wider (default: as stored)",
     )
