@@ -1,6 +1,7 @@
 """How often each index occurs when tokens are rounded to multiples of a step, and what that says about the step."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,15 +10,8 @@ from jaxtyping import Bool, Float32, Float64, Int16
 from torch import Tensor
 
 from artifacts.frequency_coder import TOTAL
-
-_REACH = 512
-"""Tables go no further than this on either side of the index zero; what lies beyond is escaped."""
-
-_PRIOR = 0.5
-"""Occurrences of every index, and of the escape symbol, that are added to those that were counted."""
-
-_ESCAPE_BITS = 5.0
-"""What follows an escape symbol, besides the bits of the distance from the table."""
+from calib.compiled import in_parts
+from calib.estimators.index_kernel import PRIOR, REACH, write_bits, write_counts, write_errors
 
 _WIDEST, _FINEST = 4.0, 2.0**-20
 """Widest and finest step, in largest deviations: no index is beyond what a stream can hold."""
@@ -36,7 +30,7 @@ _CURVE_STEP = 0.05
 
 @dataclass(frozen=True, eq=False)
 class IndexCounts:
-    """How often each index occurs with a step, for indices from -_REACH to _REACH and, last, all others.
+    """How often each index occurs with a step, for indices from -REACH to REACH and, last, all others.
 
     Parameters
     ----------
@@ -46,56 +40,33 @@ class IndexCounts:
         Occurrences.
     sums : Float64[Tensor, "channels symbols"]
         Of what is rounded to an index less the index, in steps.
-    squares : float
-        Mean over the tokens of the sum of its squares over the channels.
-    escape_bits : float
-        What follows all escape symbols.
     """
 
     step: float
     counts: Float64[Tensor, "channels symbols"]
     sums: Float64[Tensor, "channels symbols"]
-    squares: float
-    escape_bits: float
 
     @classmethod
     def of(cls, deviation: Float32[Tensor, "tokens channels"], step: float) -> "IndexCounts":
         """Counts the tokens."""
-        step = float(torch.tensor(step).clamp_min(_TINY))
-        n_channels, n_symbols = deviation.shape[1], 2 * _REACH + 2
-        a = (deviation / step).T
-        index = a.round()
-        symbol = torch.where(index.abs() <= _REACH, index + _REACH, n_symbols - 1).long()
-        flat = (symbol + n_symbols * torch.arange(n_channels)[:, None]).flatten()
-        counts, sums = (
-            torch.bincount(flat, weights, minlength=n_channels * n_symbols).double().view(n_channels, n_symbols)
-            for weights in (None, (a - index).flatten().double())
-        )
-        squares = float((a - index).double().square().sum() / a.shape[1])
-        beyond = 2 * (index.abs()[index.abs() > _REACH].double() - _REACH)
-        escape_bits = float((_ESCAPE_BITS + beyond.log2().floor()).sum())
-        return cls(step, counts, sums, squares, escape_bits)
+        x, step = _by_channel(deviation), _possible(step)
+        counts, sums = np.zeros((2, len(x), 2 * REACH + 2))
+        in_parts(lambda part: write_counts(x[part], np.float32(step), counts[part], sums[part]), len(x))
+        return cls(step, torch.from_numpy(counts), torch.from_numpy(sums))
 
     @property
     def known(self) -> Bool[Tensor, "channels symbols"]:
         """The indices of the tables, which go one beyond the ends of what occurs and contain zero, and the others."""
         seen = self.counts[:, :-1] > 0
-        seen[:, _REACH] = True
+        seen[:, REACH] = True
         wide = torch.nn.functional.max_pool1d(seen.float(), 3, stride=1, padding=1)
         inside = (wide.cummax(dim=1).values * wide.flip(1).cummax(dim=1).values.flip(1)).bool()
         return torch.cat([inside, torch.ones_like(inside[:, :1])], dim=1)
 
     def shares(self) -> Float64[Tensor, "channels symbols"]:
         """How likely each symbol is held to be; zero for those in no table."""
-        smoothed = (self.counts + _PRIOR) * self.known
+        smoothed = (self.counts + PRIOR) * self.known
         return smoothed / smoothed.sum(dim=1, keepdim=True)
-
-    def rate(self) -> float:
-        """Mean bits per channel that other tokens would take: each token with a table that has not counted it."""
-        others = (self.counts - 1).clamp_min(0) + _PRIOR
-        total = self.counts.sum(dim=1) - 1 + _PRIOR * self.known.sum(dim=1)
-        bits = total.log2()[:, None] - others.log2()
-        return (float((self.counts * bits).sum()) + self.escape_bits) / float(self.counts.sum())
 
     def tables(self) -> tuple[Int16[Tensor, " channels"], Int16[Tensor, " channels"], Int16[Tensor, " symbols"]]:
         """Smallest index and number of indices of each channel, and all frequencies."""
@@ -103,18 +74,50 @@ class IndexCounts:
         n_symbols = known.sum(dim=1)
         frequencies = (shares * (TOTAL - n_symbols)[:, None]).floor().long() + known
         frequencies.scatter_add_(1, shares.argmax(dim=1, keepdim=True), TOTAL - frequencies.sum(dim=1, keepdim=True))
-        first = known.int().argmax(dim=1) - _REACH
+        first = known.int().argmax(dim=1) - REACH
         return first.to(torch.int16), (n_symbols - 1).to(torch.int16), frequencies[known].to(torch.int16)
 
     def shifts(self) -> Float64[Tensor, " indices"]:
         """Mean of what is rounded to each index, less the index."""
         return (self.sums / self.counts.clamp_min(1))[:, :-1][self.known[:, :-1]]
 
-    def distortion(self) -> float:
+
+@dataclass(frozen=True, eq=False)
+class Trials:
+    """Tokens that steps are tried on: each channel's, in ascending order.
+
+    Parameters
+    ----------
+    ascending : Float32[ndarray, "channels tokens"]
+        Deviations.
+    """
+
+    ascending: Float32[np.ndarray, "channels tokens"]
+
+    @classmethod
+    def of(cls, deviation: Float32[Tensor, "tokens channels"]) -> "Trials":
+        """Of these tokens."""
+        ascending = _by_channel(deviation)
+        in_parts(lambda part: ascending[part].sort(axis=1), len(ascending))
+        return cls(ascending)
+
+    @property
+    def widest(self) -> float:
+        """The largest deviation."""
+        return float(np.abs(self.ascending[:, [0, -1]]).max())
+
+    def rate(self, step: float) -> float:
+        """Mean bits per channel that other tokens would take: each token with a table that has not counted it."""
+        return float(self._answers(write_bits, step).sum()) / self.ascending.size
+
+    def distortion(self, step: float) -> float:
         """Mean squared error of a token, summed over its channels, where each index stands for its mean."""
-        n_tokens = float(self.counts[0].sum())
-        explained = float((self.sums.square() / self.counts.clamp_min(1)).sum()) / n_tokens
-        return self.step**2 * (self.squares - explained)
+        return step**2 * float(self._answers(write_errors, step).sum()) / self.ascending.shape[1]
+
+    def _answers(self, write: Callable[..., None], step: float) -> Float64[np.ndarray, " channels"]:
+        found = np.empty(len(self.ascending))
+        in_parts(lambda part: write(self.ascending[part], np.float32(step), found[part]), len(found))
+        return found
 
 
 def with_rate(deviation: Float32[Tensor, "tokens channels"], bits: float) -> IndexCounts:
@@ -122,16 +125,16 @@ def with_rate(deviation: Float32[Tensor, "tokens channels"], bits: float) -> Ind
 
     Rates end where only few channels move: a finer step adds bits to those alone.
     """
-    widest = float(deviation.abs().max())
-    if widest == 0:
+    trials = Trials.of(deviation)
+    if trials.widest == 0:
         return IndexCounts.of(deviation, 1.0)
-    low, high = max(_FINEST * widest, _TINY), _WIDEST * widest
+    low, high = max(_FINEST * trials.widest, _TINY), _WIDEST * trials.widest
     while True:
-        counted = IndexCounts.of(deviation, (low * high) ** 0.5)
-        rate = counted.rate()
+        step = _possible((low * high) ** 0.5)
+        rate = trials.rate(step)
         if abs(rate - bits) <= _PRECISION * bits or high < low * (1 + _PRECISION):
-            return counted
-        low, high = (counted.step, high) if rate > bits else (low, counted.step)
+            return IndexCounts.of(deviation, step)
+        low, high = (step, high) if rate > bits else (low, step)
 
 
 def trade(deviation: Float32[Tensor, "tokens channels"], most_bits: float) -> tuple[tuple[float, float], ...]:
@@ -139,11 +142,9 @@ def trade(deviation: Float32[Tensor, "tokens channels"], most_bits: float) -> tu
 
     Beyond the rate of the finest step nothing is saved.
     """
-    deviation = deviation[:_CURVE_TOKENS]
-    widest, points = float(deviation.abs().max()), list[tuple[float, float]]()
-    for step in _falling_steps(widest):
-        counted = IndexCounts.of(deviation, step)
-        points.append((counted.rate(), counted.distortion()))
+    trials, points = Trials.of(deviation[:_CURVE_TOKENS]), list[tuple[float, float]]()
+    for step in _falling_steps(trials.widest):
+        points.append((trials.rate(step), trials.distortion(step)))
         if points[-1][0] >= most_bits:
             break
     if not points:
@@ -159,4 +160,13 @@ def trade(deviation: Float32[Tensor, "tokens channels"], most_bits: float) -> tu
 def _falling_steps(widest: float) -> list[float]:
     """From the widest step to the finest, each finer by the root of two."""
     steps = [_WIDEST * widest * 2 ** (-n / 2) for n in range(1 + round(2 * math.log2(_WIDEST / _FINEST)))]
-    return [step for step in steps if step >= _TINY]
+    return [_possible(step) for step in steps if step >= _TINY]
+
+
+def _possible(step: float) -> float:
+    """As float32 holds it, above zero."""
+    return float(torch.tensor(step).clamp_min(_TINY))
+
+
+def _by_channel(deviation: Float32[Tensor, "tokens channels"]) -> Float32[np.ndarray, "channels tokens"]:
+    return np.array(deviation.numpy().T, order="C")
