@@ -3,14 +3,15 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from artifacts.mixed_codebook import MixedCodebook
-from artifacts.mixed_radix import MixedRadix, _cut
+from artifacts.mixed_radix import MixedRadix, _cut, bytes_per_token
 from artifacts.sites import Site
-from calib.estimators import AllottedEstimator, CodebookEstimator, RotatedEstimator
+from calib.estimators import AllottedEstimator, CodebookEstimator, RotatedEstimator, allotment_kernel
 from calib.estimators.allotment import LEVEL_COUNTS, allot
 from calib.estimators.estimator import trial_statistics
 from calib.statistics.readers import logit_metric
@@ -54,6 +55,15 @@ def test_no_other_allotment_on_the_hull_is_better() -> None:
 def test_words_are_long_where_any_cut_takes_as_many_bits() -> None:
     """Each word costs time: powers of two were once cut into words of one digit."""
     assert [stop - start for start, stop, _ in _cut([4] * 100)] == [28, 28, 28, 16]
+
+
+@pytest.mark.parametrize("n_components", [0, 1, 7, 50, 300])
+def test_bytes_are_those_of_the_words(n_components: int) -> None:
+    generator = torch.Generator().manual_seed(n_components)
+    for _ in range(20):
+        counts = torch.tensor(LEVEL_COUNTS)[torch.randint(len(LEVEL_COUNTS), (n_components,), generator=generator)]
+        assert allotment_kernel.bytes_per_token(counts.numpy()) == bytes_per_token(counts.tolist())
+    assert allotment_kernel.bytes_per_token(np.full(n_components, 256)) == n_components
 
 
 @pytest.mark.parametrize("bits", [0.25, 0.5, 1.0, 1.7, 2.5, 3.3, 4.0, 6.0])

@@ -1,20 +1,43 @@
 """Levels for many components under one budget of bits, along the convex hull of distortion over bits."""
 
-import itertools
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from typing import NamedTuple
 
-from jaxtyping import Float64
+import numpy as np
+from jaxtyping import Float64, Int64
 from torch import Tensor
 
-from artifacts.mixed_radix import bytes_per_token
+from calib.estimators.allotment_kernel import bytes_per_token, find_hulls, take_steps
 
 LEVEL_COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256)
 """Numbers of levels that a component can get."""
 
+_BITS = np.array([math.log2(n) for n in LEVEL_COUNTS])
+
 _BUDGET_STEP = 0.25
 """Bits of a token."""
+
+
+class _Steps(NamedTuple):
+    """From point to point of the components' hulls, in the order in which they are taken.
+
+    Parameters
+    ----------
+    slope : Float64[ndarray, "steps"]
+        Of distortion over bits: negative, and ascending.
+    component : Int64[ndarray, "steps"]
+        Whose step it is.
+    bits : Float64[ndarray, "steps"]
+        What it costs.
+    levels : Int64[ndarray, "steps"]
+        What the component has after it.
+    """
+
+    slope: Float64[np.ndarray, " steps"]
+    component: Int64[np.ndarray, " steps"]
+    bits: Float64[np.ndarray, " steps"]
+    levels: Int64[np.ndarray, " steps"]
 
 
 def allot(distortions: Float64[Tensor, "components counts"], bits: float) -> list[int]:
@@ -40,47 +63,28 @@ def allot(distortions: Float64[Tensor, "components counts"], bits: float) -> lis
     most_bytes = int(n_components * bits / 8 + 1e-9)
     budgets = [8.0 * most_bytes - _BUDGET_STEP * n for n in range(1 + int(8 * most_bytes / _BUDGET_STEP))]
 
-    def fits(budget: float) -> bool:
-        return bytes_per_token(_take_steps(steps, n_components, budget)) <= most_bytes
+    def taken(budget: float) -> Int64[np.ndarray, " components"]:
+        return take_steps(steps.component, steps.bits, steps.levels, n_components, budget)
 
-    return _take_steps(steps, n_components, budgets[bisect_left(budgets, True, key=fits)])
+    chosen = budgets[bisect_left(budgets, True, key=lambda budget: bytes_per_token(taken(budget)) <= most_bytes)]
+    found: list[int] = taken(chosen).tolist()
+    return found
 
 
 def gains(distortions: Float64[Tensor, "components counts"]) -> tuple[tuple[float, float], ...]:
     """(distortion saved per bit, bits) of all steps that `allot` chooses from, in its order."""
-    return tuple((-slope, bits) for slope, _, bits, _ in _all_steps(distortions))
+    steps = _all_steps(distortions)
+    return tuple(zip((-steps.slope).tolist(), steps.bits.tolist(), strict=True))
 
 
-def _all_steps(distortions: Float64[Tensor, "components counts"]) -> list[tuple[float, int, float, int]]:
-    return sorted(step for c, row in enumerate(distortions.tolist()) for step in _hull_steps(c, row))
-
-
-def _hull_steps(component: int, distortions: Sequence[float]) -> list[tuple[float, int, float, int]]:
-    """(slope, component, bits, levels) from point to point of the lower convex hull; slopes are negative and ascend."""
-    bits = [math.log2(n) for n in LEVEL_COUNTS]
-    hull = [0]
-    for j in range(1, len(bits)):
-        if distortions[j] >= distortions[hull[-1]]:
-            continue
-        while len(hull) > 1 and _slope(bits, distortions, hull[-2], hull[-1]) >= _slope(bits, distortions, hull[-1], j):
-            hull.pop()
-        hull.append(j)
-    return [
-        (_slope(bits, distortions, i, j), component, bits[j] - bits[i], LEVEL_COUNTS[j])
-        for i, j in itertools.pairwise(hull)
-    ]
-
-
-def _slope(bits: Sequence[float], distortions: Sequence[float], i: int, j: int) -> float:
-    return (distortions[j] - distortions[i]) / (bits[j] - bits[i])
-
-
-def _take_steps(steps: Sequence[tuple[float, int, float, int]], n_components: int, budget: float) -> list[int]:
-    counts, stopped = [1] * n_components, [False] * n_components
-    for _, component, bits, levels in steps:
-        if stopped[component] or bits > budget:
-            stopped[component] = True
-            continue
-        counts[component] = levels
-        budget -= bits
-    return counts
+def _all_steps(distortions: Float64[Tensor, "components counts"]) -> _Steps:
+    rows = np.ascontiguousarray(distortions.numpy())
+    hulls, lengths = np.zeros(rows.shape, np.int64), np.zeros(len(rows), np.int64)
+    find_hulls(rows, _BITS, hulls, lengths)
+    component = np.arange(len(rows)).repeat(lengths - 1)
+    inside = np.arange(rows.shape[1] - 1) < lengths[:, None] - 1
+    left, right = hulls[:, :-1][inside], hulls[:, 1:][inside]
+    bits = _BITS[right] - _BITS[left]
+    slope = (rows[component, right] - rows[component, left]) / bits
+    order = slope.argsort(kind="stable")  # a component's own steps ascend
+    return _Steps(slope[order], component[order], bits[order], np.array(LEVEL_COUNTS)[right][order])
