@@ -1,6 +1,7 @@
 """What wrappers share: they hold another quantizer of the same channels and change what it sees."""
 
 from abc import abstractmethod
+from copy import copy
 from dataclasses import dataclass
 from typing import final
 
@@ -31,6 +32,14 @@ class AbstractWrapper(Quantizer):
             raise ValueError(
                 f"{self.kind}: inner must be a quantizer of {self.channels} channels; got {self.inner!r:.60}"
             )
+
+    @final
+    def around(self, inner: Quantizer) -> "AbstractWrapper":
+        """The same wrapper around another quantizer; what was prepared of its own fields stays prepared."""
+        other = copy(self)
+        other.__dict__["inner"] = inner
+        AbstractWrapper.__post_init__(other)
+        return other
 
     @property
     def tokens_per_scale(self) -> int | None:

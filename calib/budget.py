@@ -10,7 +10,7 @@ from torch import Tensor
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
 from artifacts.wrapper import AbstractTransform, AbstractWrapper
-from calib.chain import Chain, ChainFit, Progress
+from calib.chain import Chain, Link, Progress
 from calib.estimators import Allowance, Estimator, Fit, RotatedEstimator
 from calib.recipe_errors import RecipeError
 from calib.shares import share_out
@@ -56,14 +56,18 @@ def fit_budget(
     together = [list(estimators)] if proxy == "fisher" else _by_tensor(estimators)
     bits, least = dict.fromkeys(estimators, target_bits), torch.inf
     for number in range(_ROUNDS):
-        fitted = chain.fit({site: _with_bits(estimators[site], n) for site, n in bits.items()}, progress)
-        found = {site: _weight_and_distortion(chain, fitted, site, proxy) for site in bits}
-        weights, loss = {site: w for site, (w, _) in found.items()}, sum(w * d for w, d in found.values())
+        fits, weights, loss, is_last = dict[Site, Fit](), dict[Site, float](), 0.0, number == _ROUNDS - 1
+        for link in chain.links({site: _with_bits(estimators[site], n) for site, n in bits.items()}, progress):
+            fits[link.site] = (link.fit if is_last else link.fit.priced()).kept()
+            weights[link.site], distortion = _weight_and_distortion(link, proxy)
+            loss += weights[link.site] * distortion
         if loss < least or number == 1:
-            best, least = fitted.fits, loss
+            best, least = fits, loss
+        if is_last:
+            break
         wanted = dict[Site, float]()
         for sites in together:
-            chosen = {site: (fitted.fits[site], allowances[site]) for site in sites}
+            chosen = {site: (fits[site], allowances[site]) for site in sites}
             wanted |= share_out(chosen, weights, target_bits)
         if wanted == bits:
             break
@@ -106,10 +110,9 @@ def _by_tensor(sites: Iterable[Site]) -> list[list[Site]]:
     return [keys, [site for site in sites if site.tensor == "value"]]
 
 
-def _weight_and_distortion(chain: Chain, fitted: ChainFit, site: Site, proxy: Proxy) -> tuple[float, float]:
+def _weight_and_distortion(link: Link, proxy: Proxy) -> tuple[float, float]:
     """What a site's distortion counts, and its mean over the tokens of the reservoir."""
-    quantizer = fitted.fits[site].quantizer
-    z, decoded = (_as_rotated(quantizer, rows).double() for rows in (chain.site(site).rows, fitted.decoded[site]))
+    z, decoded = (_as_rotated(link.fit.quantizer, rows).double() for rows in (link.rows, link.decoded))
     distortion = float((z - decoded).square().sum(dim=1).mean())
     if proxy == "fisher":
         return 1.0, distortion

@@ -1,7 +1,7 @@
 """Sites fitted one after the other, later ones from what earlier ones are decoded to."""
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -13,7 +13,7 @@ from artifacts.sites import Site
 from calib.estimators import Estimator, Fit
 from calib.statistics.model_statistics import ModelStatistics
 from calib.statistics.site_statistics import SiteStatistics
-from calib.statistics.sources import Sources
+from calib.statistics.sources import Shrinkage, Sources
 
 _SITES_AT_HAND = 6
 """Statistics kept as they are read: those of two layers, where sites are predicted from the layer before."""
@@ -22,15 +22,19 @@ Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
 
 @dataclass(frozen=True)
-class ChainFit:
-    """Fits by site, and what the reservoir's tokens come back as."""
+class Link:
+    """A site that was fitted, the tokens of its reservoir, and what they come back as."""
 
-    fits: dict[Site, Fit]
-    decoded: dict[Site, Float32[Tensor, "rows channels"]]
+    site: Site
+    fit: Fit
+    rows: Float32[Tensor, "rows channels"]
+    decoded: Float32[Tensor, "rows channels"]
 
 
 class Chain:
     """The statistics of a model's sites, and of every site beside those that it is predicted from.
+
+    How far a predictor is shrunk is chosen in the first fit, and stays in later ones with other numbers of bits.
 
     Parameters
     ----------
@@ -43,8 +47,9 @@ class Chain:
     def __init__(self, statistics: ModelStatistics, sink_tokens: int) -> None:
         self.statistics, self.sink_tokens = statistics, sink_tokens
         self.site = lru_cache(maxsize=_SITES_AT_HAND)(self._site)
+        self._shrinkages: dict[Site, Shrinkage] = {}
 
-    def fit(self, estimators: Mapping[Site, Estimator], progress: Progress = iter) -> ChainFit:
+    def fit(self, estimators: Mapping[Site, Estimator], progress: Progress = iter) -> dict[Site, Fit]:
         """Fits the sites in their order.
 
         Parameters
@@ -59,15 +64,22 @@ class Chain:
         ValueError
             If the statistics lack what an estimator reads.
         """
-        found: dict[Site, Fit] = {}
+        return {link.site: link.fit.kept() for link in self.links(estimators, progress)}
+
+    def links(self, estimators: Mapping[Site, Estimator], progress: Progress = iter) -> Iterator[Link]:
+        """Each site as soon as it is fitted; parameters and errors are those of `fit`."""
+        order = sorted(estimators)
+        last_reader = {name: site for site in order for name in estimators[site].sources(site, estimators)}
         decoded: dict[Site, Tensor] = {}
-        for site in progress(sorted(estimators)):
+        for site in progress(order):
             names, own = estimators[site].sources(site, estimators), self.site(site)
             own.sources = self.sources(site, {name: decoded[name] for name in names}) if names else None
-            fit = estimators[site].fit(own)
+            fit, own.sources = estimators[site].fit(own), None
+            if fit.shrinkage is not None:
+                self._shrinkages[site] = fit.shrinkage
             decoded[site] = fit.quantizer.simulate(own.rows) if fit.decoded is None else fit.decoded
-            found[site], own.sources = replace(fit, decoded=None), None
-        return ChainFit(found, decoded)
+            yield Link(site, fit, own.rows, decoded[site])
+            decoded = {name: rows for name, rows in decoded.items() if last_reader.get(name, site) > site}
 
     def sources(self, site: Site, decoded: Mapping[Site, Float32[Tensor, "rows _"]]) -> Sources:
         """What a site is predicted from.
@@ -92,6 +104,7 @@ class Chain:
             target_mean=own.layer_moments.mean().cpu(),
             covariance=covariance[:, : len(covariance)],
             cross_covariance=covariance[:, len(covariance) :],
+            shrinkage=self._shrinkages.get(site),
         )
 
     def _site(self, site: Site) -> SiteStatistics:

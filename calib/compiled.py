@@ -4,8 +4,9 @@ Compiled functions take arrays and numbers, and release the interpreter's lock, 
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import numba
@@ -28,6 +29,17 @@ def compiled(function: F) -> F:
         return cast(F, numba.njit(nogil=True, error_model="numpy", cache=True)(plain))
     except RuntimeError:  # no place to keep it
         return cast(F, numba.njit(nogil=True, error_model="numpy")(plain))
+
+
+@contextmanager
+def torch_threads(n: int) -> Iterator[None]:
+    """Has torch, and `in_parts`, use so many threads as long as the block runs, in threads that it starts too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def in_parts(work: Callable[[slice], object], n: int) -> None:

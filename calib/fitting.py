@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import torch
 from joblib import Parallel, delayed
 
 from artifacts.artifact import Artifact
@@ -9,6 +10,7 @@ from artifacts.manifest import Manifest, tool_version
 from artifacts.sites import Site
 from calib.budget import fit_budget
 from calib.chain import Chain, Progress
+from calib.compiled import torch_threads
 from calib.estimators import Estimator, Fit
 from calib.layer_choice import check
 from calib.recipe import Recipe
@@ -17,7 +19,7 @@ from calib.statistics.model_statistics import ModelStatistics
 __all__ = ["Progress", "cached_sites", "fit"]
 
 
-def fit(statistics: ModelStatistics, recipe: Recipe, *, jobs: int = 1, progress: Progress = iter) -> Artifact:
+def fit(statistics: ModelStatistics, recipe: Recipe, *, jobs: int | None = None, progress: Progress = iter) -> Artifact:
     """Fits every cached site from statistics.
 
     Parameters
@@ -26,9 +28,10 @@ def fit(statistics: ModelStatistics, recipe: Recipe, *, jobs: int = 1, progress:
         Of the model, of any number of merged shards.
     recipe : Recipe
         What to fit.
-    jobs : int
-        Sites fitted at a time (threads; an active joblib backend takes precedence); where sites are predicted from one
-        another, or share a budget, it is one after the other.
+    jobs : int or None
+        Sites fitted at a time (threads; an active joblib backend takes precedence), each of which then keeps to one
+        thread; where sites are predicted from one another, or share a budget, it is one after the other, and each has
+        so many threads. None takes as many as torch does.
     progress : callable
         Wraps the sites, for a progress bar.
 
@@ -40,7 +43,8 @@ def fit(statistics: ModelStatistics, recipe: Recipe, *, jobs: int = 1, progress:
         If the statistics lack a site or a statistic that the recipe reads.
     """
     estimators = check(recipe, [statistics.sites[site].shape for site in cached_sites(statistics, recipe)])
-    found = _fits(statistics, recipe, estimators, (jobs, progress))
+    threads = torch.get_num_threads() if jobs is None else jobs
+    found = _fits(statistics, recipe, estimators, (threads, progress))
     quantizers = {site: fit.quantizer for site, fit in found.items()}
     head = "" if statistics.exact_head else "; first positions from a sample of the windows"
     manifest = Manifest(
@@ -78,15 +82,20 @@ def _fits(
     statistics: ModelStatistics, recipe: Recipe, estimators: Mapping[Site, Estimator], how: tuple[int, Progress]
 ) -> dict[Site, Fit]:
     jobs, progress = how
-    if recipe.target_bits is not None:
-        return fit_budget(Chain(statistics, recipe.sink_tokens), estimators, recipe.target_bits, progress)
-    if any(estimator.sources(site, estimators) for site, estimator in estimators.items()):
-        return Chain(statistics, recipe.sink_tokens).fit(estimators, progress).fits
-    fits = Parallel(n_jobs=jobs, prefer="threads", return_as="generator")(
-        delayed(_fit_site)(statistics, estimator, site, recipe.sink_tokens) for site, estimator in estimators.items()
-    )
-    return dict(zip(estimators, progress(fits), strict=True))
+    is_chain = any(estimator.sources(site, estimators) for site, estimator in estimators.items())
+    if recipe.target_bits is None and not is_chain:
+        with torch_threads(1):
+            fits = Parallel(n_jobs=jobs, prefer="threads", return_as="generator")(
+                delayed(_fit_site)(statistics, estimator, site, recipe.sink_tokens)
+                for site, estimator in estimators.items()
+            )
+            return dict(zip(estimators, progress(fits), strict=True))
+    with torch_threads(jobs):
+        chain = Chain(statistics, recipe.sink_tokens)
+        if recipe.target_bits is None:
+            return chain.fit(estimators, progress)
+        return fit_budget(chain, estimators, recipe.target_bits, progress)
 
 
 def _fit_site(statistics: ModelStatistics, estimator: Estimator, site: Site, sink_tokens: int) -> Fit:
-    return estimator.fit(statistics.site(site, sink_tokens))
+    return estimator.fit(statistics.site(site, sink_tokens)).kept()

@@ -40,9 +40,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--jobs",
         type=options.positive,
-        default=1,
         metavar="N",
-        help="sites fitted at a time, at most one for each core (default: 1)",
+        help="sites fitted at a time, or threads for one, at most one for each core (default: the cores)",
     )
     parser.add_argument(
         "--statistics",
@@ -103,7 +102,7 @@ def _fit(args: argparse.Namespace, recipe: "Recipe", statistics: "ModelStatistic
     from artifacts.artifact import save
     from calib.fitting import fit
 
-    jobs = min(args.jobs, os.cpu_count() or 1)
+    jobs = args.jobs and min(args.jobs, os.cpu_count() or 1)
     artifact = fit(statistics, recipe, jobs=jobs, progress=lambda fits: bar(fits, "fitting"))
     save(artifact, output)
     print(_summary(artifact, output))

@@ -1,12 +1,13 @@
 """Compiled functions: kept on disk where that is possible, work without it, and are spread over threads."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numba
 import pytest
 import torch
 
-from calib.compiled import compiled, in_parts
+from calib.compiled import compiled, in_parts, torch_threads
 
 
 def test_where_nothing_can_be_kept_a_function_is_compiled_all_the_same() -> None:
@@ -42,6 +43,17 @@ def test_every_piece_is_done_once(n: int, n_threads: int) -> None:
     finally:
         torch.set_num_threads(before)
     assert torch.equal(done, torch.ones(n))
+
+
+def test_threads_are_limited_in_the_block_alone_and_in_threads_that_it_starts() -> None:
+    """Sites that are fitted side by side once had all cores each, and waited for one another at every operation."""
+    before = torch.get_num_threads()
+    with torch_threads(1), ThreadPoolExecutor(1) as pool:
+        assert torch.get_num_threads() == pool.submit(torch.get_num_threads).result() == 1
+    assert torch.get_num_threads() == before
+    with pytest.raises(ZeroDivisionError), torch_threads(before + 1):
+        raise ZeroDivisionError
+    assert torch.get_num_threads() == before
 
 
 def test_what_fails_in_a_thread_is_told() -> None:

@@ -15,6 +15,7 @@ from artifacts.entropy_coded import EntropyCoded
 from artifacts.frequency_coder import LARGEST_INDEX, TOTAL, FrequencyCoder
 from artifacts.span import Span
 from calib.estimators import EntropyCodedEstimator, RotatedEstimator
+from calib.estimators import entropy_coded as entropy_coded_estimator
 from calib.estimators.estimator import Fit, trial_statistics
 from calib.statistics.site_statistics import SiteShape
 
@@ -202,11 +203,17 @@ def test_channels_that_never_change_leave_rates_that_no_step_reaches(dead: float
     """The search for a step once went on for ever, to the smallest number there is and with it."""
     x = falling(500)
     x[:, : round(dead * CHANNELS)] = 0.5
-    steps = fitted(x, bits=1.0).steps
+    steps = fitted(x, bits=1.0).priced().steps
     assert sum(bits for _, bits in steps) <= 8 * CHANNELS
     gains = [gain for gain, _ in steps]
     assert gains == sorted(gains, reverse=True)
     assert gains[0] > 0
+
+
+def test_what_other_bits_would_cost_is_found_for_a_budget_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It once took as long as the fit, and nobody read it."""
+    monkeypatch.setattr(entropy_coded_estimator, "trade", lambda *_: pytest.fail("nobody asked"))
+    assert fitted(falling(500), bits=1.0).kept().priced().steps == ()
 
 
 def test_heads_that_repeat_each_other_are_fitted() -> None:

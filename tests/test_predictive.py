@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from artifacts.sites import Site
 from artifacts.spec import QuantSpec
 from calib.calibration import add_windows, calibrate, new_statistics
 from calib.estimators import Allowance, Fit, PredictedEstimator
+from calib.estimators import predicted as predicted_estimator
 from calib.estimators.estimator import trial_statistics
 from calib.estimators.predictor import NOTHING, NormalEquations, _without, fit_predictor, held_out_shrinkage
 from calib.fitting import fit
@@ -32,7 +34,7 @@ from calib.recipe import Recipe, RecipeError, load_recipe, shipped_recipes
 from calib.shares import share_out
 from calib.statistics.model_statistics import ModelStatistics
 from calib.statistics.site_statistics import SiteShape
-from calib.statistics.sources import Sources
+from calib.statistics.sources import Shrinkage, Sources
 from scripts.calibrate import parser
 from scripts.recipe_options import recipe_changes
 from simquant.cache.packed import packed_cache
@@ -549,6 +551,19 @@ def test_streams_share_a_budget_by_nearly_one_step(statistics: ModelStatistics) 
     bits = torch.tensor([q.spec.bits for q in artifact.values()])
     assert float(bits.mean()) == pytest.approx(1.5, abs=0.15)
     assert float(bits.max() - bits.min()) > 0.05
+
+
+def test_shrinkage_is_chosen_once_for_a_budget(statistics: ModelStatistics, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes as long as all else, and once was chosen anew for every number of bits."""
+    chosen: list[Shrinkage] = []
+
+    def choose(*given: Any) -> Shrinkage:
+        chosen.append(held_out_shrinkage(*given))
+        return chosen[-1]
+
+    monkeypatch.setattr(predicted_estimator, "held_out_shrinkage", choose)
+    artifact = fit(statistics, load_recipe("predictive").edited({"target_bits": 1.5}))
+    assert len(chosen) == sum(bool(quantizer.sources) for quantizer in artifact.values())
 
 
 def total_error(artifact: Artifact, rows: Mapping[Site, Tensor]) -> float:

@@ -77,7 +77,7 @@ class AllottedEstimator(Estimator):
             n_levels=n_levels,
             levels=torch.cat(tables),
         )
-        return Fit(quantizer, ranges.source, gains(distortions))
+        return Fit(quantizer, ranges.source, trade=lambda: gains(distortions))
 
     def dynamic(self, shape: SiteShape) -> Quantizer:
         """There is none: levels are fitted."""

@@ -1,5 +1,6 @@
 """One step for all channels, as wide as a rate allows, and tables of frequencies for the indices."""
 
+from dataclasses import replace
 from typing import Literal, final
 
 import torch
@@ -64,7 +65,8 @@ class EntropyCodedEstimator(Estimator):
             frequencies=frequencies,
             shifts=(self.centroids * counted.shifts()).half() if self.centroids else None,
         )
-        return Fit(quantizer, f"reservoir of {len(rows)} tokens", trade(rows - offset, self.allowance.most))
+        found = Fit(quantizer, f"reservoir of {len(rows)} tokens")
+        return replace(found, trade=lambda: trade(rows - offset, self.allowance.most))
 
     def _index_bits(self, shape: SiteShape, group_tokens: int) -> float:
         """What is left of the bits for indices."""

@@ -5,7 +5,7 @@ in it, and `fit` is a pure function of the statistics.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -17,6 +17,9 @@ from torch import Tensor
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
 from calib.statistics.site_statistics import SiteShape, SiteStatistics
+from calib.statistics.sources import Shrinkage
+
+Steps = tuple[tuple[float, float], ...]
 
 EXACT = "exact statistics"
 _TRIAL_TOKENS = 16
@@ -52,14 +55,28 @@ class Fit:
     steps : tuple of (float, float)
         Where bits may be any: how much less distortion each step brings per bit, and its bits, in the order in which
         they are taken; else empty.
+    trade : callable or None
+        Finds the steps, for the budget that asks for them.
     decoded : Float32[Tensor, "rows channels"] or None
         What the tokens of the reservoir come back as, where the fit has found that.
+    shrinkage : Shrinkage or None
+        That of its predictor, where there is one.
     """
 
     quantizer: Quantizer
     source: str
-    steps: tuple[tuple[float, float], ...] = ()
+    steps: Steps = ()
+    trade: Callable[[], Steps] | None = None
     decoded: Float32[Tensor, "rows channels"] | None = None
+    shrinkage: Shrinkage | None = None
+
+    def kept(self) -> "Fit":
+        """Without what holds on to tokens."""
+        return replace(self, trade=None, decoded=None)
+
+    def priced(self) -> "Fit":
+        """With its steps."""
+        return replace(self, steps=self.trade() if self.trade else self.steps)
 
 
 class Estimator(BaseModel, ABC):

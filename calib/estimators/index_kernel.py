@@ -65,7 +65,7 @@ def write_bits(ascending: Channels, step: np.float32, bits: Answers) -> None:
 
 @compiled
 def write_errors(ascending: Channels, step: np.float32, errors: Answers) -> None:
-    """Writes each channel's squared error, in steps, where every index, and all that is escaped, stands for its mean."""
+    """Writes each channel's squared error, in steps, where every index stands for its mean, and so do all escaped."""
     for channel in range(len(ascending)):
         error, escaped, escaped_sum = 0.0, 0, 0.0
         count, total, index = 0, 0.0, np.float32(0)

@@ -67,28 +67,29 @@ class PredictedEstimator(WrappingEstimator):
         if sources is None:
             found: Fit = self.inner.fit(statistics)
             return found
-        quantizer, predictions = self._predictor(sources, statistics)
-        rest = statistics.rows - predictions
+        rows = statistics.rows
+        shrinkage = sources.shrinkage or held_out_shrinkage(sources, rows, _weights(statistics))
+        quantizer, predictions = self._predictor(sources, statistics, fit_predictor(sources, rows, shrinkage))
+        rest = rows - predictions
         mapped = statistics.mapped(rest, statistics.row_gradients if statistics.fisher else None)
         mapped.query_energy, mapped.query_metric = statistics.query_energy, statistics.query_metric
         inner = self.fit_inner(mapped)
         decoded = predictions + inner.quantizer.simulate(rest)
-        return replace(inner, quantizer=quantizer.replace(inner=inner.quantizer), decoded=decoded)
+        whole = quantizer.around(inner.quantizer)
+        return replace(inner, quantizer=whole, decoded=decoded, shrinkage=shrinkage)
 
     def dynamic(self, shape: SiteShape) -> Quantizer:
         """There is none: predictors are fitted."""
         raise ValueError("a predictor is fitted; calibrate first")
 
     def _predictor(
-        self, sources: Sources, statistics: SiteStatistics
+        self, sources: Sources, statistics: SiteStatistics, weight: Float64[Tensor, "inputs channels"]
     ) -> tuple[Predicted, Float32[Tensor, "rows channels"]]:
         """Around no quantizer yet, and what it predicts; its bias is the mean of what the rounded weights leave."""
         rows, channels = statistics.rows, statistics.shape.channels
-        weights = _weights(statistics)
-        weight = fit_predictor(sources, rows, held_out_shrinkage(sources, rows, weights))
         expansion, rank = None, max(1, round((self.rank_fraction or 1) * channels))
         if rank * sum(weight.shape) < weight.numel():  # else factors would be no smaller
-            weight, expansion = _factors(weight, sources, weights, rank)
+            weight, expansion = _factors(weight, sources, _weights(statistics), rank)
         predicted = Predicted(
             channels=channels,
             inner=Identity(channels=channels),

@@ -2,13 +2,12 @@
 
 from dataclasses import dataclass
 from math import inf
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Float32, Float64
 from torch import Tensor
 
-from calib.statistics.sources import Sources
+from calib.statistics.sources import Shrinkage, Sources
 
 _SHARES = (0.0, 0.3, 1.0)
 _RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
@@ -19,21 +18,6 @@ _CONSTANT = 1e-12
 
 _JUDGED_CHANNELS = 128
 """Channels of a wide site by which a predictor is judged: shrinkage is one choice for all of them."""
-
-
-class Shrinkage(NamedTuple):
-    """How far a predictor is drawn away from the least squares of the reservoir.
-
-    Parameters
-    ----------
-    share : float
-        Of the covariances of all tokens before quantization in the normal equations.
-    ridge : float
-        Added to the variance of each input, in units of it; with infinity nothing is predicted.
-    """
-
-    share: float
-    ridge: float
 
 
 NOTHING = Shrinkage(0.0, inf)

@@ -69,9 +69,9 @@ class RotatedEstimator(WrappingEstimator):
         root = _root(metric) if self.scope == "head" else self._layer_root(metric, statistics)
         basis = (root @ _eigenvectors(root @ covariance @ root)).float()
         channels = statistics.shape.channels
-        transform = Rotated(channels=channels, inner=Identity(channels=channels), basis=basis).transform
-        inner = self.fit_inner(statistics.mapped(transform(statistics.rows)))
-        return replace(inner, quantizer=Rotated(channels=channels, inner=inner.quantizer, basis=basis))
+        rotated = Rotated(channels=channels, inner=Identity(channels=channels), basis=basis)
+        inner = self.fit_inner(statistics.mapped(rotated.transform(statistics.rows)))
+        return replace(inner, quantizer=rotated.around(inner.quantizer))
 
     def dynamic(self, shape: SiteShape) -> Quantizer:
         """There is none: bases are fitted."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float, Float32, Float64
@@ -71,6 +71,14 @@ class SiteShape:
         return self.heads * self.head_dim
 
 
+class _Unread(NamedTuple):
+    """What a statistic will be found from when it is read: tokens, and what has seen the others."""
+
+    rows: Float[Tensor, "tokens channels"]
+    gradients: Gradients
+    before: Statistic | None = None
+
+
 class SiteStatistics:
     """Tails, moments, histograms and sampled rows of one site.
 
@@ -112,7 +120,7 @@ class SiteStatistics:
         self.token_weights: Float32[Tensor, " rows"] | None = None
         self.sources: Sources | None = None
         self.samples = {name: torch.empty(0, channels) for name in sampled}
-        self._unread = frozenset[str]()
+        self._unread: dict[str, _Unread] = {}
 
     @property
     def keeps_rows(self) -> bool:
@@ -179,6 +187,7 @@ class SiteStatistics:
     def update(self, x: Float[Tensor, "tokens channels"], gradients: Gradients = None) -> None:
         """Takes in tokens beyond the head positions."""
         for name in self.statistics:
+            self._read(name)
             self._update(name, x, gradients)
 
     def keep_rows(self, x: Float[Tensor, "tokens channels"], choice: Choice, gradients: Gradients = None) -> None:
@@ -197,12 +206,13 @@ class SiteStatistics:
         self._keep(head_rows, **{name: t for name, t in other.samples.items() if name not in _RESERVOIR})
 
     def from_position(self, sink_tokens: int, sample: RowSample, head: RowSample) -> "SiteStatistics":
-        """The statistics of all positions from `sink_tokens` on."""
+        """The statistics of all positions from `sink_tokens` on, each found when it is first read."""
         chosen = SiteStatistics(self.shape, self.tier, fisher=self.fisher)
-        chosen.restore(self.state())
         first, device = head.positions >= sink_tokens, self.moments.sums.device
         gradients = self.samples["head_gradients"][first].to(device) if self.fisher else None
-        chosen.update(self.head_rows[first].to(device), gradients)
+        rows = self.head_rows[first].to(device)
+        chosen._unread = {name: _Unread(rows, gradients, self._read(name)) for name in self.statistics}
+        chosen.samples |= self.samples
         for name in chosen.samples.keys() & set(_RESERVOIR):
             chosen.samples[name] = self.samples[name][sample.positions >= sink_tokens]
         return chosen
@@ -222,7 +232,7 @@ class SiteStatistics:
             Their gradients; without them what was mapped has none.
         """
         found = SiteStatistics(replace(self.shape, rotary_dim=0), self.tier, fisher=gradients is not None)
-        found._unread = frozenset(found.statistics)
+        found._unread = {name: _Unread(rows, gradients) for name in found.statistics}
         found.samples["rows"] = rows
         if gradients is not None:
             found.samples["row_gradients"] = gradients
@@ -270,10 +280,12 @@ class SiteStatistics:
         return statistic
 
     def _read(self, name: str) -> Statistic:
-        """One statistic, computed if it is of mapped tokens and has not been yet."""
+        """One statistic, computed if it has not been yet."""
         if name in self._unread:
-            self._unread -= {name}
-            self._update(name, self.rows, self.samples.get("row_gradients"))
+            unread = self._unread.pop(name)
+            if unread.before is not None:
+                self.statistics[name].restore(unread.before.state())
+            self._update(name, unread.rows, unread.gradients)
         return self.statistics[name]
 
     def _update(self, name: str, x: Float[Tensor, "tokens channels"], gradients: Gradients) -> None:

@@ -1,12 +1,28 @@
 """What a site can be predicted from."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float32, Float64
 from torch import Tensor
 
 from artifacts.sites import Site
+
+
+class Shrinkage(NamedTuple):
+    """How far a predictor is drawn away from the least squares of the reservoir.
+
+    Parameters
+    ----------
+    share : float
+        Of the covariances of all tokens before quantization in the normal equations.
+    ridge : float
+        Added to the variance of each input, in units of it; with infinity nothing is predicted.
+    """
+
+    share: float
+    ridge: float
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,6 +49,8 @@ class Sources:
         Of the exact inputs, over all tokens.
     cross_covariance : Float64[Tensor, "inputs channels"]
         Between the exact inputs and the site, over all tokens.
+    shrinkage : Shrinkage or None
+        Of the predictor, where a fit with other numbers of bits has chosen it; None where it is to be chosen.
     """
 
     sites: tuple[Site, ...]
@@ -44,6 +62,7 @@ class Sources:
     target_mean: Float64[Tensor, " channels"]
     covariance: Float64[Tensor, "inputs inputs"]
     cross_covariance: Float64[Tensor, "inputs channels"]
+    shrinkage: Shrinkage | None = None
 
     @property
     def context(self) -> tuple[Tensor, ...]:
