@@ -34,7 +34,7 @@ class AbstractWrapper(Quantizer):
             )
 
     @final
-    def around(self, inner: Quantizer) -> "AbstractWrapper":
+    def wrapping(self, inner: Quantizer) -> "AbstractWrapper":
         """The same wrapper around another quantizer; what was prepared of its own fields stays prepared."""
         other = copy(self)
         other.__dict__["inner"] = inner

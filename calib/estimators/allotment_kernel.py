@@ -65,7 +65,8 @@ def bytes_per_token(n_levels: Int64[np.ndarray, " channels"]) -> int:
                 width += 1
             least = min(least, bits[stop + 1] + width)
         bits[start] = least
-    return (bits[0] + 7) // 8
+    whole: int = (bits[0] + 7) // 8
+    return whole
 
 
 @compiled

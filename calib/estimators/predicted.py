@@ -75,7 +75,7 @@ class PredictedEstimator(WrappingEstimator):
         mapped.query_energy, mapped.query_metric = statistics.query_energy, statistics.query_metric
         inner = self.fit_inner(mapped)
         decoded = predictions + inner.quantizer.simulate(rest)
-        whole = quantizer.around(inner.quantizer)
+        whole = quantizer.wrapping(inner.quantizer)
         return replace(inner, quantizer=whole, decoded=decoded, shrinkage=shrinkage)
 
     def dynamic(self, shape: SiteShape) -> Quantizer:

@@ -71,7 +71,7 @@ class RotatedEstimator(WrappingEstimator):
         channels = statistics.shape.channels
         rotated = Rotated(channels=channels, inner=Identity(channels=channels), basis=basis)
         inner = self.fit_inner(statistics.mapped(rotated.transform(statistics.rows)))
-        return replace(inner, quantizer=rotated.around(inner.quantizer))
+        return replace(inner, quantizer=rotated.wrapping(inner.quantizer))
 
     def dynamic(self, shape: SiteShape) -> Quantizer:
         """There is none: bases are fitted."""
