@@ -40,6 +40,17 @@ def tables_record(tables: RotaryTables, pool: TensorPool) -> Record:
     }
 
 
+def codes_record(codes: Codes, pool: TensorPool) -> Record:
+    """Codes, with what they wrap."""
+    return {
+        "shape": list(codes.shape),
+        "dtype": str(codes.dtype),
+        "tensors": [[name, pool.add(tensor)] for name, tensor in codes.tensors.items()],
+        "spans": {name: [span.tokens, span.entries] for name, span in codes.spans.items()},
+        "inner": None if codes.inner is None else codes_record(codes.inner, pool),
+    }
+
+
 @dataclass(frozen=True)
 class CacheReader:
     """Rebuilds what the records of a file say.
@@ -67,6 +78,19 @@ class CacheReader:
             of_layer={int(layer): int(index) for layer, index in record["of_layer"]},
         )
 
+    def codes(self, record: Record) -> Codes:
+        """The codes of a record, whose counts are those of their entries."""
+        n_tokens, channels = record["shape"]
+        codes = Codes(
+            tensors={name: self._take(place) for name, place in record["tensors"]},
+            shape=(int(n_tokens), int(channels)),
+            dtype=_DTYPES[record["dtype"]],
+            spans={name: Span(*span) for name, span in record["spans"].items()},
+            inner=None if record["inner"] is None else self.codes(record["inner"]),
+        )
+        codes.check()
+        return codes
+
     def _stream(self, empty: Stream, record: Record) -> Stream:
         for store, stored in zip(empty.stores(), (record["key"], record["value"]), strict=True):
             store.restore(self._tokens(store.state(), stored))
@@ -79,21 +103,9 @@ class CacheReader:
         return TokenState(
             counts={name: int(record[name]) for name in empty.counts},
             exact={name: None if record[name] is None else self._take(record[name]) for name in empty.exact},
-            blocks=[self._codes(block) for block in record["blocks"]],
+            blocks=[self.codes(block) for block in record["blocks"]],
             running=self._state(StreamingState, record["running"]),
         )
-
-    def _codes(self, record: Record) -> Codes:
-        n_tokens, channels = record["shape"]
-        codes = Codes(
-            tensors={name: self._take(place) for name, place in record["tensors"]},
-            shape=(int(n_tokens), int(channels)),
-            dtype=_DTYPES[record["dtype"]],
-            spans={name: Span(*span) for name, span in record["spans"].items()},
-            inner=None if record["inner"] is None else self._codes(record["inner"]),
-        )
-        codes.check()
-        return codes
 
     def _state(self, kind: Callable[..., State], record: Record | None) -> State | None:
         if record is None:
@@ -122,18 +134,8 @@ def _tokens_record(held: TokenState, pool: TensorPool) -> Record:
     return {
         **held.counts,
         **{name: None if tensor is None else pool.add(tensor) for name, tensor in held.exact.items()},
-        "blocks": [_codes_record(codes, pool) for codes in held.blocks],
+        "blocks": [codes_record(codes, pool) for codes in held.blocks],
         "running": _state_record(held.running, pool),
-    }
-
-
-def _codes_record(codes: Codes, pool: TensorPool) -> Record:
-    return {
-        "shape": list(codes.shape),
-        "dtype": str(codes.dtype),
-        "tensors": [[name, pool.add(tensor)] for name, tensor in codes.tensors.items()],
-        "spans": {name: [span.tokens, span.entries] for name, span in codes.spans.items()},
-        "inner": None if codes.inner is None else _codes_record(codes.inner, pool),
     }
 
 
