@@ -98,6 +98,7 @@ class _Session:
     ) -> None:
         self._layers, self._quantizers, self._policy, self._tokens = layers, quantizers, policy, tokens
         self._in_use: dict[int, PackedCache] = {}
+        self._n_read = 0  # tokens of the text at hand, with those of the last step
         self._evictor = None if policy.eviction is None else Evictor(policy.eviction, len(layers))
 
     def new_cache(self) -> PackedCache:
@@ -117,7 +118,7 @@ class _Session:
             cache = kwargs.get("past_key_values")
             hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
             if not isinstance(cache, PackedCache) or cache.session is not self:
-                _refuse_dropped(module, cache, hidden.shape[1])
+                _refuse_dropped(module, cache, max(hidden.shape[1], self._n_read + 1))
                 got = "a packed cache of another context" if isinstance(cache, PackedCache) else type(cache).__name__
                 raise MismatchError(
                     f"layers.{layer.layer}: expected past_key_values=new_cache() of the context that the model is in; "
@@ -125,6 +126,7 @@ class _Session:
                 )
             self._in_use[layer.layer] = cache
             store = cache.layers[layer.layer]
+            self._n_read = store.store.n_columns + hidden.shape[1]
             store.arrival = Arrival(None, self._tokens.real(hidden.shape[0], hidden.shape[1]))
             if store.store.rotates and kwargs.get("position_embeddings") is not None:
                 cache.tables.note(layer, kwargs["position_embeddings"], store.store.n_columns)
