@@ -1,6 +1,6 @@
 """The attention layers of a transformers model, found by structure and verified by one small forward pass.
 
-With its helpers `probe`, `evidence` and `taps`, this is all that depends on how the models of transformers 5.17 to 5.23
+With its helpers `probe`, `evidence` and `taps`, this is all that depends on how the models of transformers 5.17 to 5.24
 are laid out. Child modules are found by name; then their outputs are replaced with noise, and what arrives in the cache
 has to be that noise, rotated. No class name is looked at.
 """
@@ -16,7 +16,8 @@ from artifacts.errors import UnsupportedModelError
 from artifacts.evidence import Evidence, Refusal, projection, text_config, understand, why_nothing_cached
 from artifacts.probe import probe
 from artifacts.rope import Rotation, rotate
-from artifacts.taps import AttentionLayer, Tap, cache_parameter, tapped
+from artifacts.taps import AttentionLayer, Tap, tapped
+from artifacts.transformers_release import cache_keyword, check_release
 
 __all__ = ["AttentionLayer", "LayerReport", "Rotation", "Tap", "attention_layers", "rotate", "site_table", "tapped"]
 
@@ -65,12 +66,14 @@ def attention_layers(model: nn.Module) -> tuple[AttentionLayer, ...]:
     UnsupportedModelError
         If there is no attention layer, or a layer caches anything else than what its projections or norms return
         (the keys rotated or not). Names the first such layer and the reason.
+    UnsupportedReleaseError
+        If the installed release of transformers is not supported.
     """
     found = _survey(model)
     if not found:
         raise UnsupportedModelError(
-            f"{type(model).__name__}: expected attention modules, with an integer layer_idx and a forward that takes "
-            "past_key_values; got none. Pass a causal language model of transformers, or its decoder."
+            f"{type(model).__name__}: expected attention modules, with an integer layer_idx and a forward that takes a "
+            "cache; got none. Pass a causal language model of transformers, or its decoder."
         )
     for layer in found:
         if isinstance(layer, LayerReport):
@@ -90,6 +93,7 @@ def site_table(model: nn.Module) -> list[LayerReport]:
 
 
 def _survey(model: nn.Module) -> list[AttentionLayer | LayerReport]:
+    check_release()
     mixers = _mixers(model)
     if not mixers:
         return []
@@ -119,7 +123,7 @@ def _ancestors(name: str) -> set[str]:
 
 
 def _takes_cache(module: nn.Module) -> bool:
-    return _layer_index(module) >= 0 and cache_parameter(module) is not None
+    return _layer_index(module) >= 0 and cache_keyword(module) is not None
 
 
 def _layer_index(module: nn.Module) -> int:

@@ -25,5 +25,9 @@ class UnsupportedModelError(ValueError):
     """A model caches something that no site describes."""
 
 
+class UnsupportedReleaseError(ValueError):
+    """A release of transformers outside the supported range is installed."""
+
+
 class NonFiniteError(ValueError):
     """NaN or infinity where a finite number is needed."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from artifacts.heads import Heads, nearest
-from artifacts.rope import Rotation, TableOrder, rotate, spread
+from artifacts.rope import Rotation, TableOrder, cos_sin, rotate, spread
 from artifacts.taps import AttentionLayer, Tap
 
 Role = Literal["key", "value", "query"]
@@ -22,6 +22,7 @@ _READINGS: tuple[tuple[Rotation, TableOrder], ...] = (
     ("interleaved", "halves"),
     ("half", "once"),
     ("interleaved", "once"),
+    ("interleaved", "sines_first"),
 )
 
 
@@ -47,6 +48,8 @@ class Evidence:
         What it asked of the cache, `update` included.
     position_embeddings : object
         Its cosines and sines.
+    mask : object
+        What it was handed to hide tokens.
     failure : str
         Why the probe stopped before its end; empty if it did not.
     """
@@ -59,6 +62,7 @@ class Evidence:
     handed: bool = False
     calls: set[str] = field(default_factory=set)
     position_embeddings: Any = None
+    mask: Any = None
     failure: str = ""
 
 
@@ -73,8 +77,9 @@ def norm(module: nn.Module, role: Role) -> str | None:
 
 
 def text_config(model: nn.Module) -> Any:
-    """Configuration of the language model, also inside a multimodal one."""
-    config: Any = getattr(model, "config", None)
+    """Configuration of the language model, also inside a multimodal one or a wrapper."""
+    configs = (getattr(module, "config", None) for module in model.modules())
+    config: Any = next((own for own in configs if own is not None), None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
@@ -109,8 +114,16 @@ def understand(index: int, name: str, seen: Evidence) -> AttentionLayer:
         frequencies=_frequencies(seen.position_embeddings, turning),
         table_order=turning.order,
         copies=copies,
+        mask_hides=_mask_hides(seen.mask),
         **{role: _tap(seen, sources[role], held[role], chosen[role]) for role in ROLES},
     )
+
+
+def _mask_hides(mask: object) -> bool:
+    """Whether a mask of yes and no says so of what is hidden: every token of the probe sees itself."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.ndim != 4:
+        return False
+    return not mask.diagonal(dim1=-2, dim2=-1).any()
 
 
 def _cached(seen: Evidence) -> tuple[Tensor, Tensor]:
@@ -228,7 +241,7 @@ def _rotation(x: Tensor, cached: Tensor, position_embeddings: object, source: st
     if _agree(cached, x[:, heads], x[:, heads]):
         return _Turning(heads)
     for rotation, order in _READINGS if tables else ():
-        cos, sin = (spread(table.double(), order, rotation) for table in tables)
+        cos, sin = (spread(table.double(), order, rotation) for table in cos_sin(tables, order))
         pairs, rest = divmod(cos.shape[-1], 2)
         if rest or 2 * pairs > x.shape[-1]:
             continue
@@ -246,7 +259,8 @@ def _frequencies(position_embeddings: object, turning: _Turning) -> tuple[float,
     rotation = turning.rotation
     if rotation == "none":
         return ()
-    cos, sin = (spread(table[0, 1].double(), turning.order, rotation) for table in _cos_sin(position_embeddings))
+    tables = cos_sin(_cos_sin(position_embeddings), turning.order)
+    cos, sin = (spread(table[0, 1].double(), turning.order, rotation) for table in tables)
     angles = torch.atan2(sin, cos)
     pairs: list[float] = (angles[: len(angles) // 2] if rotation == "half" else angles[::2]).tolist()
     return tuple(pairs)

@@ -14,7 +14,8 @@ from torch.utils.hooks import RemovableHandle
 
 from artifacts.evidence import ROLES, Evidence, norm, projection, text_config
 from artifacts.rope import position_tables
-from artifacts.taps import evaluating, exchange_cache, intercept_cache, uncompiled
+from artifacts.taps import evaluating, intercept_cache, uncompiled
+from artifacts.transformers_release import exchange_cache, named_arguments
 
 _MIN_TOKENS = 11
 # Beyond the bounds, about 8, to which OLMo and DBRX clip their projections: a clipped tensor must not pass for whole.
@@ -44,7 +45,8 @@ def _token_ids(model: nn.Module) -> Tensor:
     """As many tokens as no layer has heads, so that the axes of an output can be told apart."""
     head_counts = [value for name, value in vars(text_config(model)).items() if "head" in name]
     n_tokens = next(n for n in range(_MIN_TOKENS, 10**6) if n not in head_counts)
-    weight: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]  # a method of transformers' models
+    of_transformers: Any = next(module for module in model.modules() if hasattr(module, "get_input_embeddings"))
+    weight: Tensor = of_transformers.get_input_embeddings().weight
     ids = torch.arange(n_tokens, device="cpu" if weight.is_meta else weight.device)
     return (ids % weight.shape[0]).unsqueeze(0)
 
@@ -54,6 +56,7 @@ def _watch(seen: Evidence, noise: torch.Generator) -> Iterator[RemovableHandle]:
 
     def note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         seen.called, seen.position_embeddings = True, position_tables(module, kwargs)
+        seen.mask = named_arguments(module, args, kwargs).get("attention_mask")
         return exchange_cache(module, (args, kwargs), listened)
 
     def listened(cache: Any) -> Any:

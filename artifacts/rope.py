@@ -1,6 +1,6 @@
 """The rotary embedding, in the variants that models use."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 Rotation = Literal["half", "interleaved", "none"]
-TableOrder = Literal["as_read", "halves", "once"]
+TableOrder = Literal["as_read", "halves", "once", "sines_first"]
 
 
 def position_tables(module: nn.Module, kwargs: Mapping[str, Any]) -> Any:
@@ -20,6 +20,11 @@ def position_tables(module: nn.Module, kwargs: Mapping[str, Any]) -> Any:
     return cos, sin
 
 
+def cos_sin(tables: Sequence[Tensor], order: TableOrder) -> Sequence[Tensor]:
+    """Cosines, then sines."""
+    return tables[::-1] if order == "sines_first" else tables
+
+
 def spread(table: Tensor, order: TableOrder, rotation: Rotation) -> Tensor:
     """A table of cosines or sines with one entry per rotated channel, in the order of the channels.
 
@@ -27,7 +32,7 @@ def spread(table: Tensor, order: TableOrder, rotation: Rotation) -> Tensor:
     ----------
     table : Tensor
         As the model made it, its last axis laid out as `order` says.
-    order : {'as_read', 'halves', 'once'}
+    order : {'as_read', 'halves', 'once', 'sines_first'}
         See `AttentionLayer`.
     rotation : {'half', 'interleaved', 'none'}
         Which channels are paired.

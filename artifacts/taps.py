@@ -1,10 +1,8 @@
 """Reading and replacing the tensors of attention layers while a model runs."""
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -13,10 +11,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from artifacts.errors import MismatchError, UnsupportedModelError
-from artifacts.rope import Rotation, TableOrder, position_tables, rotate, spread
+from artifacts.rope import Rotation, TableOrder, cos_sin, position_tables, rotate, spread
 from artifacts.sites import Site
-
-_CACHE_PARAMETERS = ("past_key_values", "past_key_value", "layer_past", "cache_params")
+from artifacts.transformers_release import exchange_cache
 
 Layout = Literal["flat", "tokens_first", "heads_first"]
 Handler = Callable[[Tensor], Tensor | None]
@@ -95,9 +92,12 @@ class AttentionLayer:
     frequencies : tuple of float
         By how many radians a position turns each rotary pair, in the order of the pairs' first channels; empty without
         rotation.
-    table_order : {'as_read', 'halves', 'once'}
+    table_order : {'as_read', 'halves', 'once', 'sines_first'}
         How the model lays out its cosines and sines: as `rotate` reads them, all frequencies twice over
-        although pairs are interleaved (GLM), or each frequency once (gpt-oss). See `tables`.
+        although pairs are interleaved (GLM), each frequency once (gpt-oss), or that with the sines first (GPT-J from
+        transformers 5.24). See `tables`.
+    mask_hides : bool
+        Whether a boolean mask is true where it hides (MPT), and not where it shows.
     copies : int
         How often the module itself repeats each key and value head before it caches them (Falcon); 1 elsewhere.
     """
@@ -116,6 +116,7 @@ class AttentionLayer:
     sliding_window: int | None
     frequencies: tuple[float, ...] = ()
     table_order: TableOrder = "as_read"
+    mask_hides: bool = False
     copies: int = 1
 
     @property
@@ -125,7 +126,9 @@ class AttentionLayer:
 
     def tables(self, position_embeddings: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """The (cos, sin) that `rotate` reads, from the model's own `position_embeddings`."""
-        cos, sin = (spread(table, self.table_order, self.rotation) for table in position_embeddings)
+        cos, sin = (
+            spread(table, self.table_order, self.rotation) for table in cos_sin(position_embeddings, self.table_order)
+        )
         return cos, sin
 
 
@@ -198,28 +201,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, flag in training.items():
             module.training = flag
-
-
-def cache_parameter(module: nn.Module) -> str | None:
-    """The name under which a module's forward pass takes the cache, if it takes one."""
-    return next((name for name in _CACHE_PARAMETERS if name in _parameters(type(module).forward)), None)
-
-
-def exchange_cache(
-    module: nn.Module, arguments: tuple[Any, dict[str, Any]], exchange: Callable[[Any], Any]
-) -> tuple[Any, dict[str, Any]]:
-    """Positional and named arguments of a call, with another cache in place of the module's own, which may be None."""
-    (args, kwargs), name = arguments, cache_parameter(module)
-    assert name is not None, "modules that take no cache are never asked"
-    place = _parameters(type(module).forward).index(name)
-    if place < len(args):
-        return (*args[:place], exchange(args[place]), *args[place + 1 :]), kwargs
-    return args, {**kwargs, name: exchange(kwargs.get(name))}
-
-
-@cache
-def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
-    return tuple(inspect.signature(forward).parameters)[1:]
 
 
 def intercept_cache(

@@ -25,7 +25,7 @@ from artifacts.sites import Site
 from scripts.benchmark import HEADER, hardware, row, seconds
 from scripts.cache_quantizers import eigen, predictive
 from scripts.console import say
-from simquant import CachePolicy, packed_cache
+from simquant import CachePolicy, cache_argument, packed_cache
 
 KV_HEADS, HEAD_DIM, GROUP, RESIDUAL, BITS = 8, 128, 32, 128, 2
 POLICY = CachePolicy(residual_tokens=RESIDUAL, block_tokens=GROUP)
@@ -75,13 +75,13 @@ def rows_in_a_basis(tokens: int, repeats: int) -> Iterator[str]:
     model = model_of(LAYERS)
     prompt = torch.arange(tokens)[None] % model.config.vocab_size
     exact, plain = 2 * 2 * LAYERS * tokens * KV_HEADS * HEAD_DIM, DynamicCache()
-    model(prompt, past_key_values=plain)
+    model(prompt, **cache_argument(model, plain))
     baseline = seconds(lambda: step(model, plain), repeats)
     for make in (eigen, predictive):
         own, what = make(LAYERS, KV_HEADS, HEAD_DIM), f"{tokens} tokens, {LAYERS} layers, {make.__name__}"
         with packed_cache(model, own) as new_cache:
             packed = new_cache()
-            model(prompt, past_key_values=packed)
+            model(prompt, **cache_argument(model, packed))
             size = sum(tensor.nbytes for layer in packed.layers for tensor in layer.store.tensors())
             ours = seconds(partial(step, model, packed), repeats)
         yield row(f"{what}: memory / 16 bits", size, exact, unit="B")
@@ -114,7 +114,7 @@ def filled_step(model: LlamaForCausalLM, cache: Cache, key: Tensor, value: Tenso
 
 def step(model: LlamaForCausalLM, cache: object) -> Tensor:
     """One token more."""
-    logits: Tensor = model(torch.ones(1, 1, dtype=torch.int64), past_key_values=cache).logits
+    logits: Tensor = model(torch.ones(1, 1, dtype=torch.int64), **cache_argument(model, cache)).logits
     return logits
 
 

@@ -6,6 +6,7 @@ from typing import Any, Self, final
 
 from artifacts.codes import Codes
 from artifacts.packing import unpack
+from artifacts.transformers_release import cache_argument
 from calib.capture import site_shapes
 from calib.estimators.compression_config import compression_config as recipe_of
 from calib.layer_choice import check
@@ -73,7 +74,7 @@ class CompressedModel:
         """What the model's own `generate` returns, on a packed cache of its own."""
         with packed_cache(self.model, self._quantizers, policy=self._policy, layers=self._layers) as new_cache:
             cache = new_cache()
-            result = self.model.generate(*args, **{**self._prefill, **options, "past_key_values": cache})
+            result = self.model.generate(*args, **{**self._prefill, **options, **cache_argument(self.model, cache)})
         self._count(cache)
         return result
 

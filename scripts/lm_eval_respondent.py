@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from artifacts.transformers_release import cache_argument, returned_cache
 from scripts.console import UsageError
 from simquant.tasks.generation import answer
 from simquant.tasks.item import Item
@@ -125,10 +126,12 @@ class Respondent:
         tokens = torch.tensor([list(ids)], device=next(self.model.parameters()).device)
         first = max(1, tokens.shape[1] - 1 - n_scored)
         cache = self.new_cache()
-        output = self.model(input_ids=tokens[:, :first], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache, logits = output.past_key_values, output.logits
+        argument = cache_argument(self.model, cache)
+        output = self.model(input_ids=tokens[:, :first], use_cache=True, logits_to_keep=1, **argument)
+        cache, logits = returned_cache(output), output.logits
         if first < tokens.shape[1] - 1:
-            later = self.model(input_ids=tokens[:, first:-1], past_key_values=cache, use_cache=True).logits
+            argument = cache_argument(self.model, cache)
+            later = self.model(input_ids=tokens[:, first:-1], use_cache=True, **argument).logits
             logits = torch.cat([logits, later], dim=1)
         self.done(cache)
         log_probs, targets = logits[0, -n_scored:].float().log_softmax(dim=-1), tokens[0, -n_scored:]

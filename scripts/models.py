@@ -13,6 +13,7 @@ from torch import nn
 from artifacts.attention import AttentionLayer, attention_layers
 from artifacts.evidence import text_config
 from artifacts.fingerprint import model_fingerprint, vocabulary_digest
+from artifacts.transformers_release import check_release
 from calib.corpus import Corpus, PaddingIds, Split, load_corpus
 from calib.demo import model_folder
 from scripts.checkpoint import check_weights, other_format, remote_code
@@ -127,7 +128,10 @@ def load_model(args: argparse.Namespace) -> LoadedModel:
         If the device does not exist.
     OSError
         If there is no such model, or something else than a whole one.
+    UnsupportedReleaseError
+        If the installed release of transformers is not supported.
     """
+    check_release()
     name, dtype = str(args.model), args.dtype
     if name == DEMO:
         name, dtype = str(model_folder()), "float32" if dtype == "auto" else dtype

@@ -1,5 +1,9 @@
 """How quantizers are used: inside attention, and measured there."""
 
+from artifacts.transformers_release import cache_argument, check_release
+
+check_release()  # before the first import that depends on it
+
 from simquant.cache.errors import CacheStateError
 from simquant.cache.packed import packed_cache
 from simquant.cache.policy import CachePolicy, Window
@@ -40,6 +44,7 @@ __all__ = [
     "Window",
     "WindowLog",
     "WindowLogError",
+    "cache_argument",
     "clipped_shares",
     "decode_exact",
     "drift_warning",

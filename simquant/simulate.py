@@ -68,7 +68,7 @@ def simulate(
     usage, sources = Usage(quantizers), DecodedSources(quantizers)
     with ExitStack() as stack:
         stack.enter_context(answered_each_step(model))
-        tokens = stack.enter_context(watch_tokens(model))
+        tokens = stack.enter_context(watch_tokens(layers))
         handlers = {
             site: _handler(site, quantizer, (policy, tokens, usage), sources) for site, quantizer in quantizers.items()
         }
@@ -133,6 +133,7 @@ def _handler(
         real = tokens.real(x.shape[0], x.shape[2])
         exact = None if keep is None else ~keep if real is None else real & ~keep
         n_exact = 0 if exact is None else int(exact.sum())
+        usage.add_padding(site, 0 if real is None else int((~real).sum()))
         usage.add_exact(site, n_exact, n_exact * rows[:1].nbytes)
         context = sources.context(site, rows.device)
         parts = _parts(own, x.shape[0], x.shape[2], keep, rows.device)

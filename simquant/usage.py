@@ -34,6 +34,8 @@ class SiteUsage:
         What the encoded tokens would take as they came.
     n_small : int
         Tokens among those that the policy kept whose keys have small norms; they have codes, too.
+    n_padding : int
+        Columns that are no tokens; nothing is stored for them.
     """
 
     n_encoded: int = 0
@@ -42,6 +44,7 @@ class SiteUsage:
     exact_bytes: int = 0
     replaced_bytes: int = 0
     n_small: int = 0
+    n_padding: int = 0
 
 
 @dataclass
@@ -61,6 +64,10 @@ class Usage:
         """Counts tokens that stay as they are."""
         self.sites[site].n_exact += n_tokens
         self.sites[site].exact_bytes += nbytes
+
+    def add_padding(self, site: Site, n_columns: int) -> None:
+        """Counts what a pass has brought besides tokens."""
+        self.sites[site].n_padding += n_columns
 
     def add_store(self, site: Site, store: TokenStore) -> None:
         """Counts what a cache holds for a sequence."""
@@ -120,8 +127,9 @@ class Usage:
         return 8 * total / (context_tokens * channels) if channels else 0.0
 
     def n_tokens(self) -> dict[Site, int]:
-        """Tokens of each site so far."""
-        return {site: self.sites[site].n_encoded + self.sites[site].n_exact for site in self.quantizers}
+        """Tokens of each site so far, padding among them."""
+        used = {site: self.sites[site] for site in self.quantizers}
+        return {site: use.n_encoded + use.n_exact + use.n_padding for site, use in used.items()}
 
     def _chosen(self, tensor: str) -> dict[Site, SiteUsage]:
         return {site: use for site, use in self.sites.items() if site.tensor == tensor}

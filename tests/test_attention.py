@@ -11,6 +11,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, Pre
 from artifacts.attention import AttentionLayer, Tap, attention_layers, rotate, site_table, tapped
 from artifacts.errors import MismatchError, UnsupportedModelError
 from artifacts.sites import Site
+from artifacts.transformers_release import cache_argument, returned_cache
 
 BASE = {
     "hidden_size": 32,
@@ -103,8 +104,8 @@ def n_hooks(model: nn.Module) -> int:
 @torch.no_grad()
 def run(model: PreTrainedModel) -> tuple[Tensor, DynamicCache]:
     """Logits, and a cache without a sliding window, so that it shows all that it was given."""
-    output = model(IDS, past_key_values=DynamicCache())
-    return output.logits, output.past_key_values
+    output = model(IDS, **cache_argument(model, DynamicCache()))
+    return output.logits, returned_cache(output)
 
 
 def observe(kind: str, *sites: Site) -> tuple[dict[Site, Tensor], DynamicCache]:

@@ -10,6 +10,7 @@ from artifacts.dynamic_affine import DynamicAffine
 from artifacts.errors import NonFiniteError
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
+from artifacts.transformers_release import cache_argument
 from simquant import packed_cache, simulate
 from simquant.evaluation.decode import decode_exact
 
@@ -50,7 +51,7 @@ def test_a_step_of_a_model_waits_once(context, fetched: list[int]) -> None:
     with context(model, quantizers()) as made:
         fetched.clear()
         for _ in range(2):
-            model(IDS, past_key_values=made()) if context is packed_cache else model(IDS, use_cache=False)
+            model(IDS, **cache_argument(model, made())) if context is packed_cache else model(IDS, use_cache=False)
     assert len(fetched) == 2
     assert fetched[0] >= 4
 

@@ -8,6 +8,7 @@ from random_models import random_llama
 
 from artifacts.artifact import Artifact
 from artifacts.attention import attention_layers
+from artifacts.transformers_release import cache_argument
 from calib import calibrate
 from simquant import packed_cache, save_cache, simulate
 from simquant.cache.saved_cache import load_cache
@@ -33,7 +34,7 @@ def test_three_ways_agree_to_the_rounding_of_float64(artifact: Artifact) -> None
         decoded = MODEL(IDS, use_cache=False).logits
     with packed_cache(MODEL, artifact, layers=LAYERS) as new_cache:
         cache = new_cache()
-        stepwise = [MODEL(part, past_key_values=cache, use_cache=True).logits for part in IDS.split(5, dim=1)]
+        stepwise = [MODEL(part, **cache_argument(MODEL, cache), use_cache=True).logits for part in IDS.split(5, dim=1)]
     assert exact.dtype == simulated.dtype == decoded.dtype == torch.float64
     torch.testing.assert_close(decoded, simulated, rtol=0, atol=1e-12)
     torch.testing.assert_close(torch.cat(stepwise, dim=1), simulated, rtol=0, atol=1e-12)
@@ -51,8 +52,8 @@ def test_its_cache_is_stored_and_read_again(artifact: Artifact, tmp_path: Path) 
     """What was written once, no reader took."""
     with packed_cache(MODEL, artifact, layers=LAYERS) as new_cache:
         cache, again = new_cache(), new_cache()
-        MODEL(IDS[:, :16], past_key_values=cache, use_cache=True)
+        MODEL(IDS[:, :16], **cache_argument(MODEL, cache), use_cache=True)
         save_cache(cache, tmp_path / "c.safetensors")
         load_cache(tmp_path / "c.safetensors", again)
-        left, right = (MODEL(IDS[:, 16:], past_key_values=c, use_cache=True).logits for c in (cache, again))
+        left, right = (MODEL(IDS[:, 16:], **cache_argument(MODEL, c), use_cache=True).logits for c in (cache, again))
     assert torch.equal(left, right)

@@ -13,6 +13,7 @@ from artifacts.attention import AttentionLayer, Tap, attention_layers, rotate, s
 from artifacts.identity import Identity
 from artifacts.rope import position_tables
 from artifacts.sites import Site
+from artifacts.transformers_release import returned_cache
 from simquant.simulate import simulate
 
 # transformers 5.17 compiles a part of GPTBigCode as torch no longer likes.
@@ -62,7 +63,7 @@ def family(name: str) -> tuple[PreTrainedModel, tuple[AttentionLayer, ...]]:
 def run(model: PreTrainedModel) -> tuple[Tensor, Tensor, Tensor]:
     """Logits, and the last layer's keys and values in the model's own cache."""
     output = model(IDS, use_cache=True)
-    kept = output.past_key_values
+    kept = returned_cache(output)
     stored = getattr(kept, "self_attention_cache", kept).layers[1]
     return output.logits, stored.keys, stored.values
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from artifacts.errors import MismatchError, UnsupportedModelError
+from artifacts.transformers_release import cache_argument
 from simquant import Steps, evaluate, packed_cache
 from simquant.cache import replaced_attention
 from simquant.evaluation.protocols import ProtocolName
@@ -104,4 +105,4 @@ def test_a_cache_that_the_model_drops_is_told_as_that() -> None:
     ids: Tensor = WINDOWS[:1, :14]
     message = r"dropped the packed cache: beyond 16 tokens .*a text of 17 tokens"
     with packed_cache(model, everywhere(identity)) as new_cache, pytest.raises(MismatchError, match=message):
-        model.generate(ids, past_key_values=new_cache(), max_new_tokens=8, min_new_tokens=8, do_sample=False)
+        model.generate(ids, **cache_argument(model, new_cache()), max_new_tokens=8, min_new_tokens=8, do_sample=False)

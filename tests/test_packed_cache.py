@@ -20,6 +20,7 @@ from artifacts.identity import Identity
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site, Stage
 from artifacts.streaming import Streaming
+from artifacts.transformers_release import cache_argument
 from simquant import CachePolicy, CacheStateError, Window, packed_cache
 from simquant.cache.block_attention import BlockAttention, Scoring
 from simquant.cache.cacheable import check_cacheable, group_tokens
@@ -62,12 +63,12 @@ def filled(store: TokenStore, x: Tensor, sizes: list[int]) -> TokenStore:
 
 @torch.no_grad()
 def step(model: nn.Module, cache: object, ids: Tensor, **options: Tensor) -> Tensor:
-    return model(ids, past_key_values=cache, use_cache=True, **options).logits
+    return model(ids, **cache_argument(model, cache), use_cache=True, **options).logits
 
 
 def generate(model: nn.Module, ids: Tensor, cache: object = None, **options: Any) -> Tensor:
     greedy = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, **options}
-    return model.generate(ids, past_key_values=cache, **greedy)
+    return model.generate(ids, **cache_argument(model, cache), **greedy)
 
 
 # --- codes
@@ -625,8 +626,8 @@ def test_inside_the_context_other_caches_are_refused(tiny_llama: LlamaForCausalL
     layers = attention_layers(tiny_llama)
     with packed_cache(tiny_llama, everywhere(per_token)) as new:
         for cache in (None, DynamicCache()):
-            with pytest.raises(MismatchError, match=r"past_key_values=new_cache\(\).*got (NoneType|DynamicCache)"):
-                tiny_llama(IDS, past_key_values=cache, use_cache=False)
+            with pytest.raises(MismatchError, match=r"from new_cache\(\) of the context.*got (NoneType|DynamicCache)"):
+                tiny_llama(IDS, **cache_argument(tiny_llama, cache), use_cache=False)
         with (
             pytest.raises(MismatchError, match="do not nest"),
             packed_cache(tiny_llama, everywhere(per_token), layers=layers),

@@ -12,6 +12,7 @@ from artifacts.artifact import Artifact
 from artifacts.attention import AttentionLayer, attention_layers
 from artifacts.codes import Codes
 from artifacts.errors import MismatchError
+from artifacts.transformers_release import cache_argument
 from calib import calibrate
 from simquant import CachePolicy, PackedCache, Steps, Window, packed_cache, simulate
 from simquant.evaluation.decode import decode_exact
@@ -47,7 +48,7 @@ def artifact(request: pytest.FixtureRequest, model: LlamaForCausalLM) -> Artifac
 
 @torch.no_grad()
 def logits(model: LlamaForCausalLM, cache: PackedCache, ids: Tensor, chunk: int = 1) -> Tensor:
-    return torch.cat([model(part, past_key_values=cache).logits for part in ids.split(chunk, dim=1)], dim=1)
+    return torch.cat([model(part, **cache_argument(model, cache)).logits for part in ids.split(chunk, dim=1)], dim=1)
 
 
 def codes_of(cache: PackedCache, row: int) -> list[Codes]:
@@ -122,9 +123,8 @@ def test_what_is_decoded_for_others_is_let_go(model: LlamaForCausalLM, artifact:
 
 def test_beams_share_what_is_stored(model: LlamaForCausalLM, artifact: Artifact) -> None:
     with packed_cache(model, artifact, policy=POLICY) as new_cache:
-        beams = model.generate(
-            IDS[:1], past_key_values=new_cache(), max_new_tokens=6, num_beams=2, do_sample=False, pad_token_id=0
-        )
+        options = {"max_new_tokens": 6, "num_beams": 2, "do_sample": False, "pad_token_id": 0}
+        beams = model.generate(IDS[:1], **cache_argument(model, new_cache()), **options)
     assert beams.shape == (1, 46)
 
 

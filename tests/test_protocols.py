@@ -18,6 +18,7 @@ from artifacts.layout import to_rows
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site, Stage
 from artifacts.sparse import PercentileSparse
+from artifacts.transformers_release import cache_argument, returned_cache
 from simquant import CachePolicy, NothingQuantizedError, Steps, Window, decode_exact, evaluate, packed_cache, simulate
 from simquant.cache.block_attention import Scoring
 from simquant.cache.policy import TENSORS
@@ -59,7 +60,8 @@ def through_the_cache(
     """Logits, and the codes of each site and sequence."""
     with packed_cache(model, quantizers, policy=policy, layers=layers) as new:
         cache = new()
-        parts = [model(ids[:, start:end], past_key_values=cache).logits for start, end in steps.spans(ids.shape[1])]
+        spans = steps.spans(ids.shape[1])
+        parts = [model(ids[:, start:end], **cache_argument(model, cache)).logits for start, end in spans]
     stores = [(store.key_site, stream.key, row) for store, row, stream in streams(cache)]
     stores += [(store.value_site, stream.value, row) for store, row, stream in streams(cache)]
     return torch.cat(parts, 1), {(site, row): tokens.codes() for site, tokens, row in stores}
@@ -411,7 +413,7 @@ def test_one_pass_refuses_padding_and_filled_caches(tiny_llama: LlamaForCausalLM
     with decode_exact(tiny_llama, everywhere(per_token)):
         with pytest.raises(MismatchError, match="without padding"):
             logits(tiny_llama, ids, mask)
-        cache = tiny_llama(IDS[:, :3], use_cache=True).past_key_values
+        cache = returned_cache(tiny_llama(IDS[:, :3], use_cache=True))
         with pytest.raises(MismatchError, match="without a filled cache"):
-            tiny_llama(IDS[:, 3:], past_key_values=cache)
+            tiny_llama(IDS[:, 3:], **cache_argument(tiny_llama, cache))
     assert n_hooks(tiny_llama) == 0

@@ -1,4 +1,4 @@
-"""The README's Python examples run as they stand, one after the other, on a model and a text of the reader's."""
+"""The README's Python examples, `packed_cache` among them, run as they stand, on a model and a text of the reader's."""
 
 import re
 from pathlib import Path

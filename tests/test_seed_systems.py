@@ -20,6 +20,7 @@ from artifacts.layout import to_rows
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site, Stage
 from artifacts.sparse import ThresholdSparse
+from artifacts.transformers_release import cache_argument, returned_cache
 from calib import calibrate
 from calib.recipe import Recipe
 from scripts import evaluate as evaluate_program
@@ -58,7 +59,7 @@ every_model = pytest.mark.parametrize("make", [lambda: build("llama"), qwen2], i
 
 @torch.no_grad()
 def step(model: nn.Module, cache: object, ids: Tensor) -> Tensor:
-    return model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+    return model(input_ids=ids, **cache_argument(model, cache), use_cache=True).logits
 
 
 def generate(model: Any, ids: Tensor, **options: Any) -> Any:
@@ -105,11 +106,11 @@ def test_sixteen_bits_are_exact(make: Callable[[], PreTrainedModel]) -> None:
     model = make()
     expected = generate(model, IDS)
     with KIVICache(model, **EXACT) as cache:
-        assert torch.equal(generate(model, IDS, past_key_values=cache), expected)
+        assert torch.equal(generate(model, IDS, **cache_argument(model, cache)), expected)
         info = cache.get_cache_info()
     assert (info["quantized_len"], info["effective_bits"], info["memory_ratio"]) == (0, 32, 1)
     with KIVICache(model, **{**EXACT, "v_bits": 2}) as cache:
-        generate(model, IDS, past_key_values=cache)
+        generate(model, IDS, **cache_argument(model, cache))
         info = cache.get_cache_info()
     assert info["quantized_len"] == (31 - 6) // 4 * 4
     assert 16 < info["effective_bits"] < 32
@@ -126,7 +127,7 @@ def test_the_streaming_loop_says_what_generate_says(make: Callable[[], PreTraine
             generated = torch.cat([generated, chosen], dim=-1)
         info = cache.get_cache_info()
         cache.reset()
-        assert torch.equal(generate(model, ONE, past_key_values=cache, eos_token_id=None), generated)
+        assert torch.equal(generate(model, ONE, **cache_argument(model, cache), eos_token_id=None), generated)
         assert cache.get_cache_info() == info
 
 
@@ -148,7 +149,7 @@ def test_beams_are_reordered(tiny_llama: LlamaForCausalLM) -> None:
     beams = {"num_beams": 3, "num_return_sequences": 3}
     expected = generate(tiny_llama, IDS, **beams)
     with KIVICache(tiny_llama, **EXACT) as cache:
-        assert torch.equal(generate(tiny_llama, IDS, past_key_values=cache, **beams), expected)
+        assert torch.equal(generate(tiny_llama, IDS, **cache_argument(tiny_llama, cache), **beams), expected)
     with KIVICache(tiny_llama, **SMALL) as cache:
         step(tiny_llama, cache, IDS)
         before = [stream.key.read(0, 20) for stream in cache.layers[1].store.streams]
@@ -156,22 +157,22 @@ def test_beams_are_reordered(tiny_llama: LlamaForCausalLM) -> None:
         after = [stream.key.read(0, 20) for stream in cache.layers[1].store.streams]
         assert all(torch.equal(after[row], before[old]) for row, old in enumerate([1, 0, 1]))
         cache.reset()
-        assert generate(tiny_llama, IDS, past_key_values=cache, **beams).shape == expected.shape
+        assert generate(tiny_llama, IDS, **cache_argument(tiny_llama, cache), **beams).shape == expected.shape
 
 
 def test_a_patched_model_has_a_fresh_cache_for_each_call(tiny_llama: LlamaForCausalLM) -> None:
     plain, plain_logits = generate(tiny_llama, IDS), logits(tiny_llama)
     with KIVICache(tiny_llama, **SMALL) as cache:
-        expected = generate(tiny_llama, IDS, past_key_values=cache)
+        expected = generate(tiny_llama, IDS, **cache_argument(tiny_llama, cache))
     before, implementation = set(vars(tiny_llama)), tiny_llama.config._attn_implementation
     patch_model(tiny_llama, **SMALL)
     results = [generate(tiny_llama, IDS, return_dict_in_generate=True) for _ in range(2)]
     for result in results:
         assert torch.equal(result.sequences, expected)
-        assert isinstance(result.past_key_values, KIVICache)
-        assert result.past_key_values.get_cache_info()["quantized_len"] == (31 - 6) // 4 * 4
-    assert results[0].past_key_values is not results[1].past_key_values
-    assert torch.equal(generate(tiny_llama, IDS, past_key_values=DynamicCache()), plain)
+        assert isinstance(returned_cache(result), KIVICache)
+        assert returned_cache(result).get_cache_info()["quantized_len"] == (31 - 6) // 4 * 4
+    assert returned_cache(results[0]) is not returned_cache(results[1])
+    assert torch.equal(generate(tiny_llama, IDS, **cache_argument(tiny_llama, DynamicCache())), plain)
     assert torch.equal(generate(tiny_llama, IDS, use_cache=False), plain)
     assert torch.equal(logits(tiny_llama), plain_logits)
     assert (n_hooks(tiny_llama), tiny_llama.config._attn_implementation) == (0, implementation)
@@ -204,7 +205,7 @@ def test_a_model_is_loaded_with_kivi() -> None:
     model, tokenizer = load_with_kivi("demo", device="cpu", k_bits=2, v_bits=2, residual_length=32)
     inputs = tokenizer("One day the " * 30, return_tensors="pt")
     options = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True}
-    info = model.generate(**inputs, **options).past_key_values.get_cache_info()
+    info = returned_cache(model.generate(**inputs, **options)).get_cache_info()
     assert (info["k_bits"], info["residual_length"]) == (2, 32)
     assert info["quantized_len"] >= 32
     assert info["effective_bits"] < 32
@@ -324,7 +325,7 @@ def test_a_fake_quantized_cache_generates(tiny_llama: LlamaForCausalLM) -> None:
     exact = everywhere(lambda: Identity(channels=CHANNELS), "post_rope")
     for options in ({}, {"num_beams": 3}):
         with fake_quant_cache(DynamicCache(), exact) as cache:
-            found = generate(tiny_llama, IDS, past_key_values=cache, **options)
+            found = generate(tiny_llama, IDS, **cache_argument(tiny_llama, cache), **options)
         assert torch.equal(found, generate(tiny_llama, IDS, **options))
 
 
@@ -417,7 +418,7 @@ def test_sinks_are_exact_by_position_and_every_decoded_token_is_quantized(
                 positions = (now.long().cumsum(1) - 1).clamp_min(0)[:, -own.shape[1] :]
                 options = {"attention_mask": now.long(), "position_ids": positions}
                 with torch.no_grad():
-                    tiny_llama(own, past_key_values=cache, use_cache=True, **options)
+                    tiny_llama(own, **cache_argument(tiny_llama, cache), use_cache=True, **options)
         held.append([stream.value for stream in cache.layers[0].store.streams])
     for exact, stored, n_tokens in zip(*held, (15, 10), strict=True):
         rows = exact.read(0, n_tokens)

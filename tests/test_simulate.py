@@ -18,6 +18,7 @@ from artifacts.identity import Identity
 from artifacts.layout import to_rows
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site, Stage
+from artifacts.transformers_release import cache_argument
 from calib import calibrate
 from calib.capture import capture
 from simquant import CachePolicy, Usage, simulate
@@ -137,7 +138,7 @@ def test_the_cache_holds_what_was_decoded(stage: Stage, tiny_llama: LlamaForCaus
     decoded = {site: quantizers[site].simulate(x).view(2, 12, 2, 8).transpose(1, 2) for site, x in captured.items()}
     cache = DynamicCache()
     with simulate(tiny_llama, quantizers), torch.no_grad():
-        tiny_llama(IDS, past_key_values=cache)
+        tiny_llama(IDS, **cache_argument(tiny_llama, cache))
     key = decoded[Site(0, "key", stage)]
     if stage == "pre_rope":
         tables = tiny_llama.model.rotary_emb(key, torch.arange(12)[None])
@@ -279,7 +280,7 @@ def test_positions_go_on_where_the_cache_ends(tiny_llama: LlamaForCausalLM) -> N
     @torch.no_grad()
     def run() -> None:
         for chunk in IDS.split(5, dim=1):  # the sinks end inside the second chunk
-            tiny_llama(chunk, past_key_values=cache)
+            tiny_llama(chunk, **cache_argument(tiny_llama, cache))
 
     for before, after in before_and_after(tiny_llama, everywhere(per_token), run, sink_tokens=7).values():
         assert torch.equal((before != after).any(dim=1).any(dim=-1), (torch.arange(12) >= 7).expand(2, -1))

@@ -30,6 +30,7 @@ from transformers import (
 from artifacts.attention import attention_layers
 from artifacts.identity import Identity
 from artifacts.sites import Site
+from artifacts.transformers_release import cache_argument
 from simquant import packed_cache
 
 IMAGE = 63  # the token that stands for a patch
@@ -142,13 +143,13 @@ def image(kind: str) -> dict[str, Tensor]:
 @torch.no_grad()
 def two_steps(model: PreTrainedModel, cache: object, inputs: dict[str, Tensor]) -> Tensor:
     """Logits of a prompt, and of one token more."""
-    first = model(**inputs, past_key_values=cache, use_cache=True).logits
+    first = model(**inputs, **cache_argument(model, cache), use_cache=True).logits
     mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
     more = {"attention_mask": torch.nn.functional.pad(mask, (0, 1), value=1)}
     if "token_type_ids" in inputs:
         more["token_type_ids"] = torch.zeros(2, 1, dtype=torch.long)
     ids = torch.tensor([[5], [6]])
-    second = model(input_ids=ids, **more, past_key_values=cache, use_cache=True).logits
+    second = model(input_ids=ids, **more, **cache_argument(model, cache), use_cache=True).logits
     return torch.cat([first, second], dim=1)[more["attention_mask"].bool()]
 
 

@@ -13,6 +13,7 @@ from artifacts.errors import MismatchError
 from artifacts.finite import answered_each_step
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
+from artifacts.transformers_release import named_arguments, parameters, passed_cache
 from simquant.cache.arrival import Arrival
 from simquant.cache.block_attention import Scoring, attend
 from simquant.cache.cacheable import check_cacheable, default_policy
@@ -54,7 +55,7 @@ def packed_cache(
     Yields
     ------
     callable
-        Makes an empty cache, to be passed as `past_key_values`; each text needs its own.
+        Makes an empty cache, to be passed as `cache_argument(model, cache)`; each text needs its own.
 
     Raises
     ------
@@ -65,9 +66,10 @@ def packed_cache(
 
     Examples
     --------
+    >>> from simquant import cache_argument
     >>> def reply(model, quantizers, ids):
     ...     with packed_cache(model, quantizers, policy=CachePolicy(sink_tokens=1, residual_tokens=128)) as new_cache:
-    ...         return model.generate(ids, past_key_values=new_cache())
+    ...         return model.generate(ids, **cache_argument(model, new_cache()))
     """
     layers = attention_layers(model) if layers is None else layers
     policy = policy or default_policy(quantizers)
@@ -76,7 +78,7 @@ def packed_cache(
     check_evictable(policy, layers)
     with ExitStack() as stack:
         stack.enter_context(answered_each_step(model))
-        session = _Session(layers, quantizers, policy, stack.enter_context(watch_tokens(model)))
+        session = _Session(layers, quantizers, policy, stack.enter_context(watch_tokens(layers)))
         stack.enter_context(attention_replaced(model, session.handlers()))
         for layer in layers:
             stack.callback(layer.module.register_forward_pre_hook(session.before(layer), with_kwargs=True).remove)
@@ -113,23 +115,25 @@ class _Session:
 
     def before(self, layer: AttentionLayer) -> Callable[..., None]:
         """A hook for the attention module: which cache is in use, and what the step brings besides keys and values."""
+        first, *_ = parameters(layer.module)
 
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            cache = kwargs.get("past_key_values")
-            hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            passed = named_arguments(module, args, kwargs)
+            cache, hidden = passed_cache(passed), passed[first]
             if not isinstance(cache, PackedCache) or cache.session is not self:
                 _refuse_dropped(module, cache, max(hidden.shape[1], self._n_read + 1))
                 got = "a packed cache of another context" if isinstance(cache, PackedCache) else type(cache).__name__
                 raise MismatchError(
-                    f"layers.{layer.layer}: expected past_key_values=new_cache() of the context that the model is in; "
-                    f"got {got}. Pass one, or leave the context to run the model without a packed cache."
+                    f"layers.{layer.layer}: expected a cache from new_cache() of the context that the model is in; got "
+                    f"{got}. Pass **cache_argument(model, new_cache()), or leave the context to run the model without "
+                    "a packed cache."
                 )
             self._in_use[layer.layer] = cache
             store = cache.layers[layer.layer]
             self._n_read = store.store.n_columns + hidden.shape[1]
             store.arrival = Arrival(None, self._tokens.real(hidden.shape[0], hidden.shape[1]))
-            if store.store.rotates and kwargs.get("position_embeddings") is not None:
-                cache.tables.note(layer, kwargs["position_embeddings"], store.store.n_columns)
+            if store.store.rotates and passed.get("position_embeddings") is not None:
+                cache.tables.note(layer, passed["position_embeddings"], store.store.n_columns)
 
         return hook
 

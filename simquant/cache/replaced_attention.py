@@ -1,4 +1,4 @@
-"""Attention modules of a model that compute attention otherwise, by the interfaces of transformers (5.17 to 5.23).
+"""Attention modules of a model that compute attention otherwise, by the interfaces of transformers (5.17 to 5.24).
 
 The attention and the mask interface are registered both: with the first alone the mask is None, and attention silently
 sees the future.

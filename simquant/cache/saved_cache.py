@@ -45,15 +45,17 @@ def save_cache(cache: PackedCache, path: str | Path) -> None:
 
     Examples
     --------
+    >>> from simquant import cache_argument
     >>> def pause(model, quantizers, ids, path):
     ...     with packed_cache(model, quantizers) as new_cache:
     ...         cache = new_cache()
-    ...         ids = model.generate(ids, past_key_values=cache)
+    ...         ids = model.generate(ids, **cache_argument(model, cache))
     ...         save_cache(cache, path)
     ...         return ids
     >>> def resume(model, quantizers, ids, path):
     ...     with packed_cache(model, quantizers) as new_cache:
-    ...         return model.generate(ids, past_key_values=load_cache(path, new_cache()))
+    ...         cache = load_cache(path, new_cache())
+    ...         return model.generate(ids, **cache_argument(model, cache))
     """
     n_columns = {layer.store.n_columns for layer in cache.layers}
     if len(n_columns) > 1 or any(layer.writing for layer in cache.layers):
@@ -84,7 +86,7 @@ def load_cache(path: str | Path, cache: PackedCache) -> PackedCache:
     Returns
     -------
     PackedCache
-        The same cache, to be passed as `past_key_values` with all tokens so far and at least one more.
+        The same cache, to be passed as `cache_argument(model, cache)` with all tokens so far and at least one more.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""The packed cache as transformers sees it (5.17 to 5.23); `replaced_attention` is how a model comes to read it."""
+"""The packed cache as transformers sees it (5.17 to 5.24); `replaced_attention` is how a model comes to read it."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any

@@ -75,7 +75,7 @@ def decode_exact(
         )
     with ExitStack() as stack:
         stack.enter_context(answered_each_step(model))
-        decoding = _Decoding(quantizers, policy, steps or Steps(), stack.enter_context(watch_tokens(model)))
+        decoding = _Decoding(quantizers, policy, steps or Steps(), stack.enter_context(watch_tokens(layers)))
         stack.enter_context(attention_replaced(model, {layer.module: decoding.handler(layer) for layer in layers}))
         for layer in layers:
             hook = layer.module.register_forward_pre_hook(decoding.before(layer), with_kwargs=True)
@@ -102,7 +102,7 @@ class _Decoding:
         """A hook for the attention module that takes down how its keys are rotated."""
 
         def note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            if self._tokens.mask is not None or self._tokens.n_past:
+            if self._tokens.padded or self._tokens.n_past:
                 raise MismatchError(
                     f"layers.{layer.layer}: decode_exact reads whole texts without padding and without a filled cache. "
                     "Pass them one at a time, or use packed_cache."

@@ -13,6 +13,7 @@ from artifacts.artifact import Artifact
 from artifacts.attention import AttentionLayer
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
+from artifacts.transformers_release import cache_argument
 from simquant.cache.packed import packed_cache
 from simquant.cache.policy import CachePolicy
 from simquant.evaluation.decode import decode_exact
@@ -121,7 +122,7 @@ class Protocol:
     def _stepwise(self, model: nn.Module, batch: Tensor, cache: Cache) -> Tensor:
         batch = batch.to(next(model.parameters()).device)
         parts = [
-            model(input_ids=batch[:, start:end], past_key_values=cache, use_cache=True).logits
+            model(input_ids=batch[:, start:end], use_cache=True, **cache_argument(model, cache)).logits
             for start, end in self.steps.spans(batch.shape[1])
         ]
         return torch.cat(parts, dim=1)

@@ -34,9 +34,10 @@ def fake_quant_cache(cache: Any, quantizers: Artifact | Mapping[Site, Quantizer]
 
     Examples
     --------
+    >>> from simquant import cache_argument
     >>> def reply(model, quantizers, ids, cache):
     ...     with fake_quant_cache(cache, quantizers) as quantized:
-    ...         return model.generate(ids, past_key_values=quantized)
+    ...         return model.generate(ids, **cache_argument(model, quantized))
     """
     _check_interface(cache)
     if isinstance(quantizers, Artifact) and quantizers.manifest.sink_tokens:

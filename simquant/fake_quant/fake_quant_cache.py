@@ -74,8 +74,9 @@ class FakeQuantCache:
         if idle:
             names = ", ".join(f"layers.{layer}" for layer in idle[:6]) + (", ..." if len(idle) > 6 else "")
             raise CacheStateError(
-                f"{names}: the attention never called cache.{INTERFACE}, so nothing was quantized there. Pass the "
-                "cache as past_key_values with use_cache=True to a model of as many layers, whose attention updates it."
+                f"{names}: the attention never called cache.{INTERFACE}, so nothing was quantized there. Pass "
+                "**cache_argument(model, cache) with use_cache=True to a model of as many layers, whose attention "
+                "updates it."
             )
 
     def _simulated(self, site: Site, x: Tensor) -> Tensor:

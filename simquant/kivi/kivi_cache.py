@@ -37,16 +37,17 @@ class KIVICache(PackedCache):
 
     Examples
     --------
+    >>> from simquant import cache_argument
     >>> def reply(model, ids):
     ...     with KIVICache(model, k_bits=2, v_bits=2, group_size=32, residual_length=128) as cache:
-    ...         return model.generate(ids, past_key_values=cache), cache.get_cache_info()
+    ...         return model.generate(ids, **cache_argument(model, cache)), cache.get_cache_info()
     """
 
     def __init__(self, model: nn.Module, **settings: int) -> None:
         self.settings = KIVISettings(**settings)
         if model in _OPEN:
             raise MismatchError(
-                f"KIVICache: {type(model).__name__} has an open KIVICache already. Pass that one as past_key_values, "
+                f"KIVICache: {type(model).__name__} has an open KIVICache already. Pass that one, "
                 "`reset` it for another text, or `close` it first."
             )
         layers = attention_layers(model)

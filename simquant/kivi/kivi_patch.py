@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from artifacts.transformers_release import cache_argument, passed_cache
 from simquant.kivi.kivi import KIVISettings
 from simquant.kivi.kivi_cache import KIVICache
 
@@ -15,7 +16,7 @@ _ADDED = ("new_kivi_cache", "generate")
 def patch_model(model: nn.Module, *, auto_inject_cache: bool = True, **settings: int) -> None:
     """Gives a model `new_kivi_cache()`, and a `generate` that fills a fresh one at each call.
 
-    A call that brings its own `past_key_values`, or `use_cache=False`, is left alone; so is the model between calls.
+    A call that brings a cache of its own, or `use_cache=False`, is left alone; so is the model between calls.
     `unpatch_model` undoes it.
 
     Parameters
@@ -49,7 +50,7 @@ def unpatch_model(model: nn.Module) -> None:
 
 def _generate(model: Any, *args: Any, **options: Any) -> Any:
     generate = type(model).generate
-    if options.get("past_key_values") is not None or options.get("use_cache") is False:
+    if passed_cache(options) is not None or options.get("use_cache") is False:
         return generate(model, *args, **options)
     with model.new_kivi_cache() as cache:
-        return generate(model, *args, **{**options, "past_key_values": cache})
+        return generate(model, *args, **{**options, **cache_argument(model, cache)})

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from artifacts.evidence import text_config
+from artifacts.transformers_release import cache_argument, returned_cache
 from simquant.evaluation.steps import Steps
 from simquant.tasks.errors import TaskError
 from simquant.tasks.item import Item
@@ -86,11 +87,11 @@ def continue_greedily(
     # Of a long prompt the logits of all tokens would take more memory than the model.
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     for start, end in spans:
-        output = model(input_ids=ids[:, start:end], past_key_values=cache, use_cache=True, **last_only)
-        cache = output.past_key_values
+        output = model(input_ids=ids[:, start:end], use_cache=True, **cache_argument(model, cache), **last_only)
+        cache = returned_cache(output)
     found = [int(output.logits[0, -1].argmax())]
     while len(found) < max_new_tokens and not is_over(found):
-        output = model(input_ids=ids.new_tensor([[found[-1]]]), past_key_values=cache, use_cache=True)
+        output = model(input_ids=ids.new_tensor([[found[-1]]]), use_cache=True, **cache_argument(model, cache))
         found.append(int(output.logits[0, -1].argmax()))
     return found
 

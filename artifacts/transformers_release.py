@@ -1,0 +1,92 @@
+"""What differs between the supported releases of transformers: 5.24 calls `cache` what was `past_key_values`.
+
+All that meets a model asks here. The names are read off the modules' own signatures, so that a model with code of its
+own keeps its name, and transformers is not imported.
+"""
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from functools import cache
+from importlib import metadata
+from typing import Any
+
+from torch import nn
+
+from artifacts.errors import UnsupportedReleaseError
+
+OLDEST, NEWEST = (5, 17), (5, 24)
+
+_KEYWORDS = ("cache", "past_key_values", "past_key_value", "layer_past", "cache_params")
+
+
+def check_release() -> None:
+    """Accepts the supported releases.
+
+    Raises
+    ------
+    UnsupportedReleaseError
+        If another one is installed. Names both and what to type.
+    """
+    installed = metadata.version("transformers")
+    found = re.match(r"(\d+)\.(\d+)", installed)
+    if found is None or not OLDEST <= (int(found[1]), int(found[2])) <= NEWEST:
+        oldest, newest, beyond = (f"{major}.{minor}" for major, minor in (OLDEST, NEWEST, (NEWEST[0], NEWEST[1] + 1)))
+        raise UnsupportedReleaseError(
+            f"transformers: expected a release from {oldest} to {newest}; got {installed}. "
+            f'Type: pip install "transformers>={oldest},<{beyond}"'
+        )
+
+
+def parameters(module: nn.Module) -> tuple[str, ...]:
+    """Names that a module's forward takes its arguments by, in order."""
+    return _parameters(type(module).forward)
+
+
+@cache
+def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)[1:]
+
+
+def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a module was called with, by name."""
+    return dict(zip(parameters(module), args, strict=False)) | kwargs
+
+
+def cache_keyword(module: nn.Module) -> str | None:
+    """Name of the parameter by which a module's forward takes a cache; None if it takes none."""
+    return next((name for name in _KEYWORDS if name in parameters(module)), None)
+
+
+def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:
+    """A cache as the keyword argument that a model and its `generate` take it by, on every supported release.
+
+    Examples
+    --------
+    >>> def reply(model, cache, ids):
+    ...     return model.generate(ids, **cache_argument(model, cache))
+    """
+    keywords = map(cache_keyword, model.modules())  # a wrapper, such as PEFT's, may take anything: what it wraps counts
+    return {next(filter(None, keywords), _KEYWORDS[0]): cache}
+
+
+def exchange_cache(
+    module: nn.Module, arguments: tuple[Any, dict[str, Any]], exchange: Callable[[Any], Any]
+) -> tuple[Any, dict[str, Any]]:
+    """Positional and named arguments of a call, with another cache in place of the module's own, which may be None."""
+    (args, kwargs), name = arguments, cache_keyword(module)
+    assert name is not None, "modules that take no cache are never asked"
+    place = parameters(module).index(name)
+    if place < len(args):
+        return (*args[:place], exchange(args[place]), *args[place + 1 :]), kwargs
+    return args, {**kwargs, name: exchange(kwargs.get(name))}
+
+
+def passed_cache(arguments: Mapping[str, Any]) -> Any:
+    """The cache among a module's keyword arguments; None if there is none."""
+    return next((arguments[name] for name in _KEYWORDS if arguments.get(name) is not None), None)
+
+
+def returned_cache(output: Any) -> Any:
+    """The cache in what a model or its `generate` returns; None if there is none."""
+    return next((output[name] for name in _KEYWORDS if name in output), None)
