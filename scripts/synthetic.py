@@ -15,14 +15,14 @@ WINDOW_TOKENS = 512
 
 
 def model_statistics(
-    tokens: int, heads: int, layers: int, stage: Stage = "pre_rope", tier: Tier = "basic"
+    tokens: int, heads: int, layers: int, stage: Stage = "pre_rope", tier: Tier = "basic", head_dim: int = 128
 ) -> ModelStatistics:
     """Statistics of a model of which only the first two layers' were gathered: the others have copies of them.
 
     Every query head reads a key head of its own, and what has to be a gradient is a copy of the vectors.
     """
     shapes = [
-        SiteShape(site=site, heads=heads, head_dim=128)
+        SiteShape(site=site, heads=heads, head_dim=head_dim)
         for layer in range(layers)
         for site in (Site(layer, "key", stage), Site(layer, "value"), Site(layer, "query", stage))
     ]

@@ -61,19 +61,27 @@ def test_work_in_company_is_compared_with_the_idle_machine() -> None:
     assert line.endswith("at most 2.5: ok")
 
 
-def test_bench_fit_prints_a_row_for_every_target(capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--tokens", "64", "--heads", "1", "--layers", "3", "--jobs", "1", "--recipes", "default", "predictive"]
-    assert bench_fit.main(options) == 0
+def test_bench_fit_prints_a_row_for_every_target(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_fit, "seconds_more_at_first", lambda: 1.5)  # it starts processes, and compiles
+    options = ["--tokens", "64", "--heads", "1", "--layers", "3", "--jobs", "1", "--models", "Llama-3-8B"]
+    assert bench_fit.main([*options, "--recipes", "default", "predictive"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == [hardware(), HEADER]
     assert [line.rsplit(":", 1)[0].rsplit("  ", 1)[1] for line in lines[2:]] == [
         "at least 100",
         "at least 30",
-        *5 * ["at most 1"],
+        "at most 1",
+        "none",
+        "at most 1",
+        *2 * ["at most 1", "at most 1", "at most 2.5"],
     ]
-    assert lines[5].startswith("6 sites of 128 channels, recipe default / limit")
-    assert lines[6].startswith("6 sites of 128 channels, recipe default, peak memory")
-    assert lines[7].startswith("6 sites of 128 channels, recipe predictive / limit")
+    assert lines[6].startswith("compiling at the first fit, kept on disk / limit")
+    assert lines[7].startswith("6 sites of 128 channels, recipe default / limit")
+    assert lines[8].startswith("6 sites of 128 channels, recipe default, peak memory")
+    assert lines[9].startswith("6 sites of 128 channels, recipe default, in company / idle")
+    assert lines[10].startswith("6 sites of 128 channels, recipe predictive / limit")
 
 
 def test_bench_calibrate_prints_a_row_for_every_target(capsys: pytest.CaptureFixture[str]) -> None:

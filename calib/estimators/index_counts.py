@@ -108,12 +108,13 @@ class Trials:
 
     def rate(self, step: float) -> float:
         """Mean bits per channel that other tokens would take: each token with a table that has not counted it."""
-        return float(self._answers(write_bits, step).sum() / self.ascending.size)
+        mean: float = self._answers(write_bits, step).sum() / self.ascending.size
+        return mean
 
     def distortion(self, step: float) -> float:
         """Mean squared error of a token, summed over its channels, where each index stands for its mean."""
-        missed = float(self._answers(write_errors, step).sum())
-        return step * step * missed / self.ascending.shape[1]
+        mean: float = self._answers(write_errors, step).sum() / self.ascending.shape[1]
+        return step**2 * mean
 
     def _answers(self, write: Callable[..., None], step: float) -> Float64[np.ndarray, " channels"]:
         found = np.empty(len(self.ascending))
