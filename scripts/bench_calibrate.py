@@ -1,31 +1,37 @@
 """Time and memory of gathering statistics, against the bare forward passes of the same windows.
 
 Run on an idle machine, from the checkout: ``python -m scripts.bench_calibrate``; about ten minutes on two
-cores, and 8 GiB.
+cores, and 8 GiB. With ``--model PATH`` a real model takes the place of random weights, and every row is measured once
+more beside a process that keeps a core busy.
 """
 
 import argparse
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 
 import torch
 from jaxtyping import Int64
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from artifacts.attention import attention_layers
+from artifacts.evidence import text_config
 from calib.calibration import add_windows, new_statistics
 from calib.statistics.site_statistics import Tier
-from scripts.benchmark import HEADER, hardware, row, seconds
+from scripts.benchmark import HEADER, company_row, hardware, row, seconds
+from scripts.models import load_model
 
 VOCAB = 1024
 """Small on purpose: the output matrix of a large vocabulary would make the bare forward passes slower."""
 
 LIMITS: dict[Tier, float] = {"basic": 1.15, "full": 1.35}
 """How many times the bare forward passes each tier may take."""
+
+REAL_LIMITS: dict[Tier, float] = {"basic": 1.2, "full": 1.0}
+"""The same for a real model, `full` with Fisher against forward and backward passes."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +60,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--heads", type=int, default=8, help="KV heads of 128 channels (default: 8)")
     parser.add_argument("--tokens", type=int, default=2048, help="tokens of a window (default: 2048)")
     parser.add_argument("--windows", type=int, default=4, help="windows; four times as many for memory (default: 4)")
+    parser.add_argument("--model", help="a real model, and nothing else, on windows of random tokens")
     args = parser.parse_args(argv)
     print(hardware(), HEADER, sep="\n")
+    if args.model:
+        for line in compare_real(args.model, args.tokens, args.windows):
+            print(line, flush=True)
+        return 0
     job = Job(args.heads, args.tokens, args.windows)
     for line in compare_times(job):
         print(line, flush=True)
@@ -66,18 +77,51 @@ def main(argv: list[str] | None = None) -> int:
 def compare_times(job: Job) -> list[str]:
     """Rows for both tiers against the bare forward passes, each the best of two runs."""
     model, windows = two_layers(job), random_windows(job)
-
-    @torch.no_grad()
-    def bare() -> None:
-        for window in windows:
-            model(input_ids=window[None], use_cache=False)
-
-    baseline = seconds(bare, repeats=2)
+    baseline = seconds(forward_passes(model, windows), repeats=2)
     rows = []
     for tier, limit in LIMITS.items():
         ours = seconds(gathering(model, windows, tier), repeats=2)
         rows.append(row(f"{len(windows)} windows, {tier} / bare", ours, baseline, at_most=limit))
     return rows
+
+
+def compare_real(name: str, tokens: int, windows: int) -> Iterator[str]:
+    """Rows for `basic` against forward passes, and `full` with Fisher against forward and backward passes."""
+    model = load_model(argparse.Namespace(model=name, device="cpu", dtype="float32", maxseqlen=None)).model
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(text_config(model).vocab_size, (windows, tokens), generator=generator)
+    works: list[tuple[str, Tier, bool, Callable[[], None]]] = [
+        ("basic / forward", "basic", False, forward_passes(model, ids)),
+        ("full, Fisher / forward and backward", "full", True, backward_passes(model, ids)),
+    ]
+    for what, tier, fisher, bare in works:
+        gather = gathering(model, ids, tier, fisher=fisher)
+        label = f"{name.rstrip('/').rsplit('/', 1)[-1]}, {windows} windows, {what}"
+        ours, baseline = seconds(gather, repeats=2), seconds(bare, repeats=2)
+        yield row(label, ours, baseline, at_most=REAL_LIMITS[tier])
+        yield company_row(label, gather, ours)
+
+
+def forward_passes(model: nn.Module, windows: Int64[Tensor, "windows tokens"]) -> Callable[[], None]:
+    """The model alone."""
+
+    @torch.no_grad()
+    def run() -> None:
+        for window in windows:
+            model(input_ids=window[None], use_cache=False)
+
+    return run
+
+
+def backward_passes(model: nn.Module, windows: Int64[Tensor, "windows tokens"]) -> Callable[[], None]:
+    """The model and the gradients of its weights, without which no gradient reaches a key."""
+
+    def run() -> None:
+        for window in windows:
+            model(input_ids=window[None], labels=window[None], use_cache=False).loss.backward()
+            model.zero_grad()
+
+    return run
 
 
 def compare_memory(job: Job) -> str:
@@ -94,12 +138,14 @@ def peak_gibibytes(job: Job) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def gathering(model: LlamaForCausalLM, windows: Int64[Tensor, "windows tokens"], tier: Tier) -> Callable[[], None]:
+def gathering(
+    model: nn.Module, windows: Int64[Tensor, "windows tokens"], tier: Tier, *, fisher: bool = False
+) -> Callable[[], None]:
     """The work of `calibrate` between finding the layers and fitting."""
     layers = attention_layers(model)
 
     def gather() -> None:
-        add_windows(model, layers, new_statistics(model, layers, tier=tier), windows)
+        add_windows(model, layers, new_statistics(model, layers, tier=tier, fisher=fisher), windows)
 
     return gather
 

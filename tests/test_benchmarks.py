@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import psutil
 import pytest
@@ -92,6 +93,16 @@ def test_bench_calibrate_prints_a_row_for_every_target(capsys: pytest.CaptureFix
         "1 windows, basic / bare  ",
         "1 windows, full / bare   ",
         "peak memory, 4 / 1 window",
+    ]
+
+
+def test_bench_calibrate_takes_a_real_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    random_llama().save_pretrained(tmp_path / "tiny")
+    (tmp_path / "tiny" / "generation_config.json").unlink(missing_ok=True)
+    assert bench_calibrate.main(["--model", str(tmp_path / "tiny"), "--tokens", "16", "--windows", "1"]) == 0
+    what = ("basic / forward", "full, Fisher / forward and backward")
+    assert [line.rsplit(" at most ", 1)[0][:58].rstrip() for line in capsys.readouterr().out.splitlines()[2:]] == [
+        f"tiny, 1 windows, {name}"[:58] for part in what for name in (part, f"{part}, in company / idle")
     ]
 
 
