@@ -10,6 +10,7 @@ write a quantizer.
 import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any, ClassVar, final
 
 import torch
@@ -163,12 +164,19 @@ class Quantizer(ABC):
         return self.channels
 
     def to(self, device: torch.device) -> "Quantizer":
-        """The same quantizer with its tensors on `device`; itself where they are there already."""
+        """The same quantizer with its tensors on `device`; itself where they are there already, else one for ever."""
+        if device in self._moved:
+            return self._moved[device]
         held = {name: value for name, value in self._fields().items() if isinstance(value, Tensor | Quantizer)}
         moved = {name: value.to(device) for name, value in held.items()}
         if all(moved[name] is value for name, value in held.items()):
             return self
-        return self.holding(**moved)
+        return self._moved.setdefault(device, self.holding(**moved))
+
+    @cached_property
+    def _moved(self) -> dict[torch.device, "Quantizer"]:
+        """What `to` has made: inverses, cuts and tables that are worked out there serve every context after."""
+        return {}
 
     def at(self, site: Site) -> "Quantizer":
         """The same quantizer, and what it wraps, as the one of `site`; itself where it is that already."""
@@ -176,6 +184,7 @@ class Quantizer(ABC):
         if self.site == site and all(value is getattr(self, name) for name, value in wrapped.items()):
             return self
         placed = copy.copy(self)  # with all that was worked out from its tensors
+        placed.__dict__.pop("_moved", None)  # which belong to this site
         placed.__dict__.update(wrapped, site=site)
         return placed
 

@@ -121,11 +121,13 @@ class Protocol:
 
     def _stepwise(self, model: nn.Module, batch: Tensor, cache: Cache) -> Tensor:
         batch = batch.to(next(model.parameters()).device)
-        parts = [
-            model(input_ids=batch[:, start:end], use_cache=True, **cache_argument(model, cache)).logits
-            for start, end in self.steps.spans(batch.shape[1])
-        ]
-        return torch.cat(parts, dim=1)
+        logits = torch.empty(0)
+        for start, end in self.steps.spans(batch.shape[1]):
+            part = model(input_ids=batch[:, start:end], use_cache=True, **cache_argument(model, cache)).logits
+            if not start:
+                logits = part.new_empty(*batch.shape, part.shape[-1])
+            logits[:, start:end] = part  # joined at the end, all of them would be there twice
+        return logits
 
     def _run_packed(
         self,
