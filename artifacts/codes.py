@@ -85,8 +85,15 @@ class Codes:
         )
 
     @staticmethod
-    def cat(parts: Sequence["Codes"]) -> "Codes":
+    def cat(parts: Sequence["Codes"], join: Callable[[list[Tensor]], Tensor] = torch.cat) -> "Codes":
         """The codes of consecutive tokens as one: what their quantizer gives for all of them at once.
+
+        Parameters
+        ----------
+        parts : Sequence[Codes]
+            In order.
+        join : callable
+            Joins tensors along their first axis.
 
         Raises
         ------
@@ -100,9 +107,9 @@ class Codes:
         inner = [part.inner for part in (first, *others) if part.inner is not None]
         return replace(
             first,
-            tensors={name: torch.cat([part.tensors[name] for part in (first, *others)]) for name in first.tensors},
+            tensors={name: join([part.tensors[name] for part in (first, *others)]) for name in first.tensors},
             shape=(sum(part.shape[0] for part in (first, *others)), first.shape[1]),
-            inner=Codes.cat(inner) if inner else None,
+            inner=Codes.cat(inner, join) if inner else None,
         )
 
     def first(self, n_tokens: int) -> "Codes":

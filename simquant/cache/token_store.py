@@ -14,6 +14,7 @@ from artifacts.running import encode_from, first_state
 from simquant.cache.errors import CacheStateError
 from simquant.cache.kept_exact import KeptExact
 from simquant.cache.policy import CachePolicy, Window
+from simquant.cache.room import Room
 from simquant.cache.token_state import TokenState
 
 _COUNTS = ("n_tokens", "n_evicted", "encoded_end", "_forgotten_blocks")
@@ -55,6 +56,7 @@ class TokenStore:
         self._state = first_state(quantizer)
         self._context: Callable[[slice], Context] = no_context
         self._decoded: Tensor | None = None
+        self._room = Room()  # of the block that is not full
 
     def append(
         self,
@@ -167,7 +169,7 @@ class TokenStore:
         """Holds what another store held, in place of its own."""
         for name, held in {**state.counts, **state.exact}.items():
             setattr(self, name, held)
-        self.blocks, self._state = list(state.blocks), state.running
+        self.blocks, self._state, self._room = list(state.blocks), state.running, Room()
 
     def forget_before(self, token: int) -> None:
         """Drops the blocks whose tokens all come before `token`, and the sinks with the first of them."""
@@ -191,7 +193,7 @@ class TokenStore:
             return
         first = int(dropped[0] - self.sink_tokens) // self.block_tokens  # blocks before it stay as they are
         encoded = kept[self.sink_tokens + first * self.block_tokens : self.encoded_end]
-        self.blocks = [*self.blocks[:first], *self._selected(self.blocks[first:], encoded)]
+        self.blocks, self._room = [*self.blocks[:first], *self._selected(self.blocks[first:], encoded)], Room()
         self.n_tokens -= len(dropped)
         self.encoded_end -= len(dropped)
         self.n_evicted += len(dropped)
@@ -234,6 +236,7 @@ class TokenStore:
     def map(self, change: Callable[[Tensor], Tensor]) -> "TokenStore":
         """A copy with all that is held changed."""
         other = copy.copy(self)
+        other._room = Room()
         other.blocks = [codes.map(change) for codes in self.blocks]
         for name in _EXACT:
             held = getattr(self, name)
@@ -257,7 +260,9 @@ class TokenStore:
             room = self.block_tokens - (self.encoded_end - self.sink_tokens) % self.block_tokens
             codes = self._encoded(rows[:room], None if kept is None else kept[:room]).map(_owned)
             if room < self.block_tokens:
-                codes = Codes.cat([self.blocks.pop(), codes])
+                codes = Codes.cat([self.blocks.pop(), codes], self._room.join)
+            if codes.shape[0] == self.block_tokens:
+                codes, self._room = codes.map(_owned), Room()
             self.blocks.append(codes)
             self.encoded_end += len(rows[:room])
             rows, kept = rows[room:], None if kept is None else kept[room:]
