@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from artifacts.attention import attention_layers
 from calib import calibrate, fit, load_recipe, shipped_recipes
 from calib.recipe import Recipe
 from scripts.benchmark import HEADER, hardware, row, seconds
 from scripts.synthetic import model_statistics, site_values
-from simquant import perplexity, simulate
+from simquant import evaluate, perplexity, simulate
+from simquant.evaluation.scoring import window_logits
 
 BATCH = 8
 """Windows per forward pass."""
@@ -33,12 +34,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=2048, help="tokens of a site (default: 2048)")
     parser.add_argument("--heads", type=int, default=8, help="KV heads of 128 channels (default: 8)")
     parser.add_argument("--windows", type=int, default=16, help="windows of 512 tokens (default: 16)")
+    parser.add_argument("--vocab", type=int, help="adds a small model with so many tokens, such as 262144")
+    parser.add_argument("--model", help="adds a model of transformers, from this folder")
     args = parser.parse_args(argv)
     print(hardware(), HEADER, sep="\n")
     for lines in (
         quantize_sites(args.tokens, args.heads),
         simulate_recipes(args.tokens, args.heads),
         evaluate_model(args.windows),
+        evaluate_wholly(args),
     ):
         for line in lines:
             print(line, flush=True)
@@ -104,6 +108,26 @@ def evaluate_model(n_windows: int) -> list[str]:
     ]
 
 
+def evaluate_wholly(args: argparse.Namespace) -> Iterator[str]:
+    """Rows for a whole evaluation of larger models, KL and all, on one window: against two passes of the exact model."""
+    if args.vocab:
+        yield wholly(f"vocabulary of {args.vocab}", vocabulary_model(args.vocab), args.tokens)
+    if args.model:
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+        yield wholly("model as given", model.eval(), min(args.tokens, model.config.max_position_embeddings))
+
+
+@torch.no_grad()
+def wholly(what: str, model: PreTrainedModel, tokens: int) -> str:
+    """The row of a model."""
+    vocab = model.config.vocab_size
+    windows = torch.randint(vocab, (2, tokens), generator=torch.Generator().manual_seed(0))
+    quantizers = calibrate(model, windows[:1], recipe())
+    evaluated = seconds(partial(evaluate, model, windows[1:], quantizers), repeats=2)
+    exact = seconds(partial(window_logits, model, windows[1:]), repeats=2)
+    return row(f"{what}, {tokens} tokens: evaluation / 2 passes", evaluated, 2 * exact, at_most=1.2)
+
+
 def evaluation_seconds(
     model: LlamaForCausalLM, windows: Int64[Tensor, "windows tokens"], chosen: Recipe
 ) -> tuple[float, float]:
@@ -125,6 +149,25 @@ def recipe(**changes: Any) -> Recipe:
     """KVQuant's codebooks of 3 bits, with some changes for keys and values."""
     entry = {"method": "codebook", "bits": 3, "tables": "site", "weights": "none", **changes}
     return load_recipe("kvquant").edited({"key": entry, "value": entry})
+
+
+def vocabulary_model(vocab: int) -> LlamaForCausalLM:
+    """Random weights in the shape of a small public model whose vocabulary outweighs its layers."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=640,
+        intermediate_size=2048,
+        num_hidden_layers=18,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=256,
+        max_position_embeddings=2**15,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config)
+    model.eval()
+    return model
 
 
 def story_model() -> LlamaForCausalLM:

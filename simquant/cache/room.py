@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_SHARE = 8
-"""Room for one entry in so many: it is little memory, and an entry is copied about as many times."""
+_SHARE = 32
+"""Room for one entry in so many: 3 % of memory that no count of bytes names, and so many copies of an entry at most."""
 
 
 class Room:
@@ -26,7 +26,7 @@ class Room:
         head, n_entries = parts[0], sum(map(len, parts))
         buffer, n_taken = self._buffers.pop(head.data_ptr(), (head, 0))
         if not _can_grow(buffer, head, n_taken, n_entries):
-            buffer = head.new_empty(n_entries + n_entries // _SHARE + _SHARE, *head.shape[1:])
+            buffer = head.new_empty(n_entries + n_entries // _SHARE, *head.shape[1:])
             n_taken = 0
         end = n_taken
         for part in parts if not n_taken else parts[1:]:
