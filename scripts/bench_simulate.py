@@ -109,7 +109,7 @@ def evaluate_model(n_windows: int) -> list[str]:
 
 
 def evaluate_wholly(args: argparse.Namespace) -> Iterator[str]:
-    """Rows for a whole evaluation of larger models, KL and all, on one window: against two passes of the exact model."""
+    """Rows for whole evaluations of larger models, KL and all, on one window, against two passes of the exact model."""
     if args.vocab:
         yield wholly(f"vocabulary of {args.vocab}", vocabulary_model(args.vocab), args.tokens)
     if args.model:

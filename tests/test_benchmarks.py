@@ -107,7 +107,7 @@ def test_bench_calibrate_takes_a_real_model(capsys: pytest.CaptureFixture[str], 
 
 
 def test_bench_simulate_prints_a_row_for_every_target(capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench_simulate.main(["--tokens", "64", "--heads", "1", "--windows", "4", "--vocab", "96"]) == 0
+    assert bench_simulate.main(["--tokens", "64", "--heads", "1", "--windows", "4"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == [hardware(), HEADER]
     assert [line.rsplit("  ", 1)[1].partition(":")[0] for line in lines[2:]] == [
@@ -116,9 +116,13 @@ def test_bench_simulate_prints_a_row_for_every_target(capsys: pytest.CaptureFixt
         *["at most 1"] * sum(not load_recipe(name).needs_full for name in shipped_recipes()),
         "at most 1.3",
         "at most 1.3",
-        "at most 1.2",
     ]
-    assert lines[-1].startswith("vocabulary of 96, 64 tokens: evaluation / 2 passes")
+
+
+def test_a_whole_evaluation_is_timed_against_two_passes() -> None:
+    line = bench_simulate.wholly("tiny", random_llama(), 64)
+    assert line.startswith("tiny, 64 tokens: evaluation / 2 passes")
+    assert "at most 1.2" in line
 
 
 def test_bench_cache_prints_a_row_for_every_target_and_every_cost(capsys: pytest.CaptureFixture[str]) -> None:

@@ -757,3 +757,13 @@ def test_settings_are_checked_when_built(construct: Callable[[], Quantizer], mes
     """Settings of a wrong type are cases of `test_artifact.py`: here the shape checks of the tests come first."""
     with pytest.raises(ValueError, match=message):
         construct()
+
+
+def test_a_moved_quantizer_is_kept_with_what_it_has_worked_out() -> None:
+    """Each batch of an evaluation moved the quantizers anew, and lost their inverses, cuts and tables."""
+    quantizer, meta = make("rank-affine"), torch.device("meta")
+    site, other = Site(0, "value"), Site(1, "value")
+    moved = quantizer.at(site).to(meta)
+    assert quantizer.to(torch.device("cpu")) is quantizer
+    assert quantizer.to(meta) is quantizer.to(meta)
+    assert (moved.site, moved.at(other).site, quantizer.at(site).at(other).to(meta).site) == (site, other, other)
