@@ -188,6 +188,10 @@ class Quantizer(ABC):
         placed.__dict__.update(wrapped, site=site)
         return placed
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Quantizer":
+        """Itself: nothing of it ever changes, so that copies of caches share it."""
+        return self
+
     def replace(self, **changes: Any) -> "Quantizer":
         """The same quantizer with some fields changed."""
         return type(self)(**{**self._fields(), "site": self.site, **changes})

@@ -48,6 +48,10 @@ class QuantSpec:
                 raise ValueError(f"QuantSpec: option {name!r} must be a number, a bool or a text; got {value!r}")
         object.__setattr__(self, "options", MappingProxyType(dict(sorted(self.options.items()))))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles as what it was made from: a view of its options can be neither."""
+        return type(self).from_json, (self.to_json(),)
+
     def to_json(self) -> dict[str, Any]:
         """The specification as JSON values."""
         inner = {} if self.inner is None else {"inner": self.inner.to_json()}

@@ -1,5 +1,6 @@
 """The packed cache: codes that grow, blocks that attention reads, and a model that generates on it."""
 
+import copy
 import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -647,6 +648,43 @@ def test_two_caches_of_one_context_do_not_mix(tiny_llama: LlamaForCausalLM) -> N
         for chunk, reverse, own in zip(IDS[:1].split(4, 1), IDS[1:].flip(1).split(4, 1), expected, strict=True):
             assert torch.equal(step(tiny_llama, one, chunk), own)
             step(tiny_llama, other, reverse)
+
+
+@every_window
+def test_copies_of_a_prompt_go_on_by_themselves(policy: CachePolicy, tiny_llama: LlamaForCausalLM) -> None:
+    """As transformers' documentation shares prefixes: `copy.deepcopy` failed on the options of a quantizer."""
+    prompt, ends = IDS[:1], [torch.tensor([[7, 8, 9]]), torch.tensor([[30, 31, 32, 33, 34]])]
+    quantizers = everywhere(per_token)
+    with packed_cache(tiny_llama, quantizers, policy=policy) as new:
+        expected = []
+        for end in ends:
+            alone = new()
+            step(tiny_llama, alone, prompt)
+            expected.append([step(tiny_llama, alone, token) for token in end.split(1, dim=1)])
+        shared = new()
+        step(tiny_llama, shared, prompt)
+        copies, nbytes = [copy.deepcopy(shared) for _ in ends], shared.nbytes
+        for index in range(5):
+            for cache, end, own in zip(copies, ends, expected, strict=True):
+                if index < end.shape[1]:
+                    assert torch.equal(step(tiny_llama, cache, end[:, index : index + 1]), own[index])
+        assert shared.get_seq_length() == 12
+        assert shared.nbytes == nbytes
+        assert torch.equal(step(tiny_llama, shared, ends[0][:, :1]), expected[0][0])
+        for cache in copies:
+            for layer in cache.layers:
+                assert all(store.quantizer is quantizers[site] for site, store in layer.store.stores())
+
+
+def test_a_copy_takes_a_shared_prompt_into_generate(tiny_llama: LlamaForCausalLM) -> None:
+    ids = torch.cat([IDS[:1], torch.tensor([[7, 8]])], dim=1)
+    with packed_cache(tiny_llama, everywhere(per_token)) as new:
+        prompt, alone = new(), new()
+        step(tiny_llama, prompt, IDS[:1])
+        step(tiny_llama, alone, IDS[:1])
+        expected = generate(tiny_llama, ids, alone)
+        for _ in range(2):
+            assert torch.equal(generate(tiny_llama, ids, copy.deepcopy(prompt)), expected)
 
 
 @pytest.mark.parametrize("field", ["sink_tokens", "residual_tokens", "block_tokens"])

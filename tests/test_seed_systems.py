@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -242,10 +243,49 @@ def test_settings_out_of_range_are_refused(settings: dict[str, int], message: st
     assert n_hooks(tiny_llama) == 0
 
 
-def test_a_model_has_one_open_kivi_cache(tiny_llama: LlamaForCausalLM) -> None:
+def test_a_model_has_several_open_kivi_caches(tiny_llama: LlamaForCausalLM) -> None:
+    """A second one was refused, so that a patched model could not generate while a cache of it was open."""
+    settings = [SMALL, {**SMALL, "v_bits": 4, "residual_length": 3}]
+    expected = []
+    for own in settings:
+        with KIVICache(tiny_llama, **own) as cache:
+            expected.append(torch.cat([step(tiny_llama, cache, part) for part in IDS.split(5, dim=1)], dim=1))
+    patch_model(tiny_llama, **SMALL)
+    generated = generate(tiny_llama, IDS)
+    one, other = (KIVICache(tiny_llama, **own) for own in settings)
+    found = [[step(tiny_llama, cache, part) for cache in (one, other)] for part in IDS.split(5, dim=1)]
+    for logits_of_one, wanted in zip(zip(*found, strict=True), expected, strict=True):
+        assert torch.equal(torch.cat(logits_of_one, dim=1), wanted)
+    assert torch.equal(generate(tiny_llama, IDS), generated)
+    one.close()
+    one.close()
+    assert step(tiny_llama, other, IDS[:, :1]).isfinite().all()
+    assert n_hooks(tiny_llama) > 0
+    other.close()
+    assert n_hooks(tiny_llama) == 0
+
+
+def test_a_forgotten_kivi_cache_leaves_its_model(tiny_llama: LlamaForCausalLM) -> None:
+    """One that was never closed kept its model from having another for ever."""
+    cache = KIVICache(tiny_llama, **SMALL)
+    del cache
+    assert n_hooks(tiny_llama) == 0
     with KIVICache(tiny_llama, **SMALL) as cache:
-        with pytest.raises(MismatchError, match="LlamaForCausalLM has an open KIVICache already"):
-            KIVICache(tiny_llama, **SMALL)
+        step(tiny_llama, cache, IDS)
+
+
+def test_a_copied_kivi_cache_goes_on_while_the_first_is_open(tiny_llama: LlamaForCausalLM) -> None:
+    with KIVICache(tiny_llama, **SMALL) as cache:
+        step(tiny_llama, cache, IDS)
+        with copy.deepcopy(cache) as other:
+            assert torch.equal(step(tiny_llama, other, IDS[:, :1]), step(tiny_llama, cache, IDS[:, :1]))
+        assert other.get_cache_info() == cache.get_cache_info()
+        assert step(tiny_llama, cache, IDS[:, :1]).isfinite().all()
+    assert n_hooks(tiny_llama) == 0
+
+
+def test_a_closed_kivi_cache_takes_nothing(tiny_llama: LlamaForCausalLM) -> None:
+    with KIVICache(tiny_llama, **SMALL) as cache:
         step(tiny_llama, cache, IDS)
     with pytest.raises(MismatchError, match="not inside the `packed_cache` context"):
         step(tiny_llama, cache, IDS[:, :1])
@@ -327,6 +367,20 @@ def test_a_fake_quantized_cache_generates(tiny_llama: LlamaForCausalLM) -> None:
         with fake_quant_cache(DynamicCache(), exact) as cache:
             found = generate(tiny_llama, IDS, **cache_argument(tiny_llama, cache), **options)
         assert torch.equal(found, generate(tiny_llama, IDS, **options))
+
+
+def test_a_fake_quantized_cache_is_copied_without_its_quantizers(tiny_llama: LlamaForCausalLM) -> None:
+    """A deep copy failed on the options of a quantizer."""
+    quantizers = static(3)
+    cache, alone = (fake_quant_cache(DynamicCache(), quantizers) for _ in range(2))
+    for one in (cache, alone):
+        step(tiny_llama, one, IDS)
+    other = copy.deepcopy(cache)
+    assert torch.equal(step(tiny_llama, other, IDS[:, :1]), step(tiny_llama, alone, IDS[:, :1]))
+    assert (cache.get_seq_length(), other.get_seq_length()) == (20, 21)
+    assert all(copy.deepcopy(quantizer) is quantizer for quantizer in quantizers.values())
+    specs = [quantizer.spec for quantizer in quantizers.values()]
+    assert copy.deepcopy(specs) == pickle.loads(pickle.dumps(specs)) == specs
 
 
 def test_calibration_reads_every_batch_at_the_update(tiny_llama: LlamaForCausalLM) -> None:

@@ -1,5 +1,6 @@
 """What later sites are predicted from, while a step runs."""
 
+import copy
 from collections.abc import Mapping
 
 import torch
@@ -42,6 +43,12 @@ class DecodedSources:
     def __bool__(self) -> bool:
         """Whether any site is predicted."""
         return bool(self._last)
+
+    def empty(self) -> "DecodedSources":
+        """For another cache with the same quantizers."""
+        other = copy.copy(self)
+        other._rows = {}
+        return other
 
     def are_kept_of(self, site: Site) -> bool:
         """Whether a later site is predicted from this one."""

@@ -1,5 +1,6 @@
 """What a packed cache keeps of one layer: a stream of keys and one of values for each sequence of the batch."""
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -51,7 +52,7 @@ class LayerStore:
         policy: CachePolicy,
         sources: DecodedSources,
     ) -> None:
-        self.layer, self.policy, self._sources = layer, policy, sources
+        self.layer, self.policy, self.sources = layer, policy, sources
         [self.key_site] = (site for site in quantizers if (site.layer, site.tensor) == (layer.layer, "key"))
         self.value_site = Site(layer.layer, "value")
         self.quantizers = {site: quantizers[site] for site in (self.key_site, self.value_site)}
@@ -95,7 +96,7 @@ class LayerStore:
         for index, stream in enumerate(self.streams):
             n_padding = 0 if real is None else self._padding(stream, real[index])
             own = {site: x[index, n_padding:] for site, x in rows.items()}
-            grown = stream.appended(own, self._sources, index)
+            grown = stream.appended(own, self.sources, index)
             self.streams[index] = replace(grown, n_padding=stream.n_padding + n_padding)
         self.n_columns += tokens
 
@@ -122,7 +123,7 @@ class LayerStore:
         """Lets go what was decoded for this layer and for others before it."""
         for _, store in self.stores():
             store.forget_decoded()
-        self._sources.release(self.value_site)
+        self.sources.release(self.value_site)
 
     def key(
         self, stream: Stream, row: int, tokens: slice, tables: RotaryTables
@@ -162,6 +163,13 @@ class LayerStore:
             replace(self.streams[row], key=self.streams[row].key.copy(), value=self.streams[row].value.copy())
             for row in rows
         ]
+
+    def copy(self, sources: DecodedSources) -> "LayerStore":
+        """A layer of another cache, which shares what is stored so far."""
+        other = copy.copy(self)
+        other.sources = sources
+        other.select(range(len(self.streams)))
+        return other
 
     def to(self, device: torch.device) -> None:
         """Moves everything to another device."""
@@ -206,7 +214,7 @@ class LayerStore:
 
     def _forget(self) -> None:
         """Drops what the next query cannot see by more than a block: that much can still be cropped."""
-        if self.layer.sliding_window is None or self._sources:  # other layers may still need the tokens
+        if self.layer.sliding_window is None or self.sources:  # other layers may still need the tokens
             return
         for _, store in self.stores():
             store.forget_before(store.n_tokens - self.layer.sliding_window - store.block_tokens)

@@ -164,7 +164,7 @@ class _Session:
             cache = self._in_use[layer.layer]
             check_handed(layer.module, cache.layers[layer.layer].handed, (key, value))
             store = cache.layers[layer.layer].store
-            if self._policy.exact_prefill and store.n_columns == query.shape[2]:
+            if store.policy.exact_prefill and store.n_columns == query.shape[2]:
                 mean = attend(query, key, value, visible, scoring)
             else:
                 mean = store.attend(query, visible, scoring, cache.tables)

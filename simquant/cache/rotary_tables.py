@@ -63,6 +63,10 @@ class RotaryTables:
         cos, sin = tables[:, row : row + 1, columns]
         return rotate(key.unsqueeze(0), cos, sin, layer.rotation)[0]
 
+    def copy(self) -> "RotaryTables":
+        """Those of another cache, which shares the tables so far."""
+        return RotaryTables(self._tables, self.of_layer)
+
     def crop(self, n_tokens: int) -> None:
         """Keeps the first columns only."""
         self._change(lambda table: table[:, :, :n_tokens].clone())

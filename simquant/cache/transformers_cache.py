@@ -1,5 +1,6 @@
 """The packed cache as transformers sees it (5.17 to 5.24); `replaced_attention` is how a model comes to read it."""
 
+import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from artifacts.errors import MismatchError
 from simquant.cache.arrival import Arrival
+from simquant.cache.decoded_sources import DecodedSources
 from simquant.cache.errors import CacheStateError
 from simquant.cache.layer_store import LayerStore
 from simquant.cache.rotary_tables import RotaryTables
@@ -91,6 +93,13 @@ class PackedLayer(CacheLayerMixin):
         if self._home is not None and self._home.type != "cpu":
             self.store.to(self._home)
 
+    def copy(self, sources: DecodedSources) -> "PackedLayer":
+        """A layer of another cache, which shares what is stored so far."""
+        other = copy.copy(self)
+        other.store = self.store.copy(sources)
+        other.arrival = other.handed = None
+        return other
+
     def _check(self, arrival: Arrival | None, key: Tensor) -> None:
         who, layer = f"layers.{self.store.layer.layer}", self.store.layer
         if (key.shape[1], key.shape[3]) != (layer.kv_heads, layer.head_dim):
@@ -126,6 +135,15 @@ class PackedCache(Cache):
         self.layers: list[PackedLayer]  # type: ignore[assignment]  # no other kind is ever put in
         self.session = session
         self.tables = RotaryTables()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PackedCache":
+        """A cache that goes on by itself. The two share the model, the quantizers, and what is stored so far."""
+        other = copy.copy(self)
+        memo[id(self)] = other
+        sources = self.layers[0].store.sources.empty()
+        other.layers = [layer.copy(sources) for layer in self.layers]
+        other.tables = self.tables.copy()
+        return other
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """Stores a step's keys and values of one layer.

@@ -1,27 +1,56 @@
 """A packed cache with KIVI's settings, as users of KIVI for Qwen and Llama know it."""
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
-from weakref import WeakSet
+from typing import Any
+from weakref import WeakKeyDictionary, finalize
 
 from torch import nn
 
 from artifacts.attention import attention_layers
-from artifacts.errors import MismatchError
+from simquant.cache.decoded_sources import DecodedSources
+from simquant.cache.layer_store import LayerStore
 from simquant.cache.packed import packed_cache
 from simquant.cache.transformers_cache import PackedCache
 from simquant.fake_quant.stored import Stored
 from simquant.kivi.kivi import KIVISettings
 
-_OPEN: WeakSet[nn.Module] = WeakSet()
-"""Models with an open cache: looking for the layers of one would run it without its cache."""
+
+class _Opened:
+    """What the open caches of a model share: its layers, and the one context in which it reads packed caches."""
+
+    def __init__(self, model: nn.Module, settings: KIVISettings) -> None:
+        self.layers, self._n_open = attention_layers(model), 0
+        quantizers = settings.quantizers(self.layers)
+        self._stack = ExitStack()
+        context = packed_cache(model, quantizers, policy=settings.policy, layers=self.layers)
+        self.session = self._stack.enter_context(context)().session
+        _OPEN[model] = self
+        self._stack.callback(_OPEN.pop, model)
+
+    def until_closed(self, cache: "KIVICache") -> Callable[[], object]:
+        """Counts a cache; what is returned, or the end of the cache, takes it off again."""
+        self._n_open += 1
+        closing = finalize(cache, self._close_one)
+        closing.atexit = False
+        return closing
+
+    def _close_one(self) -> None:
+        self._n_open -= 1
+        if not self._n_open:
+            self._stack.close()
+
+
+_OPEN: WeakKeyDictionary[nn.Module, _Opened] = WeakKeyDictionary()
 
 
 class KIVICache(PackedCache):
     """An empty cache for one model, which reads packed keys and values until the cache is closed.
 
-    It closes at the end of a `with` block or by `close`; the model is then as it was, and what the cache holds can
-    still be counted. A model has one open KIVICache at a time: `reset` empties it for another text.
+    It closes at the end of a `with` block or by `close`; what it holds can still be counted then. A model may have
+    several open at a time, with other settings too, and is as it was once the last is closed. A deep copy goes on by
+    itself, as long as the cache that it was made of is open.
 
     Parameters
     ----------
@@ -29,11 +58,6 @@ class KIVICache(PackedCache):
         A transformers causal language model.
     **settings
         k_bits, v_bits, group_size, residual_length: see `KIVISettings`.
-
-    Raises
-    ------
-    MismatchError
-        If another cache of the model is open.
 
     Examples
     --------
@@ -45,20 +69,12 @@ class KIVICache(PackedCache):
 
     def __init__(self, model: nn.Module, **settings: int) -> None:
         self.settings = KIVISettings(**settings)
-        if model in _OPEN:
-            raise MismatchError(
-                f"KIVICache: {type(model).__name__} has an open KIVICache already. Pass that one, "
-                "`reset` it for another text, or `close` it first."
-            )
-        layers = attention_layers(model)
-        self._stack = ExitStack()
-        new_cache = self._stack.enter_context(
-            packed_cache(model, self.settings.quantizers(layers), policy=self.settings.policy, layers=layers)
-        )
-        _OPEN.add(model)
-        self._stack.callback(_OPEN.discard, model)
-        empty = new_cache()
-        super().__init__([layer.store for layer in empty.layers], empty.session)
+        opened = _OPEN.get(model) or _Opened(model, self.settings)
+        quantizers = self.settings.quantizers(opened.layers)
+        sources = DecodedSources(quantizers)
+        stores = [LayerStore(layer, quantizers, self.settings.policy, sources) for layer in opened.layers]
+        super().__init__(stores, opened.session)
+        self._closing = opened.until_closed(self)
 
     def get_cache_info(self) -> dict[str, int | float]:
         """Settings, lengths and true sizes.
@@ -85,8 +101,14 @@ class KIVICache(PackedCache):
         }
 
     def close(self) -> None:
-        """The model is as it was; the cache keeps what it holds and takes nothing more."""
-        self._stack.close()
+        """The cache keeps what it holds; if it is the model's last open one, the model is as it was."""
+        self._closing()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "KIVICache":
+        """A cache that goes on by itself, as long as this one is open."""
+        other = super().__deepcopy__(memo)
+        other._closing = lambda: None
+        return other
 
     def __enter__(self) -> "KIVICache":
         return self
