@@ -289,7 +289,9 @@ def test_records_are_read_whatever_they_lie_in(tmp_path: Path, file_name: str, d
     assert read_back(corpus) == "\n\n".join(RECORDS)
 
 
-@pytest.mark.parametrize("data", [b"\xef\xbb\xbfone\r\n\r\ntwo", gzip.compress(b"one\n\ntwo", mtime=0)], ids=["Windows", "gzip"])
+@pytest.mark.parametrize(
+    "data", [b"\xef\xbb\xbfone\r\n\r\ntwo", gzip.compress(b"one\n\ntwo", mtime=0)], ids=["Windows", "gzip"]
+)
 def test_a_text_is_the_same_from_windows_and_out_of_gzip(tmp_path: Path, data: bytes) -> None:
     """Regression: line ends and byte order marks were scored."""
     assert read_back(load_corpus(write(tmp_path / "a.txt", data), "calibration", to_bytes)) == "one\n\ntwo"

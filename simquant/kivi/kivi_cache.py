@@ -107,6 +107,7 @@ class KIVICache(PackedCache):
     def __deepcopy__(self, memo: dict[int, Any]) -> "KIVICache":
         """A cache that goes on by itself, as long as this one is open."""
         other = super().__deepcopy__(memo)
+        assert isinstance(other, KIVICache), "a copy is of its original's class"
         other._closing = lambda: None
         return other
 
