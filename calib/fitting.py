@@ -10,11 +10,11 @@ from artifacts.manifest import Manifest, tool_version
 from artifacts.sites import Site
 from calib.budget import fit_budget
 from calib.chain import Chain, Progress
-from calib.compiled import torch_threads
 from calib.estimators import Estimator, Fit
 from calib.layer_choice import check
 from calib.recipe import Recipe
 from calib.statistics.model_statistics import ModelStatistics
+from calib.threads import torch_threads
 
 __all__ = ["Progress", "cached_sites", "fit"]
 

@@ -22,8 +22,8 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from calib.compiled import in_parts
 from calib.interval_kernel import solve_distortions, solve_levels
+from calib.threads import in_parts
 
 Solver = Callable[[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]], None]
 """Writes the answers to problems, given as centers and weights."""

@@ -7,7 +7,8 @@ import numba
 import pytest
 import torch
 
-from calib.compiled import compiled, in_parts, torch_threads
+from calib.compiled import compiled
+from calib.threads import in_parts, torch_threads
 
 
 def test_where_nothing_can_be_kept_a_function_is_compiled_all_the_same() -> None:

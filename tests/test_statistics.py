@@ -641,6 +641,18 @@ def captured(model: LlamaForCausalLM, windows: Tensor, statistics: ModelStatisti
     return {site: torch.cat([part[site][start:] for part in parts]) for site in statistics.sites}
 
 
+def test_tokens_that_come_before_a_choice_is_read_are_refused(tiny_llama: LlamaForCausalLM) -> None:
+    """What is folded in when it is read would mix the chosen tokens with later ones."""
+    statistics = gathered(tiny_llama, windows_of(2))
+    site = next(iter(statistics.sites))
+    chosen = statistics.site(site, 1)
+    add_windows(tiny_llama, attention_layers(tiny_llama), statistics, windows_of(3)[2:])
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"{site}: tokens were added .* choose them again"):
+            chosen.tails  # noqa: B018
+    assert statistics.site(site, 1).tails.n_tokens > chosen.moments.n_tokens
+
+
 @pytest.mark.parametrize("sink_tokens", [0, 1, 3, 8])
 def test_first_positions_can_be_left_out_afterwards(tiny_llama: LlamaForCausalLM, sink_tokens: int) -> None:
     windows = windows_of(3)

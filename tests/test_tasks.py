@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from artifacts.attention import attention_layers
 from artifacts.dynamic_affine import DynamicAffine
@@ -662,6 +662,18 @@ def test_answers_that_an_exact_prefill_gives_alone_are_refused(tiny_llama: Llama
     run(tiny_llama, tmp_path / "more.jsonl", items(max_new_tokens=2), policy=policy)
     for name in ("steps", "more"):
         assert score_predictions(tmp_path / f"{name}.jsonl")[0].quantized_fraction == 1
+
+
+def test_answers_whose_windows_hold_exact_tokens_alone_are_refused(tmp_path: Path) -> None:
+    """All sliding layers saw the recent tokens alone, and the share of quantized ones was told all the same."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8, "vocab_size": 64}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    model: Any = MistralForCausalLM(MistralConfig(**shape, **heads, sliding_window=4)).eval()
+    policies = [CachePolicy(residual_tokens=n) for n in (4, 3)]
+    with pytest.raises(NothingQuantizedError):
+        run(model, tmp_path / "exact.jsonl", policy=policies[0])
+    run(model, tmp_path / "codes.jsonl", policy=policies[1])
 
 
 def test_the_protocol_line_says_what_was_run(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from jaxtyping import Bool, Float32, Float64, Int16
 from torch import Tensor
 
 from artifacts.frequency_coder import TOTAL
-from calib.compiled import in_parts
 from calib.estimators.index_kernel import PRIOR, REACH, write_bits, write_counts, write_errors
+from calib.threads import in_parts
 
 _WIDEST, _FINEST = 4.0, 2.0**-20
 """Widest and finest step, in largest deviations: no index is beyond what a stream can hold."""

@@ -72,11 +72,12 @@ class SiteShape:
 
 
 class _Unread(NamedTuple):
-    """What a statistic will be found from when it is read: tokens, and what has seen the others."""
+    """What a statistic will be found from when it is read: tokens, and the statistics that have seen the others."""
 
     rows: Float[Tensor, "tokens channels"]
     gradients: Gradients
-    before: Statistic | None = None
+    others: "SiteStatistics | None" = None
+    n_changes: int = 0
 
 
 class SiteStatistics:
@@ -121,6 +122,7 @@ class SiteStatistics:
         self.sources: Sources | None = None
         self.samples = {name: torch.empty(0, channels) for name in sampled}
         self._unread: dict[str, _Unread] = {}
+        self._n_changes = 0
 
     @property
     def keeps_rows(self) -> bool:
@@ -186,6 +188,7 @@ class SiteStatistics:
 
     def update(self, x: Float[Tensor, "tokens channels"], gradients: Gradients = None) -> None:
         """Takes in tokens beyond the head positions."""
+        self._n_changes += 1
         for name in self.statistics:
             self._read(name)
             self._update(name, x, gradients)
@@ -200,6 +203,7 @@ class SiteStatistics:
 
     def merge(self, other: "SiteStatistics", rows: Choice, head_rows: Choice) -> None:
         """Takes in what another shard has seen."""
+        self._n_changes += 1
         for name in self.statistics:
             self._read(name).merge(other._read(name))
         self._keep(rows, **{name: t for name, t in other.samples.items() if name in _RESERVOIR})
@@ -211,7 +215,7 @@ class SiteStatistics:
         first, device = head.positions >= sink_tokens, self.moments.sums.device
         gradients = self.samples["head_gradients"][first].to(device) if self.fisher else None
         rows = self.head_rows[first].to(device)
-        chosen._unread = {name: _Unread(rows, gradients, self._read(name)) for name in self.statistics}
+        chosen._unread = {name: _Unread(rows, gradients, self, self._n_changes) for name in self.statistics}
         chosen.samples |= self.samples
         for name in chosen.samples.keys() & set(_RESERVOIR):
             chosen.samples[name] = self.samples[name][sample.positions >= sink_tokens]
@@ -282,11 +286,21 @@ class SiteStatistics:
     def _read(self, name: str) -> Statistic:
         """One statistic, computed if it has not been yet."""
         if name in self._unread:
-            unread = self._unread.pop(name)
-            if unread.before is not None:
-                self.statistics[name].restore(unread.before.state())
+            unread = self._unread[name]
+            if unread.others is not None:
+                self.statistics[name].restore(unread.others._unchanged(name, unread.n_changes).state())
+            del self._unread[name]
             self._update(name, unread.rows, unread.gradients)
         return self.statistics[name]
+
+    def _unchanged(self, name: str, n_changes: int) -> Statistic:
+        """One statistic, if it still is what it was after so many changes."""
+        if self._n_changes != n_changes:
+            raise ValueError(
+                f"{self.shape.site}: tokens were added after these statistics were chosen from it, and before {name} "
+                "was read; choose them again"
+            )
+        return self._read(name)
 
     def _update(self, name: str, x: Float[Tensor, "tokens channels"], gradients: Gradients) -> None:
         statistic = self.statistics[name]

@@ -14,6 +14,7 @@ from artifacts.taps import evaluating
 from simquant.cache.cacheable import default_policy
 from simquant.cache.packed import packed_cache
 from simquant.cache.policy import CachePolicy
+from simquant.evaluation.protocols import Protocol
 from simquant.evaluation.steps import Steps
 from simquant.tasks.errors import TaskError
 from simquant.tasks.generation import Answer, answer, prompt_tokens
@@ -144,9 +145,17 @@ class _Speakers:
         return found, usage.quantized_fraction if self._reads_codes(found) else 0.0
 
     def _reads_codes(self, found: Answer) -> bool:
-        """Whether a token of the answer is predicted by any step but an exact first one."""
-        in_one_step = self._steps is None or self._steps.prefill_tokens >= found.n_prompt_tokens
-        return not (self._policy.exact_prefill and in_one_step and len(found.tokens) == 1)
+        """Whether a token of the answer is predicted from keys or values that have codes."""
+        steps = self._steps or Steps(prefill_tokens=found.n_prompt_tokens)
+        protocol = Protocol(name="cache", policy=self._policy, steps=steps)
+        windows = {layer.layer: layer.sliding_window for layer in self._layers}
+        n_answer = len(found.tokens)
+        return any(
+            protocol.reads_codes(
+                tensor, found.n_prompt_tokens + n_answer, n_scored=n_answer, sliding_window=windows[layer]
+            )
+            for layer, tensor in {(site.layer, site.tensor) for site in self._quantizers}
+        )
 
 
 def _continued(path: Path) -> list[Prediction]:
