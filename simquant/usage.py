@@ -44,7 +44,7 @@ class SiteUsage:
     exact_bytes: int = 0
     replaced_bytes: int = 0
     n_small: int = 0
-    n_padding: int = 0
+    n_padding: int = field(default=0, compare=False)
 
 
 @dataclass

@@ -108,7 +108,7 @@ def test_what_is_decoded_for_others_is_let_go(model: LlamaForCausalLM, artifact:
         logits(model, cache, IDS, 40)
         size = cache.nbytes
         held: list[int] = []
-        sources = cache.layers[0].store._sources
+        sources = cache.layers[0].store.sources
         hooks = [
             layer.mlp.register_forward_hook(lambda *_: held.append(len(sources._rows))) for layer in model.model.layers
         ]

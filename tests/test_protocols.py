@@ -1,5 +1,6 @@
 """The protocols: one decode-exact pass, and the packed cache step by step, say the same."""
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 
@@ -183,7 +184,8 @@ def test_hardly_a_code_depends_on_the_chunking(steps: Steps, stage: Stage, tiny_
 def test_a_trained_model_decodes_as_one_pass_says(
     stage: Stage, stories: tuple[PreTrainedModel, PreTrainedTokenizerBase]
 ) -> None:
-    model, tokenizer = stories
+    tokenizer = stories[1]
+    model = copy.deepcopy(stories[0]).double()  # in float32 the order of sums, by threads, moves a code now and then
     ids = torch.tensor([tokenizer("Once upon a time there was a little dog. " * 8).input_ids[:96]])
     layers = attention_layers(model)
     quantizers: dict[Site, Quantizer] = {}
@@ -195,7 +197,7 @@ def test_a_trained_model_decodes_as_one_pass_says(
     _, other = through_the_cache(model, quantizers, policy, Steps(prefill_tokens=96), ids)
     with decode_exact(model, quantizers, policy=policy, steps=steps):
         once = logits(model, ids)
-    torch.testing.assert_close(once.log_softmax(-1), stepwise.log_softmax(-1), rtol=0, atol=1e-4)
+    torch.testing.assert_close(once.log_softmax(-1), stepwise.log_softmax(-1), rtol=0, atol=1e-6)
     assert codes.keys() == other.keys()
 
 
