@@ -38,6 +38,7 @@ class AbstractWrapper(Quantizer):
         """The same wrapper around another quantizer; what was prepared of its own fields stays prepared."""
         other = copy(self)
         other.__dict__["inner"] = inner
+        other.__dict__.pop("_moved", None)  # those hold what was wrapped before
         AbstractWrapper.__post_init__(other)
         return other
 

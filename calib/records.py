@@ -59,17 +59,21 @@ def csv_text(path: Path, text: str, field: str, delimiter: str) -> str:
     rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         columns = rows.fieldnames or []
-        texts = [] if field not in columns else [(rows.line_num, row[field]) for row in rows]
+        texts = [(rows.line_num, None if None in row else row[field]) for row in rows] if field in columns else []
     except csv.Error as error:
         raise CorpusError(f"{path}, after line {rows.line_num}: expected a table; got {error}; mend it") from error
     finally:
         csv.field_size_limit(before)
     if field not in columns:
         raise _no_column(path, field, columns)
+    if columns.count(field) > 1:
+        raise CorpusError(f"{path}: expected one column {field!r}; got {columns.count(field)}; rename the others")
     short = next((number for number, text in texts if text is None), None)
     if short is not None:
-        raise CorpusError(f"{path}, line {short}: expected {len(columns)} columns; got fewer; mend the line")
-    return "\n\n".join(text for _, text in texts)
+        raise CorpusError(
+            f"{path}, line {short}: expected {len(columns)} columns, texts with commas quoted; mend the line"
+        )
+    return "\n\n".join(text for _, text in texts if text is not None)
 
 
 def is_saved_dataset(path: Path) -> bool:

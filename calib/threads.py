@@ -20,9 +20,14 @@ def for_each(function: Callable[[Item], object], items: Iterable[Item]) -> None:
     threads is not running then, and every operation lasts until that one has its turn. Here a thread that is held up
     delays one item while others take the rest.
     """
-    n_threads = torch.get_num_threads()
+    n_threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
+
+    def call(item: Item) -> None:
+        with torch.inference_mode(inference):  # a thread's own, otherwise off
+            function(item)
+
     with torch_threads(1), ThreadPoolExecutor(n_threads) as threads:
-        for _ in threads.map(function, items):
+        for _ in threads.map(call, items):
             pass
 
 

@@ -106,6 +106,8 @@ def _gather(args: argparse.Namespace, recipe: "Recipe") -> "ModelStatistics":
 def _how_to_resume(args: argparse.Namespace, statistics: "ModelStatistics") -> str:
     if not args.save_statistics:
         return "Nothing was written. With --save-statistics FILE an interrupted run can go on where it stopped."
+    if not statistics.is_whole:
+        return "Stopped within a window: nothing was written."
     statistics.save(args.save_statistics)
     return (
         f"{len(statistics.windows)} of {args.nsamples or NSAMPLES} windows are in {args.save_statistics}. Go on with "

@@ -90,7 +90,7 @@ class Gathering:
             if len(windows):
                 add_windows(found.model, layers, statistics, windows, progress)
         except KeyboardInterrupt:
-            if unfinished is not None and statistics.windows:
+            if unfinished is not None and statistics.windows and statistics.is_whole:
                 statistics.save(unfinished)
             raise
         return statistics

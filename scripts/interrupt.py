@@ -1,6 +1,7 @@
 """Ctrl-C between two items instead of inside one, and going on afterwards."""
 
 import signal
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -44,12 +45,16 @@ def remaining_windows(windows: "Tensor", statistics: "ModelStatistics", source: 
     """
     from calib.windows import window_digests
 
-    digests, done = window_digests(windows), set(statistics.windows)
-    foreign = done - set(digests)
+    digests, done = window_digests(windows), Counter(statistics.windows)
+    foreign = set(done) - set(digests)
     if foreign:
         raise UsageError(
             f"{source}: {len(foreign)} of its {len(done)} windows are not of this run. --resume goes with the same "
             "model, --dataset, --seqlen, --bos, --seed, --nsamples and --shard"
         )
-    say(f"{len(done)} windows are in {source}, {len(windows) - len(done)} remain")
-    return windows[[digest not in done for digest in digests]]
+    remain = []
+    for digest in digests:  # a short text may give a window twice
+        remain.append(not done[digest])
+        done[digest] -= done[digest] > 0
+    say(f"{len(statistics.windows)} windows are in {source}, {sum(remain)} remain")
+    return windows[remain]

@@ -27,6 +27,7 @@ from simquant.evaluation.scored_targets import ScoredTargets, scored_targets
 from simquant.evaluation.scoring import ScoredLogits, check_logits, window_logits
 from simquant.evaluation.steps import Steps
 from simquant.evaluation.window_log import WindowLog
+from simquant.simulate import check_coverage
 
 __all__ = ["NothingQuantizedError", "clustered_mean", "evaluate", "evaluate_each", "perplexity"]
 
@@ -185,13 +186,15 @@ def evaluate_each(
         for own, rules in zip(candidates, policies, strict=True)
     ]
     for run in runs:
+        check_coverage(run.quantizers, layers)
         run.check(layers, windows.shape[1], max(scored.n_scored))
     batches = windows.split(batch_size)
     finished: list[list[BatchScores]] = []
     if log is not None:
         finished = read_batches(log, evaluation_settings(model, layers, runs, batches, scored), candidates)
     with evaluating(model):
-        check_identity(model, layers, runs[0], windows[:1])
+        for run in runs[:1]:
+            check_identity(model, layers, run, windows[:1])
         for index, (batch, n_scored) in enumerate(zip(progress(batches), scored.split(batch_size), strict=True)):
             is_new = index >= len(finished)
             numbered = (index * batch_size, batch)

@@ -345,7 +345,9 @@ def test_tables_of_datasets_are_read(tmp_path: Path) -> None:
         ("a.parquet", b"PAR1" + bytes(99), "expected a table that `datasets` can read"),
         ("a.arrow", b"\xff\xff\xff\xff" + bytes(99), "expected a table that `datasets` can read"),
         ("a.csv", b"number,body\n1,a", "expected a column 'text'; got 'number', 'body'; name one with --field"),
-        ("a.csv", b"number,text\n1,a\n2", "line 3: expected 2 columns; got fewer"),
+        ("a.csv", b"number,text\n1,a\n2", "line 3: expected 2 columns"),
+        ("a.csv", b"text\nHello, world", "line 2: expected 1 columns, texts with commas quoted"),
+        ("a.csv", b"text,text\na,b", "expected one column 'text'; got 2"),
         ("a.csv", b'text,number\n"a"b,1', r"after line 1: expected a table; got "),
     ],
 )

@@ -1,5 +1,6 @@
 """Sixteen bits lose nothing under any protocol, whatever a model's logits depend on; otherwise evaluation refuses."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from artifacts.errors import MismatchError, UnsupportedModelError
+from artifacts.sites import Site
 from artifacts.transformers_release import cache_argument
 from simquant import Steps, evaluate, packed_cache
 from simquant.cache import replaced_attention
@@ -106,3 +108,32 @@ def test_a_cache_that_the_model_drops_is_told_as_that() -> None:
     message = r"dropped the packed cache: beyond 16 tokens .*a text of 17 tokens"
     with packed_cache(model, everywhere(identity)) as new_cache, pytest.raises(MismatchError, match=message):
         model.generate(ids, **cache_argument(model, new_cache()), max_new_tokens=8, min_new_tokens=8, do_sample=False)
+
+
+def test_a_fault_of_later_steps_alone_is_refused(tiny_llama: LlamaForCausalLM) -> None:
+    """Half of the tokens that are tried fill the cache: the median over all of them passed over the others."""
+
+    def spoil(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+        packed = any(type(value).__name__ == "PackedCache" for value in kwargs.values())
+        return (output[0] + output[0].flip(-1), *output[1:]) if packed and output[0].shape[1] == 1 else output
+
+    handle = tiny_llama.model.layers[0].self_attn.register_forward_hook(spoil, with_kwargs=True)
+    try:
+        with pytest.raises(UnsupportedModelError, match="changes its logits though nothing is quantized"):
+            evaluate(tiny_llama, WINDOWS, everywhere(per_token), protocol="cache")
+    finally:
+        handle.remove()
+
+
+def test_logits_that_a_coarse_model_widens_are_held_to_its_own_rounding(tiny_llama: LlamaForCausalLM) -> None:
+    """A model in bfloat16 whose head ends in float32 was refused."""
+    model = copy.deepcopy(tiny_llama).bfloat16()
+    model.lm_head.register_forward_hook(lambda module, args, output: output.float())
+    evaluate(model, WINDOWS, everywhere(per_token), protocol="cache")
+
+
+def test_quantizers_for_a_layer_too_many_are_named(tiny_llama: LlamaForCausalLM) -> None:
+    """It was a bare KeyError."""
+    more = everywhere(per_token) | {Site(2, "value"): per_token()}
+    with pytest.raises(MismatchError, match=r"has no place in the model for layers\.2\.value"):
+        evaluate(tiny_llama, WINDOWS, more)

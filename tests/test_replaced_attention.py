@@ -1,5 +1,6 @@
 """Attention that cannot be replaced is refused by name: by the module that bypasses the interface, and where."""
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -88,3 +89,17 @@ def test_attention_beside_the_interface_is_refused(
     with pytest.raises(UnsupportedModelError, match=rf"layers\.1: LlamaAttention .*{fault}.*'full'"):
         run(tiny_llama)
     assert n_hooks(tiny_llama) == 0
+
+
+def test_models_that_share_a_configuration_may_be_replaced_side_by_side(tiny_llama: LlamaForCausalLM) -> None:
+    """The context that was left last died of a KeyError, and left its name in the configuration."""
+    first = copy.deepcopy(tiny_llama)
+    other = LlamaForCausalLM(first.config).eval()
+    before = first.config._attn_implementation
+    contexts = [packed_cache(model, everywhere(identity)) for model in (first, other)]
+    for context in contexts:
+        context.__enter__()
+    contexts[0].__exit__(None, None, None)
+    assert first.config._attn_implementation != before
+    contexts[1].__exit__(None, None, None)
+    assert first.config._attn_implementation == before

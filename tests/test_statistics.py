@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import psutil
@@ -12,7 +13,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from artifacts.attention import attention_layers, rotate
-from artifacts.errors import CorruptArtifactError, MismatchError, NonFiniteError
+from artifacts.errors import ArtifactError, CorruptArtifactError, MismatchError, NonFiniteError
 from artifacts.sites import Site, Stage
 from calib.calibration import add_windows, new_statistics
 from calib.capture import Vectors, capture, collect
@@ -765,3 +766,27 @@ def test_more_memory_than_is_free_is_refused(
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     with pytest.raises(MemoryError, match=rf"statistics of tier {tier} take \d+\.\d MiB, 0\.0 MiB are free.*{advice}"):
         new_statistics(tiny_llama, attention_layers(tiny_llama), tier=tier)
+
+
+def test_statistics_that_were_stopped_within_a_window_are_not_saved(
+    tiny_llama: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second Ctrl-C left sites with other windows than the rest, and they were saved and gone on from."""
+    statistics = gathered(tiny_llama, windows_of(1))
+
+    def stop(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("calib.statistics.site_statistics.SiteStatistics.keep_head_rows", stop)
+    with pytest.raises(KeyboardInterrupt):
+        add_windows(tiny_llama, attention_layers(tiny_llama), statistics, windows_of(2)[1:])
+    assert not statistics.is_whole
+    with pytest.raises(ArtifactError, match="stopped within a window"):
+        statistics.save(tmp_path / "s.safetensors")
+
+
+def test_statistics_are_gathered_in_inference_mode(tiny_llama: LlamaForCausalLM) -> None:
+    """Threads do not inherit it, and stopped at the first tensor that was made in it."""
+    with torch.inference_mode():
+        inside = gathered(tiny_llama, windows_of(2))
+    assert inside.n_tokens == gathered(tiny_llama, windows_of(2)).n_tokens

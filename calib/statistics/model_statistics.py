@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from artifacts.errors import CorruptArtifactError, MismatchError
+from artifacts.errors import ArtifactError, CorruptArtifactError, MismatchError
 from artifacts.manifest import Corpus
 from artifacts.sites import Site
 from artifacts.storage import Stored, read, write
@@ -59,6 +59,8 @@ class ModelStatistics:
         self.windows: list[str] = []
         self.seqlen = self.n_tokens = 0
         self.ngrams = torch.empty(0, dtype=torch.int64)
+        self.is_whole = True
+        """False where an update or a merge was stopped in its midst: some sites have seen what others have not."""
 
     def update(self, batch: TokenBatch, vectors: Vectors, gradients: Vectors = MappingProxyType({})) -> None:
         """Takes in one forward pass: all of it or, after an error, none.
@@ -82,6 +84,7 @@ class ModelStatistics:
         weighted = [site for site, statistics in self.sites.items() if statistics.fisher]
         check_vectors("values", vectors, self.sites, batch.windows)
         check_vectors("gradients", gradients, weighted, batch.windows)
+        self.is_whole = False
         head = batch.positions < HEAD_POSITIONS
         rows = self.sample.choose(batch.token_priorities(), batch.positions)
         head_rows = self.head.choose(batch.window_priorities()[head], batch.positions[head])
@@ -103,6 +106,7 @@ class ModelStatistics:
         self.windows += batch.digests
         self.n_tokens += len(batch.positions)
         self.seqlen = max(self.seqlen, int(batch.positions.max()) + 1)
+        self.is_whole = True
 
     def merge(self, other: "ModelStatistics") -> None:
         """Takes in another shard.
@@ -129,6 +133,7 @@ class ModelStatistics:
                 f"merge: {len(twice)} of {len(other.windows)} windows are in both shards; the same shard twice? "
                 "Take shards of one run with --shard 1/4 ... 4/4."
             )
+        self.is_whole = False
         rows, head_rows = self.sample.merge(other.sample), self.head.merge(other.head)
         for site, statistics in self.sites.items():
             statistics.merge(other.sites[site], rows, head_rows)
@@ -139,6 +144,7 @@ class ModelStatistics:
         self.seqlen = max(self.seqlen, other.seqlen)
         self.ngrams = merge_sketches(self.ngrams, other.ngrams)
         self.origin = self.origin.joined(other.origin)
+        self.is_whole = True
 
     def site(self, site: Site, sink_tokens: int) -> SiteStatistics:
         """The statistics of a site's positions from `sink_tokens` on.
@@ -230,8 +236,10 @@ class ModelStatistics:
         Raises
         ------
         ArtifactError
-            If the suffix is unknown.
+            If the suffix is unknown, or an update was stopped in its midst.
         """
+        if not self.is_whole:
+            raise ArtifactError(f"{path}: these statistics were stopped within a window; gather them again")
         header = {
             **({"fisher": True} if self.fisher else {}),  # absent otherwise: without gradients a file is as it was
             "tier": self.tier,

@@ -23,8 +23,8 @@ Handler = Callable[[Tensor, Tensor, Tensor, Bool[Tensor, "batch queries tokens"]
 
 _NAME = "kvcalib"
 _HANDLERS: dict[nn.Module, Handler] = {}
-_REPLACED: dict[int, str | None] = {}
-"""Implementations that were chosen before, by the id of the configuration."""
+_REPLACED: dict[int, tuple[str | None, int]] = {}
+"""Implementation that was chosen before, and contexts that replace it, by the id of a configuration."""
 
 
 @contextmanager
@@ -49,7 +49,7 @@ def attention_replaced(model: nn.Module, handlers: Mapping[nn.Module, Handler]) 
         )
     AttentionInterface.register(_NAME, _attention)
     AttentionMaskInterface.register(_NAME, _mask)
-    before = [(config, config._attn_implementation_internal) for config in _configs(model, handlers)]
+    configs = _configs(model, handlers)
     with ExitStack() as stack:
         for module, handler in handlers.items():
             watched = _Watched(module, handler)
@@ -57,12 +57,25 @@ def attention_replaced(model: nn.Module, handlers: Mapping[nn.Module, Handler]) 
             stack.callback(_HANDLERS.pop, module)
             stack.callback(module.register_forward_pre_hook(watched.before).remove)
             stack.callback(module.register_forward_hook(watched.after).remove)
-        for config, implementation in before:
-            stack.callback(setattr, config, "_attn_implementation_internal", implementation)
-            stack.callback(_REPLACED.pop, id(config))
-            _REPLACED[id(config)] = implementation
-            config._attn_implementation_internal = _NAME
+        for config in configs:
+            _replace(config)
+            stack.callback(_put_back, config)
         yield
+
+
+def _replace(config: Any) -> None:
+    """Models may share a configuration: the first context notes what it said, and the last puts that back."""
+    before, n_contexts = _REPLACED.get(id(config), (config._attn_implementation_internal, 0))
+    _REPLACED[id(config)] = before, n_contexts + 1
+    config._attn_implementation_internal = _NAME
+
+
+def _put_back(config: Any) -> None:
+    before, n_contexts = _REPLACED.pop(id(config))
+    if n_contexts > 1:
+        _REPLACED[id(config)] = before, n_contexts - 1
+    else:
+        config._attn_implementation_internal = before
 
 
 class _Watched:
@@ -195,6 +208,10 @@ def _mask(*, q_length: int, config: Any = None, **options: Any) -> Tensor | None
 
     What they see then is the attention module's to say: PaliGemma's see all tokens, unless they are told apart.
     """
-    skips = q_length > 1 and _REPLACED.get(id(config)) != "eager" and options.get("allow_is_causal_skip", True)
+    skips = (
+        q_length > 1
+        and _REPLACED.get(id(config), (None, 0))[0] != "eager"
+        and options.get("allow_is_causal_skip", True)
+    )
     options |= {"allow_is_causal_skip": skips, "allow_is_bidirectional_skip": False}
     return sdpa_mask(q_length=q_length, config=config, **options)
