@@ -8,6 +8,8 @@ import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,8 +34,10 @@ import calib.capture
 from artifacts import artifact as artifacts_file
 from artifacts import load, save
 from artifacts.sites import Site
+from calib.windows import window_digests
 from scripts import artifact, calibrate, evaluate
 from scripts.console import UsageError
+from scripts.interrupt import remaining_windows
 from scripts.outputs import output_folder
 from scripts.rope_stretch import stretch
 
@@ -475,6 +479,15 @@ def test_ctrl_c_waits_for_the_window_at_hand(type_in: Program, works: Program, m
     assert signal.getsignal(signal.SIGINT) == before
     works(line + " --save-statistics half.safetensors --resume half.safetensors --force")
     assert same_bytes("q.safetensors", "q4.safetensors")
+
+
+def test_a_window_that_was_drawn_twice_is_gone_on_with_twice(capsys: pytest.CaptureFixture[str]) -> None:
+    """Both were dropped where one was in the statistics, as a short text gives them."""
+    one, other = torch.tensor([1, 2, 3]), torch.tensor([4, 5, 6])
+    windows = torch.stack([one, other, one, one])
+    done: Any = SimpleNamespace(windows=window_digests(windows[:1]) * 2)
+    assert torch.equal(remaining_windows(windows, done, Path("s")), torch.stack([other, one]))
+    assert "2 windows are in s, 2 remain" in capsys.readouterr().err
 
 
 def test_an_interrupt_without_statistics_leaves_nothing(

@@ -533,3 +533,12 @@ def test_what_float32_cannot_hold_is_refused(quantizer: Quantizer) -> None:
 def test_settings_are_checked_when_built(construct: Callable[[], Quantizer], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         construct()
+
+
+def test_a_wrapper_around_another_quantizer_moves_with_that_one() -> None:
+    """What had been moved before was given back, with the old quantizer in it."""
+    elsewhere = torch.device("meta")
+    before = Rotated(channels=8, inner=DynamicAffine(channels=8, bits=2), basis=torch.eye(8)[None])
+    before.to(elsewhere)
+    after = before.wrapping(DynamicAffine(channels=8, bits=7))
+    assert after.to(elsewhere).spec.inner.bits == 7  # type: ignore[union-attr]
