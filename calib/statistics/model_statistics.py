@@ -63,7 +63,7 @@ class ModelStatistics:
         """False where an update or a merge was stopped in its midst: some sites have seen what others have not."""
 
     def update(self, batch: TokenBatch, vectors: Vectors, gradients: Vectors = MappingProxyType({})) -> None:
-        """Takes in one forward pass: all of it or, after an error, none.
+        """Takes in one forward pass: all of it, or none where it is refused; if it is stopped, `is_whole` is False.
 
         Parameters
         ----------
