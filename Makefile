@@ -8,7 +8,7 @@ TRANSFORMERS ?=
 VENV ?= .venv$(addprefix -,$(TRANSFORMERS))
 PYTEST_ARGS ?= -n 2
 # Data beside the checkout; tests and notebooks that need it skip what they must where it is missing.
-export KVCALIB_SHARED ?= $(abspath ../shared)
+export KVGAUGE_SHARED ?= $(abspath ../shared)
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed

@@ -18,7 +18,7 @@ from artifacts.storage import Array, Stored, naming, read, write
 
 _LOG = logging.getLogger(__name__)
 
-FORMAT = "kvcalib.artifact"
+FORMAT = "kvgauge.artifact"
 _SKETCH = "corpus/ngrams"
 
 

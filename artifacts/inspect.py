@@ -45,7 +45,7 @@ def table(found: dict[str, Any]) -> str:
         f"text       {corpus['name']}" + (f": {windows}" if corpus["n_windows"] else ""),
         f"sinks      first {found['sink_tokens']} tokens exact and left out of the fit",
         f"static     {found['static_bytes']:,} bytes, stored once whatever the number of tokens",
-        f"written by kvcalib {found['tool_version']}, digest {found['digest'][:16]}",
+        f"written by kvgauge {found['tool_version']}, digest {found['digest'][:16]}",
         "",
         f"{'site':24} {'bits':>4} {'bytes':>8}  {'range':26} quantizer",
     ]

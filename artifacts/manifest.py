@@ -66,7 +66,7 @@ class Manifest:
     fit_sources : Mapping[str, str]
         By site, what the fit was read from: exact statistics, or an approximation and which.
     tool_version : str
-        The kvcalib that fitted it.
+        The kvgauge that fitted it.
     """
 
     specs: Mapping[Site, QuantSpec]
@@ -111,7 +111,7 @@ class Manifest:
 def tool_version() -> str:
     """Version of this distribution; `unknown` in a checkout that is not installed."""
     try:
-        return metadata.version("kvcalib")
+        return metadata.version("kvgauge")
     except metadata.PackageNotFoundError:
         return "unknown"
 

@@ -27,7 +27,7 @@ Array = NDArray[Any]
 FORMAT_VERSION = 1
 """Of a format that has not changed since there are files of it."""
 SUFFIXES = (".safetensors", ".pkl")
-_METADATA_KEY = "kvcalib"
+_METADATA_KEY = "kvgauge"
 _DTYPES = ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64")
 _INSTRUCTIONS = (
     *("PROTO", "FRAME", "STOP", "MARK"),
@@ -46,7 +46,7 @@ class Stored:
     Parameters
     ----------
     format : str
-        What the file is: `kvcalib.artifact`, `kvcalib.statistics` or `kvcalib.cache`.
+        What the file is: `kvgauge.artifact`, `kvgauge.statistics` or `kvgauge.cache`.
     version : int
         Version of that format.
     header : Mapping[str, Any]
@@ -106,11 +106,11 @@ def write(path: Path, stored: Stored) -> None:
     write_whole(path, data)
 
 
-def written_by_kvcalib(path: Path) -> bool:
-    """Whether a file has a kvcalib header, be it of another version or format."""
+def written_by_kvgauge(path: Path) -> bool:
+    """Whether a file has a kvgauge header, be it of another version or format."""
     try:
         text, _ = _parse(path, _read_bytes(path))
-        return str(json.loads(text)["format"]).startswith("kvcalib.")
+        return str(json.loads(text)["format"]).startswith("kvgauge.")
     except (ArtifactError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
@@ -133,14 +133,14 @@ def read(path: Path, expected_format: str, expected_version: int = FORMAT_VERSIO
         canonical_json(top)  # refuses what JSON text can say and canonical JSON cannot: NaN and infinities
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptArtifactError(
-            f"{path}: the header is not the JSON object that kvcalib writes ({error})"
+            f"{path}: the header is not the JSON object that kvgauge writes ({error})"
         ) from error
     if stored.format != expected_format:
         raise CorruptArtifactError(f"{path}: expected a file of format {expected_format}, got {stored.format!r:.60}")
     if type(version) is not int or version != expected_version:
         raise UnsupportedVersionError(
-            f"{path}: {expected_format} of format version {version!r:.20}; this kvcalib reads version "
-            f"{expected_version}. Install the kvcalib that wrote it, or write it anew."
+            f"{path}: {expected_format} of format version {version!r:.20}; this kvgauge reads version "
+            f"{expected_version}. Install the kvgauge that wrote it, or write it anew."
         )
     foreign = sorted({str(array.dtype) for array in arrays.values()} - set(_DTYPES))
     if foreign:
@@ -181,7 +181,7 @@ def _parse(path: Path, data: bytes) -> tuple[str, dict[str, Array]]:
     if data[:1] == b"\x80":
         return _from_pickle(path, data)
     if data[:2] == b"PK":
-        raise CorruptArtifactError(f"{path}: this is a zip archive such as torch.save writes, not a kvcalib file")
+        raise CorruptArtifactError(f"{path}: this is a zip archive such as torch.save writes, not a kvgauge file")
     raise CorruptArtifactError(f"{path}: neither a safetensors file nor a pickle (first bytes {data[:8]!r})")
 
 
@@ -203,7 +203,7 @@ def _from_safetensors(path: Path, data: bytes) -> tuple[str, dict[str, Array]]:
     text = (header.get("__metadata__") or {}).get(_METADATA_KEY)
     if text is None:
         raise CorruptArtifactError(
-            f"{path}: a safetensors file without kvcalib metadata; model weights, perhaps. "
+            f"{path}: a safetensors file without kvgauge metadata; model weights, perhaps. "
             "Expected what `calibrate` wrote"
         )
     return text, arrays
@@ -256,7 +256,7 @@ def _from_pickle(path: Path, data: bytes) -> tuple[str, dict[str, Array]]:
         content = _BuiltinsOnly(io.BytesIO(data)).load()
     except ArtifactError as error:
         raise CorruptArtifactError(
-            f"{path}: {error}, which no kvcalib pickle does: it holds plain containers, and nothing in it is ever run. "
+            f"{path}: {error}, which no kvgauge pickle does: it holds plain containers, and nothing in it is ever run. "
             "Pickles of other tools: artifact convert FILE q.safetensors."
         ) from error
     except Exception as error:  # a damaged pickle can raise anything
@@ -267,7 +267,7 @@ def _from_pickle(path: Path, data: bytes) -> tuple[str, dict[str, Array]]:
             raise TypeError("header or arrays of another type")
         return text, {row[0]: _to_array(*row) for row in rows}
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, RecursionError) as error:
-        raise CorruptArtifactError(f"{path}: a pickle, but not one that kvcalib wrote ({error!s:.100})") from error
+        raise CorruptArtifactError(f"{path}: a pickle, but not one that kvgauge wrote ({error!s:.100})") from error
 
 
 def _to_array(name: str, dtype: str, shape: tuple[int, ...], data: bytes) -> Array:

@@ -76,7 +76,7 @@ def from_modelslim(plan: Document) -> Document:
     if len({processor.exclude for processor in processors}) > 1:
         raise RecipeError(
             f"recipe {mark((), about_cache[1].where, about_cache[1].marks)}: the processors of one recipe exclude the "
-            "same layers; write the same exclude everywhere, or kvcalib's own overrides"
+            "same layers; write the same exclude everywhere, or kvgauge's own overrides"
         )
     return Document(plan.where, _recipe(processors), {(): mark((), plan.where, about_cache[0].marks)})
 

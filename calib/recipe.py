@@ -169,7 +169,7 @@ class Recipe(BaseModel):
 
 
 def load_recipe(name: str | Path) -> Recipe:
-    """A shipped recipe by name, or one from a `.yaml` file, of kvcalib or of msModelSlim.
+    """A shipped recipe by name, or one from a `.yaml` file, of kvgauge or of msModelSlim.
 
     Raises
     ------

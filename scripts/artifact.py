@@ -5,11 +5,11 @@ import json
 import sys
 from pathlib import Path
 
-from artifacts.storage import check_suffix, naming, read, written_by_kvcalib
+from artifacts.storage import check_suffix, naming, read, written_by_kvgauge
 from scripts.console import Parser, UsageError, run, say
 from scripts.foreign_options import add_foreign_options, foreign_hints
 
-FORMAT = "kvcalib.artifact"
+FORMAT = "kvgauge.artifact"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     diff = commands.add_parser("diff", help="how two artifacts differ; exit status 1 if they do")
     diff.add_argument("file", type=Path, help="one artifact")
     diff.add_argument("other", type=Path, help="the other")
-    convert = commands.add_parser("convert", help="write as .safetensors or .pkl what kvcalib or another tool wrote")
+    convert = commands.add_parser("convert", help="write as .safetensors or .pkl what kvgauge or another tool wrote")
     convert.add_argument("file", type=Path, help="artifact, KVQuant or LLaMA3-simquant pickle, msModelSlim folder")
     convert.add_argument("output", type=Path, help="name that ends in .safetensors or .pkl")
     add_foreign_options(convert)
@@ -93,8 +93,8 @@ def _convert(args: argparse.Namespace) -> int:
     check_suffix(args.output)
     if args.output.exists() and not args.force:
         raise UsageError(f"{args.output} exists; --force replaces it")
-    if args.output.exists() and not written_by_kvcalib(args.output):
-        raise UsageError(f"{args.output} is not a file that kvcalib wrote; --force does not replace it")
+    if args.output.exists() and not written_by_kvgauge(args.output):
+        raise UsageError(f"{args.output} is not a file that kvgauge wrote; --force does not replace it")
     hints = foreign_hints(args)
     opened = open_artifact(args.file, hints)
     if not opened.notices and hints != Hints():

@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--peak-gbs", type=float, help="memory bandwidth in GB/s (default: by the device's name)")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
-        return refuse("a CUDA device is needed and none was found; run it where there is one, with kvcalib[triton]")
+        return refuse("a CUDA device is needed and none was found; run it where there is one, with kvgauge[triton]")
     peak = args.peak_gbs or known_peak(torch.cuda.get_device_name())
     if peak is None:
         return refuse(f"no bandwidth is known for {torch.cuda.get_device_name()}; give --peak-gbs")

@@ -1,7 +1,7 @@
 """`make claims`: are the figures of the README what its commands give?
 
 Without a name, all claims are checked that need neither a download nor an idle machine, a GPU or hours; those that need
-the data folder ($KVCALIB_SHARED, or `../shared` beside the checkout) where it is. Named ones are checked whatever they
+the data folder ($KVGAUGE_SHARED, or `../shared` beside the checkout) where it is. Named ones are checked whatever they
 need.
 """
 
@@ -90,7 +90,7 @@ def _check(claims: Sequence[Claim], named: bool, show: bool) -> int:
 def _lacking(claim: Claim, data: Path | None, named: bool) -> str:
     """Why a claim is not checked; empty if it is."""
     if "shared" in claim.needs and data is None:
-        return "needs the data folder; set KVCALIB_SHARED"
+        return "needs the data folder; set KVGAUGE_SHARED"
     others = [need for need in claim.needs if need != "shared"]
     return "" if named or not others else f"needs {', '.join(others)}; name it to check it"
 
@@ -106,7 +106,7 @@ def _as_found(claim: TableClaim, findings: Sequence[Finding]) -> Table:
 
 
 def _data_folder() -> Path | None:
-    folder = Path(os.environ.get("KVCALIB_SHARED") or _CHECKOUT.parent / "shared") / "data"
+    folder = Path(os.environ.get("KVGAUGE_SHARED") or _CHECKOUT.parent / "shared") / "data"
     return folder.resolve() if folder.is_dir() else None
 
 

@@ -58,4 +58,4 @@ def _title(about: dict[str, Any]) -> str:
 
 
 def _versions() -> dict[str, str]:
-    return {"kvcalib": tool_version(), "python": platform.python_version(), "transformers": version("transformers")}
+    return {"kvgauge": tool_version(), "python": platform.python_version(), "transformers": version("transformers")}

@@ -63,15 +63,15 @@ def check_outputs(output: Path, statistics: Path | None, *, force: bool) -> None
 
 
 def _check_writable(path: Path, *, force: bool) -> None:
-    from artifacts.storage import check_suffix, written_by_kvcalib
+    from artifacts.storage import check_suffix, written_by_kvgauge
 
     check_suffix(path)
     if path.is_dir():
         raise UsageError(f"{path} is a folder; name a file")
     if path.exists() and not force:
         raise UsageError(f"{path} exists; --force replaces it, another name keeps it")
-    if path.exists() and not written_by_kvcalib(path):
-        raise UsageError(f"{path} is not a file that kvcalib wrote; --force does not replace it. Choose another name")
+    if path.exists() and not written_by_kvgauge(path):
+        raise UsageError(f"{path} is not a file that kvgauge wrote; --force does not replace it. Choose another name")
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise UsageError(f"{path} cannot be written: {folder} is no folder, or none that you may write to")

@@ -44,10 +44,10 @@ def tiny_llama() -> LlamaForCausalLM:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The data folder beside the checkout (or $KVCALIB_SHARED); without it the test is skipped."""
-    path = Path(os.environ.get("KVCALIB_SHARED") or Path(__file__).parents[2] / "shared")
+    """The data folder beside the checkout (or $KVGAUGE_SHARED); without it the test is skipped."""
+    path = Path(os.environ.get("KVGAUGE_SHARED") or Path(__file__).parents[2] / "shared")
     if not path.is_dir():
-        pytest.skip(f"shared: a data folder was expected; {path} does not exist; set KVCALIB_SHARED")
+        pytest.skip(f"shared: a data folder was expected; {path} does not exist; set KVGAUGE_SHARED")
     return path
 
 

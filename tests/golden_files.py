@@ -48,7 +48,7 @@ from simquant.cache.transformers_cache import PackedCache
 
 GOLDEN = Path(__file__).parent / "golden"
 CHANNELS, N_TOKENS = 8, 7
-CODES_FORMAT = "kvcalib.golden.codes"
+CODES_FORMAT = "kvgauge.golden.codes"
 
 # All numbers are sums of few powers of two, so that no machine rounds them differently.
 STEPS = 1 + torch.arange(CHANNELS) / 8
@@ -252,7 +252,7 @@ def words_file() -> Stored:
         arrays[f"{number}/codes"] = codes.to(torch.uint8).numpy()
         arrays[f"{number}/packed"] = MixedRadix(n_levels).pack(codes).numpy()
     arrays["0/first"] = MixedRadix([3, 1, 5, 10]).pack(torch.tensor([[2, 0, 4, 9]])).numpy()
-    return Stored(format="kvcalib.golden.words", header={"n_levels": radices()}, arrays=arrays)
+    return Stored(format="kvgauge.golden.words", header={"n_levels": radices()}, arrays=arrays)
 
 
 # --- saved caches
@@ -338,7 +338,7 @@ def what_is_read(cache: PackedCache) -> Stored:
         for row, stream in enumerate(layer.store.streams)
         for name, store in (("key", stream.key), ("value", stream.value))
     }
-    return Stored(format="kvcalib.golden.read", header=header, arrays=pool.arrays())
+    return Stored(format="kvgauge.golden.read", header=header, arrays=pool.arrays())
 
 
 # --- all of them

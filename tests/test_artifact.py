@@ -393,20 +393,20 @@ def pickle_file(content: Callable[[Path], object], protocol: int = 4) -> Callabl
 
 
 def plain_pickle(text: object, rows: object) -> Callable[[Path], None]:
-    """A pickle in the very instructions that kvcalib writes."""
+    """A pickle in the very instructions that kvgauge writes."""
 
     def put(path: Path) -> None:
         with path.open("wb") as file:
             pickler = pickle.Pickler(file, 4)
             pickler.fast = True
-            pickler.dump({"kvcalib": text, "arrays": rows})
+            pickler.dump({"kvgauge": text, "arrays": rows})
 
     return put
 
 
 def statistics(path: Path) -> None:
     stored = artifact()._stored()
-    write(path.with_suffix(".pkl"), replace(stored, format="kvcalib.statistics"))
+    write(path.with_suffix(".pkl"), replace(stored, format="kvgauge.statistics"))
     path.with_suffix(".pkl").rename(path)
 
 
@@ -437,7 +437,7 @@ FOREIGN: dict[str, tuple[Callable[[Path], object], type[ArtifactError], str]] = 
         CorruptArtifactError,
         "model weights",
     ),
-    "statistics": (statistics, CorruptArtifactError, "expected a file of format kvcalib.artifact, got 'kvcalib.stat"),
+    "statistics": (statistics, CorruptArtifactError, "expected a file of format kvgauge.artifact, got 'kvgauge.stat"),
     "bfloat16": (
         safetensors_file({"a": {"dtype": "BF16", "shape": [1], "data_offsets": [0, 2]}}, b"\0\0"),
         CorruptArtifactError,
@@ -445,14 +445,14 @@ FOREIGN: dict[str, tuple[Callable[[Path], object], type[ArtifactError], str]] = 
     ),
     "runs-code": (pickle_file(lambda path: RunsCode(path.parent / "harm")), CorruptArtifactError, "ever run"),
     "runs-code-inside": (
-        pickle_file(lambda path: {"kvcalib": header_text(), "arrays": [RunsCode(path.parent / "harm")]}),
+        pickle_file(lambda path: {"kvgauge": header_text(), "arrays": [RunsCode(path.parent / "harm")]}),
         CorruptArtifactError,
         "ever run",
     ),
     "runs-code-old": (pickle_file(lambda path: RunsCode(path.parent / "harm"), 2), CorruptArtifactError, "ever run"),
     "pickled-tensor": (pickle_file(lambda path: {"a": torch.ones(2)}), CorruptArtifactError, "Pickles of other tools"),
-    "pickled-list": (plain_pickle("{}", [1, 2]), CorruptArtifactError, "not one that kvcalib wrote"),
-    "pickled-number": (raw(pickle.dumps(7, 4)), CorruptArtifactError, "not one that kvcalib wrote"),
+    "pickled-list": (plain_pickle("{}", [1, 2]), CorruptArtifactError, "not one that kvgauge wrote"),
+    "pickled-number": (raw(pickle.dumps(7, 4)), CorruptArtifactError, "not one that kvgauge wrote"),
     # One instruction makes the reader reserve 16 GiB for its memo.
     "memo-bomb": (raw(b"\x80\x04]r\xff\xff\xff\x7f."), CorruptArtifactError, "LONG_BINPUT"),
     # Forty lists, each twice in the next: printing the innermost would take a terabyte.
@@ -461,31 +461,31 @@ FOREIGN: dict[str, tuple[Callable[[Path], object], type[ArtifactError], str]] = 
         CorruptArtifactError,
         "MEMOIZE",
     ),
-    "deep": (raw(b"\x80\x04" + b"]" * 100_000 + b"a" * 99_999 + b"."), CorruptArtifactError, "not one that kvcalib"),
-    "row-of-many": (plain_pickle(header_text(), [("a", "float32", (1,), b"0123", 5)]), CorruptArtifactError, "kvcalib"),
+    "deep": (raw(b"\x80\x04" + b"]" * 100_000 + b"a" * 99_999 + b"."), CorruptArtifactError, "not one that kvgauge"),
+    "row-of-many": (plain_pickle(header_text(), [("a", "float32", (1,), b"0123", 5)]), CorruptArtifactError, "kvgauge"),
     "object-array": (plain_pickle(header_text(), [("a", "object", (1,), b"01234567")]), CorruptArtifactError, "dtype"),
     "wrong-size": (
         plain_pickle(header_text(), [("a", "float32", (2,), b"0123")]),
         CorruptArtifactError,
-        "kvcalib wrote",
+        "kvgauge wrote",
     ),
     "huge-shape": (
         plain_pickle(header_text(), [("a", "uint8", (2**70,), b"0")]),
         CorruptArtifactError,
-        "kvcalib wrote",
+        "kvgauge wrote",
     ),
     "not-json": (plain_pickle("{", []), CorruptArtifactError, "header is not the JSON object"),
     "json-list": (plain_pickle("[]", []), CorruptArtifactError, "header is not the JSON object"),
     "json-deep": (plain_pickle("[" * 100_000, []), CorruptArtifactError, "header is not the JSON object"),
     "json-nan": (plain_pickle(header_text(header={"a": float("nan")}), []), CorruptArtifactError, "JSON"),
     "json-overflow": (plain_pickle(header_text().replace("10000.0", "1e999"), []), CorruptArtifactError, "JSON"),
-    "no-digest": (plain_pickle('{"format":"kvcalib.artifact","version":1}', []), CorruptArtifactError, "JSON"),
+    "no-digest": (plain_pickle('{"format":"kvgauge.artifact","version":1}', []), CorruptArtifactError, "JSON"),
     "wrong-digest": (plain_pickle(header_text(digest="0" * 64), []), CorruptArtifactError, "does not match its digest"),
     "header-list": (plain_pickle(header_text(header=[]), []), CorruptArtifactError, "does not match its digest"),
     "newer": (
         plain_pickle(header_text(version=2), []),
         UnsupportedVersionError,
-        "format version 2; this kvcalib reads",
+        "format version 2; this kvgauge reads",
     ),
     "version-text": (plain_pickle(header_text(version="1"), []), UnsupportedVersionError, "format version '1'"),
 }

@@ -246,7 +246,7 @@ def test_programs_are_run_as_they_are_typed() -> None:
 def test_the_program_tells_what_is_skipped_and_what_failed(
     ran: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("KVCALIB_SHARED", str(tmp_path / "nowhere"))
+    monkeypatch.setenv("KVGAUGE_SHARED", str(tmp_path / "nowhere"))
     entries = [
         quotation(name="right", read="[share][ours]"),
         quotation(name="wrong", read="[size][ours]"),
@@ -261,7 +261,7 @@ def test_the_program_tells_what_is_skipped_and_what_failed(
     assert "FAILED   wrong" in out
     assert "expected 0.25; got 10 KiB" in out
     assert "skipped  slow: needs idle; name it to check it" in out
-    assert "skipped  elsewhere: needs the data folder; set KVCALIB_SHARED" in out
+    assert "skipped  elsewhere: needs the data folder; set KVGAUGE_SHARED" in out
     assert claims.main(["slow", "--file", str(file)]) == 0
     assert claims.main(["slw", "--file", str(file)]) == 2
 

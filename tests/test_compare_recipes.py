@@ -323,7 +323,7 @@ def test_the_provenance_is_kept(results: dict) -> None:
     assert results["calibration"] == {"text": "a.txt", "n_windows": 3, "seed": 0, "tier": "full"}
     assert results["evaluation"] == {"text": "b.txt", "n_windows": 4, "batch_size": 2}
     assert (results["window_tokens"], results["error_windows"]) == (32, 2)
-    assert set(results["versions"]) == {"kvcalib", "python", "transformers"}
+    assert set(results["versions"]) == {"kvgauge", "python", "transformers"}
     assert results["command"].startswith("python -m scripts.compare_recipes model --dataset b.txt")
     assert (results["folder"] / "pareto.png").read_bytes().startswith(b"\x89PNG")
 

@@ -166,7 +166,7 @@ def test_of_equal_cuts_the_one_with_the_longest_first_word_is_frozen() -> None:
 @every_cache
 def test_a_golden_cache_is_read_as_it_was(name: str) -> None:
     case = CACHES[name]
-    frozen = read(GOLDEN / f"cache-{name}.read.safetensors", "kvcalib.golden.read")
+    frozen = read(GOLDEN / f"cache-{name}.read.safetensors", "kvgauge.golden.read")
     with new_cache(case) as cache:
         loaded = load_cache(GOLDEN / f"cache-{name}{case.suffix}", cache)
         assert_same_content(what_is_read(loaded), frozen)

@@ -149,7 +149,7 @@ merge[(1,)]
     command = [sys.executable, "-c", code]
     run = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
     assert "ImportError: simquant.kernels: Triton" in run.stderr
-    assert "pip install 'kvcalib[triton]'" in run.stderr
+    assert "pip install 'kvgauge[triton]'" in run.stderr
 
 
 def test_a_quantizer_without_a_kernel_is_refused() -> None:

@@ -298,13 +298,13 @@ def test_a_folder_for_results_that_cannot_be_is_refused_before_anything_runs(tmp
     assert output_folder(tmp_path / "new" / "folder").is_dir()
 
 
-def test_force_never_replaces_what_kvcalib_did_not_write(type_in: Program, here: Path) -> None:
+def test_force_never_replaces_what_kvgauge_did_not_write(type_in: Program, here: Path) -> None:
     """Regression: --force once overwrote a model's own weights with an artifact."""
     (here / "weights.safetensors").write_bytes((here / "model" / "model.safetensors").read_bytes())
     before = (here / "weights.safetensors").read_bytes()
     refused = type_in(f"{CALIBRATE} --quantizer-path weights.safetensors --force")
     assert refused.status == 2
-    assert "not a file that kvcalib wrote" in refused.err
+    assert "not a file that kvgauge wrote" in refused.err
     assert (here / "weights.safetensors").read_bytes() == before
 
 
@@ -912,8 +912,8 @@ WRONG: list[tuple[str, int, list[str]]] = [
     (f"{EVALUATE} --quantizer-path folder", 1, ["folder", "got a directory"]),
     (f"{EVALUATE} --quantizer-path pointer.safetensors", 1, ["git-lfs pointer", "git lfs pull"]),
     (f"{EVALUATE} --quantizer-path junk.safetensors", 1, ["neither a safetensors file nor a pickle"]),
-    (f"{EVALUATE} --quantizer-path s.safetensors", 1, ["format kvcalib.artifact", "kvcalib.statistics"]),
-    (f"{EVALUATE} --quantizer-path model/model.safetensors", 1, ["without kvcalib metadata", "model weights"]),
+    (f"{EVALUATE} --quantizer-path s.safetensors", 1, ["format kvgauge.artifact", "kvgauge.statistics"]),
+    (f"{EVALUATE} --quantizer-path model/model.safetensors", 1, ["without kvgauge metadata", "model weights"]),
     (f"{EVALUATE} --quantizer-path nowhere.safetensors", 2, ["no such file", "none under runs/", "calibrate MODEL"]),
     (f"{EVALUATE} --quantizer-path partial.safetensors", 1, ["only some layers", "layers.1.key", "layers.1.value"]),
     (
@@ -932,7 +932,7 @@ WRONG: list[tuple[str, int, list[str]]] = [
     (f"{CALIBRATE} --recipe mine.yaml", 1, ["mine.yaml", "no such file"]),
     (f"{EVALUATE} --recipe default --abits 4", 1, ["codebooks are fitted", "calibrate"]),
     ("calibrate --from-statistics s.safetensors --stage post_rope", 1, ["post_rope", "pre_rope", "Calibrate again"]),
-    ("calibrate --from-statistics q4.safetensors", 1, ["kvcalib.statistics"]),
+    ("calibrate --from-statistics q4.safetensors", 1, ["kvgauge.statistics"]),
     ("calibrate --from-statistics nowhere.safetensors", 1, ["nowhere.safetensors: cannot be read"]),
     ("calibrate --merge s.safetensors s.safetensors", 1, ["4 of 4 windows", "the same shard twice?"]),
     ("calibrate model --bogus", 2, ["--bogus", "See calibrate --help"]),

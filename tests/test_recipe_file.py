@@ -211,7 +211,7 @@ def test_extends_is_a_known_entry(tmp_path: Path) -> None:
 # msModelSlim
 
 
-def as_kvcalib(name: str, *, symmetric: bool = True, **more: object) -> Recipe:
+def as_kvgauge(name: str, *, symmetric: bool = True, **more: object) -> Recipe:
     """What a plan of msModelSlim means."""
     entry = {"method": "uniform", "bits": 8, "per": "channel", "symmetric": symmetric}
     source = "msModelSlim, dynamic_cache: static 8-bit ranges per channel, keys after RoPE"
@@ -226,25 +226,25 @@ def test_the_plans_in_the_description_of_msmodelslim_are_read_as_they_stand(shar
     plans = [block for block in blocks if "dynamic_cache" in block]
     assert len(plans) == 2
     for plan in plans:
-        assert loaded(tmp_path, plan=plan) == as_kvcalib("plan", exclude=["model.layers.0.self_attn"])
+        assert loaded(tmp_path, plan=plan) == as_kvgauge("plan", exclude=["model.layers.0.self_attn"])
 
 
 @pytest.mark.parametrize(
     ("plan", "expected"),
     [
-        ("type: dynamic_cache\n", as_kvcalib("plan")),
-        ("- type: dynamic_cache\n  include: []\n", as_kvcalib("plan")),
-        ("type: dynamic_cache\nqconfig: {symmetric: false}\n", as_kvcalib("plan", symmetric=False)),
-        ("type: dynamic_cache\ninclude: ['*.[0-3].*']\n", as_kvcalib("plan", include=["*.[0-3].*"])),
+        ("type: dynamic_cache\n", as_kvgauge("plan")),
+        ("- type: dynamic_cache\n  include: []\n", as_kvgauge("plan")),
+        ("type: dynamic_cache\nqconfig: {symmetric: false}\n", as_kvgauge("plan", symmetric=False)),
+        ("type: dynamic_cache\ninclude: ['*.[0-3].*']\n", as_kvgauge("plan", include=["*.[0-3].*"])),
         (
             "apiversion: modelslim_v1\nmetadata: {score: 90}\ndataset: mix.jsonl\n"
             "spec:\n  process:\n  - {type: dynamic_cache, exclude: ['*.7.*']}\n  save:\n  - {type: ascendv1_saver}\n",
-            as_kvcalib("plan", exclude=["*.7.*"]),
+            as_kvgauge("plan", exclude=["*.7.*"]),
         ),
         (
             "- {type: dynamic_cache, include: ['*.0.*']}\n"
             "- {type: dynamic_cache, include: ['*.1.*'], qconfig: {symmetric: false}}\n",
-            as_kvcalib(
+            as_kvgauge(
                 "plan",
                 include=["*.0.*", "*.1.*"],
                 overrides=[{"sites": ["*.1.*"], "key": {"symmetric": False}, "value": {"symmetric": False}}],
@@ -264,7 +264,7 @@ def test_a_plan_can_be_extended(tmp_path: Path) -> None:
 def test_processors_about_something_else_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     plan = "spec:\n  process:\n  - type: linear_quant\n  - type: dynamic_cache\n"
     with caplog.at_level(logging.WARNING):
-        assert loaded(tmp_path, plan=plan) == as_kvcalib("plan")
+        assert loaded(tmp_path, plan=plan) == as_kvgauge("plan")
     assert (
         caplog.text.replace(f"{tmp_path}/", "")
         .strip()

@@ -173,8 +173,8 @@ def test_damaged_files_are_named(suffix: str, tiny_llama: LlamaForCausalLM, tmp_
 def test_files_of_other_formats_are_named(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
     path = saved(tiny_llama, tmp_path / "cache.safetensors")
     stored = read(path, FORMAT, VERSION)
-    write(path, replace(stored, format="kvcalib.artifact"))
-    with pytest.raises(CorruptArtifactError, match="expected a file of format kvcalib"):
+    write(path, replace(stored, format="kvgauge.artifact"))
+    with pytest.raises(CorruptArtifactError, match="expected a file of format kvgauge"):
         loaded(tiny_llama, path)
 
 
@@ -182,7 +182,7 @@ def test_caches_of_the_version_before_are_refused(tiny_llama: LlamaForCausalLM, 
     """Their words of mixed radix may be cut otherwise, and were read as other codes under the same version."""
     path = saved(tiny_llama, tmp_path / "cache.safetensors")
     write(path, replace(read(path, FORMAT, VERSION), version=1))
-    message = r"cache.safetensors: kvcalib.cache of format version 1; this kvcalib reads version 2\. Install"
+    message = r"cache.safetensors: kvgauge.cache of format version 1; this kvgauge reads version 2\. Install"
     with pytest.raises(UnsupportedVersionError, match=message):
         loaded(tiny_llama, path)
 

@@ -160,7 +160,7 @@ def test_batches_beyond_the_last_are_refused(log: WindowLog, tiny_llama: LlamaFo
 
 
 @pytest.mark.parametrize(
-    "content", [b"hello\n", b"{}\n", b"[1, 2]\n", b'{"format": "kvcalib.windows", "version": 9}\n']
+    "content", [b"hello\n", b"{}\n", b"[1, 2]\n", b'{"format": "kvgauge.windows", "version": 9}\n']
 )
 def test_another_file_is_left_alone(content: bytes, log: WindowLog, tiny_llama: LlamaForCausalLM) -> None:
     log.path.write_bytes(content)

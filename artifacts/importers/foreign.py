@@ -23,7 +23,7 @@ class Opened:
     artifact : Artifact
         Ready to run.
     notices : tuple of str
-        What a foreign file did not say and what was assumed; empty for a kvcalib file.
+        What a foreign file did not say and what was assumed; empty for a kvgauge file.
     """
 
     artifact: Artifact
@@ -31,7 +31,7 @@ class Opened:
 
 
 def open_artifact(path: str | Path, hints: Hints | None = None) -> Opened:
-    """Reads an artifact of kvcalib, KVQuant, LLaMA3-simquant or msModelSlim, told apart by content.
+    """Reads an artifact of kvgauge, KVQuant, LLaMA3-simquant or msModelSlim, told apart by content.
 
     Parameters
     ----------
@@ -64,7 +64,7 @@ def open_artifact(path: str | Path, hints: Hints | None = None) -> Opened:
 def _is_foreign_pickle(path: Path) -> bool:
     with path.open("rb") as file:
         head = file.read(64)
-    return head[:1] == b"\x80" and head[8:9] != b"{" and b"kvcalib" not in head
+    return head[:1] == b"\x80" and head[8:9] != b"{" and b"kvgauge" not in head
 
 
 def _opened(path: Path, tool: str, quantizers: Mapping[Site, Quantizer], notices: list[str], hints: Hints) -> Opened:

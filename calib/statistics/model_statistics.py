@@ -31,7 +31,7 @@ from calib.statistics.token_batch import TokenBatch
 from calib.threads import for_each
 from calib.windows import merge_sketches
 
-FORMAT = "kvcalib.statistics"
+FORMAT = "kvgauge.statistics"
 
 
 class ModelStatistics:

@@ -22,7 +22,7 @@ class Origin:
     seed : int or None
         Seed of the window sampling.
     tool_version : str
-        The kvcalib that took them.
+        The kvgauge that took them.
     start_token : int or None
         What every window was begun with, where it was.
     """

@@ -12,7 +12,7 @@ from scripts.report.site_findings import FIRST_POSITIONS, Seen, drift, look, sit
 from scripts.report.value_views import value_views, worst_sites
 from scripts.report.verdict import verdict
 
-FORMAT = "kvcalib.report"
+FORMAT = "kvgauge.report"
 VERSION = 2
 
 

@@ -29,7 +29,7 @@ def origins(run: ReportedRun) -> dict[str, Any]:
         "artifact": _artifact(run.quantizers) if isinstance(run.quantizers, Artifact) else None,
         "error_windows": {"n_windows": len(run.windows), "n_tokens": run.windows.numel()},
         "versions": {
-            "kvcalib": tool_version(),
+            "kvgauge": tool_version(),
             "python": platform.python_version(),
             "torch": version("torch"),
             "transformers": version("transformers"),

@@ -24,7 +24,7 @@ _STYLE: Any = {
     "legend.fontsize": 10,
     "savefig.facecolor": "none",
     "svg.fonttype": "none",
-    "svg.hashsalt": "kvcalib",
+    "svg.hashsalt": "kvgauge",
 }
 _COLOURS = {
     f"#{colour}": f"var(--c{number})"

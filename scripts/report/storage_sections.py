@@ -62,7 +62,7 @@ def _artifact(artifact: Found | None) -> Iterator[tuple[str, str]]:
         return
     corpus = artifact["calibration"]
     yield "artifact digest", artifact["digest"]
-    yield "recipe", f"{artifact['recipe']}: {artifact['source']}, fitted by kvcalib {artifact['tool_version']}"
+    yield "recipe", f"{artifact['recipe']}: {artifact['source']}, fitted by kvgauge {artifact['tool_version']}"
     yield (
         "calibrated on",
         f"{corpus['text']}, {corpus['n_windows']} windows of {corpus['seqlen']} tokens, seed {corpus['seed']}, "

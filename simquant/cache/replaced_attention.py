@@ -21,7 +21,7 @@ from simquant.cache.block_attention import Scoring
 Handler = Callable[[Tensor, Tensor, Tensor, Bool[Tensor, "batch queries tokens"], Scoring], Tensor]
 """Gets query, key and value "batch heads tokens head_dim", what is visible, and how to score."""
 
-_NAME = "kvcalib"
+_NAME = "kvgauge"
 _HANDLERS: dict[nn.Module, Handler] = {}
 _REPLACED: dict[int, tuple[str | None, int]] = {}
 """Implementation that was chosen before, and contexts that replace it, by the id of a configuration."""

@@ -18,7 +18,7 @@ from simquant.cache.tensor_pool import TensorPool
 from simquant.cache.transformers_cache import PackedCache
 from simquant.evaluation.evaluation_settings import quantizers_digest, weights_digest
 
-FORMAT = "kvcalib.cache"
+FORMAT = "kvgauge.cache"
 VERSION = 2
 """Under version 1 there are two cuts of mixed-radix words in use, and codes do not say which tokens share scales."""
 

@@ -56,7 +56,7 @@ def evaluation_settings(
         "scored": _sha256([np.array(scored.n_scored)]),
         "quantizers": [quantizers_digest(run.quantizers) for run in runs],
         "protocols": [repr(run.protocol) for run in runs],
-        "versions": {"kvcalib": tool_version(), "torch": str(torch.__version__)},
+        "versions": {"kvgauge": tool_version(), "torch": str(torch.__version__)},
     }
 
 
@@ -68,7 +68,7 @@ def quantizers_digest(quantizers: Mapping[Site, Quantizer]) -> str:
         for site, quantizer in quantizers.items()
         for name, tensor in quantizer.tensors().items()
     }
-    return Stored(format="kvcalib.quantizers", header=header, arrays=arrays).digest
+    return Stored(format="kvgauge.quantizers", header=header, arrays=arrays).digest
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from artifacts.storage import canonical_json
 from artifacts.whole_file import write_whole
 
-_FORMAT = "kvcalib.windows"
+_FORMAT = "kvgauge.windows"
 _VERSION = 2
 
 

@@ -31,7 +31,7 @@ class Missing:
 
     def __getitem__(self, grid: object) -> NoReturn:
         raise ImportError(
-            "simquant.kernels: Triton is needed to run a kernel and is not installed; pip install 'kvcalib[triton]'"
+            "simquant.kernels: Triton is needed to run a kernel and is not installed; pip install 'kvgauge[triton]'"
         )
 
 
