@@ -30,7 +30,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(STAMP)  ## calibrate and evaluate the bundled model at 4, 3 and 2 bits
-	$(BIN)/python -m scripts.demo
+	$(BIN)/kvgauge demo
 
 test: $(STAMP)  ## run the whole suite: tests and the examples in docstrings
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from artifacts.artifact import Artifact, load, save
-    from artifacts.attention import attention_layers, site_table
     from artifacts.codes import Codes
     from artifacts.errors import (
         ArtifactError,
@@ -20,13 +19,14 @@ if TYPE_CHECKING:
         UnsupportedVersionError,
     )
     from artifacts.manifest import Manifest
+    from artifacts.model.attention import attention_layers, site_table
     from artifacts.quantizer import Quantizer
     from artifacts.sites import Site
     from artifacts.spec import QuantSpec
 
 _HOME = {
     "artifact": ("Artifact", "load", "save"),
-    "attention": ("attention_layers", "site_table"),
+    "model.attention": ("attention_layers", "site_table"),
     "codes": ("Codes",),
     "errors": (
         "ArtifactError",

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from artifacts.errors import CorruptArtifactError, MismatchError
-from artifacts.kinds import build
 from artifacts.manifest import Manifest
 from artifacts.quantizer import Quantizer
+from artifacts.registry import build
 from artifacts.sites import Site
 from artifacts.storage import Array, Stored, naming, read, write
 

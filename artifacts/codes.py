@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from artifacts.span import Span
+from artifacts.coding.span import Span
 
 _ONE_EACH = Span()
 

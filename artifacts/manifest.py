@@ -54,7 +54,7 @@ class Manifest:
     specs : Mapping[Site, QuantSpec]
         What stands at each site.
     model : Mapping[str, Any]
-        Fingerprint of the model (see `artifacts.fingerprint`).
+        Fingerprint of the model (see `artifacts.model.fingerprint`).
     model_id : str or None
         Hub id; None for a local folder, whose path is nobody else's business.
     corpus : Corpus

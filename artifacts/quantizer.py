@@ -18,8 +18,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from artifacts.codes import Codes
+from artifacts.coding.finite import answered_together, expect_finite
 from artifacts.errors import MismatchError, NonFiniteError
-from artifacts.finite import answered_together, expect_finite
 from artifacts.sites import Site
 from artifacts.spec import QuantSpec
 

@@ -18,7 +18,7 @@ class QuantSpec:
     Parameters
     ----------
     kind : str
-        Name of the quantizer class in the closed table `artifacts.kinds.KINDS`.
+        Name of the quantizer class in the closed table `artifacts.registry.KINDS`.
     options : Mapping[str, int | float | bool | str]
         The class's own settings by name, such as `bits` and `channels`.
     inner : QuantSpec or None

@@ -1,11 +1,11 @@
 """How quantizers are found: text, statistics, estimators, recipes."""
 
 from calib.calibration import calibrate
-from calib.corpus import Corpus, CorpusError, load_corpus
-from calib.fitting import fit
-from calib.recipe import Recipe, RecipeError, load_recipe, shipped_recipes
+from calib.fitting.fit import fit
+from calib.recipe.recipe import Recipe, RecipeError, load_recipe, shipped_recipes
 from calib.statistics.model_statistics import ModelStatistics
-from calib.windows import sample_windows, split_windows
+from calib.text.corpus import Corpus, CorpusError, load_corpus
+from calib.text.windows import sample_windows, split_windows
 
 __all__ = [
     "Corpus",

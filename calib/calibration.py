@@ -10,20 +10,20 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 
 from artifacts.artifact import Artifact
-from artifacts.attention import AttentionLayer, attention_layers
-from artifacts.evidence import text_config
-from artifacts.fingerprint import model_fingerprint
 from artifacts.manifest import tool_version
+from artifacts.model.attention import AttentionLayer, attention_layers
+from artifacts.model.evidence import text_config
+from artifacts.model.fingerprint import model_fingerprint
+from artifacts.model.hooks import evaluating
 from artifacts.sites import Stage
-from artifacts.taps import evaluating
 from calib.capture import collect, single_windows, site_shapes
-from calib.fitting import fit
-from calib.layer_choice import check
-from calib.recipe import Recipe, load_recipe
+from calib.fitting.fit import fit
+from calib.recipe.layer_choice import check
+from calib.recipe.recipe import Recipe, load_recipe
 from calib.statistics.model_statistics import ModelStatistics
 from calib.statistics.origin import Origin
 from calib.statistics.site_statistics import Tier
-from calib.windows import NGRAM_TOKENS, check_vocabulary, merge_sketches, ngram_sketch
+from calib.text.windows import NGRAM_TOKENS, check_vocabulary, merge_sketches, ngram_sketch
 
 _LOG = logging.getLogger(__name__)
 

@@ -8,15 +8,15 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from artifacts.attention import AttentionLayer, tapped
 from artifacts.errors import UnsupportedModelError
-from artifacts.layout import to_rows
+from artifacts.model.attention import AttentionLayer, tapped
+from artifacts.model.hooks import check_seen
+from artifacts.model.layout import to_rows
 from artifacts.sites import Site, Stage
-from artifacts.taps import check_seen
 from calib.statistics.model_statistics import ModelStatistics
 from calib.statistics.site_statistics import SiteShape
 from calib.statistics.token_batch import TokenBatch
-from calib.windows import window_digests
+from calib.text.windows import window_digests
 
 Vectors = dict[Site, Float[Tensor, "_ _"]]
 

@@ -1,30 +1,30 @@
 """How quantizers are used: inside attention, and measured there."""
 
-from artifacts.transformers_release import cache_argument, check_release
+from artifacts.model.transformers_release import cache_argument, check_release
 
 check_release()  # before the first import that depends on it
 
 from simquant.cache.errors import CacheStateError
 from simquant.cache.packed import packed_cache
-from simquant.cache.policy import CachePolicy, Window
-from simquant.cache.saved_cache import load_cache, save_cache
+from simquant.cache.saving.saved_cache import load_cache, save_cache
 from simquant.cache.transformers_cache import PackedCache
+from simquant.compat.fake_quant import fake_quant_cache
+from simquant.compat.fake_quant_cache import FakeQuantCache
+from simquant.compat.kivi import KIVISettings, memory_savings
+from simquant.compat.kivi_cache import KIVICache
+from simquant.compat.kivi_patch import patch_model, unpatch_model
+from simquant.compat.scope_options import from_scope_options
 from simquant.evaluate import NothingQuantizedError, evaluate, evaluate_each, perplexity
 from simquant.evaluation.clipping import clipped_shares, drift_warning
-from simquant.evaluation.decode import decode_exact
 from simquant.evaluation.result import EvalResult
 from simquant.evaluation.scored_targets import ScoredTargets, strided_windows
-from simquant.evaluation.site_losses import SiteLoss, loss_shares, site_losses
-from simquant.evaluation.steps import Steps
 from simquant.evaluation.window_log import WindowLog, WindowLogError
-from simquant.eviction.eviction import Eviction
-from simquant.eviction.scope_options import from_scope_options
-from simquant.fake_quant.fake_quant import fake_quant_cache
-from simquant.fake_quant.fake_quant_cache import FakeQuantCache
-from simquant.kivi.kivi import KIVISettings, memory_savings
-from simquant.kivi.kivi_cache import KIVICache
-from simquant.kivi.kivi_patch import patch_model, unpatch_model
+from simquant.policy.eviction import Eviction
+from simquant.policy.policy import CachePolicy, Window
+from simquant.protocols.decode import decode_exact
+from simquant.protocols.steps import Steps
 from simquant.simulate import simulate
+from simquant.site_losses import SiteLoss, loss_shares, site_losses
 from simquant.usage import Usage
 
 __all__ = [

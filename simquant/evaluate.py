@@ -10,24 +10,23 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 
 from artifacts.artifact import Artifact
-from artifacts.attention import AttentionLayer, attention_layers
+from artifacts.model.attention import AttentionLayer, attention_layers
+from artifacts.model.hooks import evaluating
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
-from artifacts.taps import evaluating
-from simquant.cache.cacheable import default_policy
-from simquant.cache.policy import CachePolicy
 from simquant.evaluation.batch_scores import BatchScores, read_batches
 from simquant.evaluation.evaluation_run import EvaluationRun, NothingQuantizedError
 from simquant.evaluation.evaluation_settings import evaluation_settings
 from simquant.evaluation.figures import Normalization, clustered_mean, perplexity_of
 from simquant.evaluation.identity_check import check_identity
-from simquant.evaluation.protocols import Protocol, ProtocolName
 from simquant.evaluation.result import EvalResult
 from simquant.evaluation.scored_targets import ScoredTargets, scored_targets
 from simquant.evaluation.scoring import ScoredLogits, check_logits, window_logits
-from simquant.evaluation.steps import Steps
 from simquant.evaluation.window_log import WindowLog
-from simquant.simulate import check_coverage
+from simquant.policy.checks import check_coverage, default_policy
+from simquant.policy.policy import CachePolicy
+from simquant.protocols.protocol import Protocol, ProtocolName
+from simquant.protocols.steps import Steps
 
 __all__ = ["NothingQuantizedError", "clustered_mean", "evaluate", "evaluate_each", "perplexity"]
 

@@ -8,17 +8,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from artifacts.artifact import Artifact
-from artifacts.attention import AttentionLayer, attention_layers, tapped
-from artifacts.errors import MismatchError
-from artifacts.fingerprint import model_fingerprint
-from artifacts.finite import answered_each_step
-from artifacts.layout import from_rows, to_rows
+from artifacts.coding.finite import answered_each_step
+from artifacts.model.attention import AttentionLayer, attention_layers, tapped
+from artifacts.model.layout import from_rows, to_rows
 from artifacts.quantizer import Context, Quantizer
 from artifacts.sites import Site
-from simquant.cache.cacheable import default_policy
-from simquant.cache.decoded_sources import DecodedSources
-from simquant.cache.policy import CachePolicy
-from simquant.cache.tokens import Tokens, watch_tokens
+from simquant.cache.attention.tokens import Tokens, watch_tokens
+from simquant.cache.store.decoded_sources import DecodedSources
+from simquant.policy.checks import check_fit, default_policy
+from simquant.policy.policy import CachePolicy
 from simquant.usage import Usage, counted_passes
 
 
@@ -75,48 +73,6 @@ def simulate(
         stack.enter_context(tapped(layers, handlers))
         stack.enter_context(counted_passes(model, usage))
         yield usage
-
-
-def check_fit(
-    model: nn.Module,
-    quantizers: Artifact | Mapping[Site, Quantizer],
-    layers: Sequence[AttentionLayer],
-) -> None:
-    """The quantizers were made for the model, and for all of its layers.
-
-    Raises
-    ------
-    MismatchError
-        If the artifact was made for another model, or covers only some layers.
-    """
-    if isinstance(quantizers, Artifact):
-        quantizers.check_model(model_fingerprint(model, layers, None))
-    check_coverage(quantizers, layers)
-
-
-def check_coverage(quantizers: Mapping[Site, Quantizer], layers: Sequence[AttentionLayer]) -> None:
-    """There is one quantizer for the keys and one for the values of every layer.
-
-    Raises
-    ------
-    MismatchError
-        If some are missing, or stand for layers that the model does not have.
-    """
-    for site in quantizers:
-        if site.tensor == "query" or (site.stage == "post_rope" and Site(site.layer, "key", "pre_rope") in quantizers):
-            raise MismatchError(
-                f"artifact: {site} cannot be quantized: queries are not cached, and keys at one stage only"
-            )
-    wanted = {(layer.layer, tensor) for layer in layers for tensor in ("key", "value")}
-    given = {(site.layer, site.tensor) for site in quantizers}
-    exact = "A layer that shall stay exact carries the quantizer 'identity'; otherwise calibrate all layers."
-    for problem, places, advice in (
-        ("covers only some layers; missing", wanted - given, exact),
-        ("has no place in the model for", given - wanted, "Was it made for another model?"),
-    ):
-        if places:
-            names = ", ".join(f"layers.{layer}.{tensor}" for layer, tensor in sorted(places)[:6])
-            raise MismatchError(f"artifact: it {problem} {names}{', ...' if len(places) > 6 else ''}. {advice}")
 
 
 def _handler(

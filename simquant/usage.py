@@ -10,11 +10,11 @@ from typing import Any
 from torch import nn
 
 from artifacts.codes import Codes
+from artifacts.model.hooks import check_seen
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
-from artifacts.taps import check_seen
-from simquant.cache.token_store import TokenStore
-from simquant.fake_quant.stored import Stored
+from simquant.cache.store.token_store import TokenStore
+from simquant.stored import Stored
 
 CONTEXT_TOKENS = (2048, 32768, 131072)
 """Context lengths over which static bytes are spread in reports."""

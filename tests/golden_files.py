@@ -16,34 +16,34 @@ import torch
 from random_models import random_llama
 from torch import Tensor
 
-from artifacts.affine import Affine
 from artifacts.artifact import Artifact, load, save
-from artifacts.block_float import BlockFloat
-from artifacts.centred import Centred
-from artifacts.codebook import Codebook, DynamicCodebook
 from artifacts.codes import Codes
-from artifacts.compact_sparse import CompactSparse
-from artifacts.dynamic_affine import DynamicAffine
-from artifacts.entropy_coded import EntropyCoded
-from artifacts.float8 import DynamicFloat8, Float8
-from artifacts.hadamard import Hadamard
-from artifacts.identity import Identity
+from artifacts.coding.mixed_radix import MixedRadix
 from artifacts.manifest import Corpus, Manifest
-from artifacts.mixed_codebook import MixedCodebook
-from artifacts.mixed_radix import MixedRadix
-from artifacts.normalised import Normalised
-from artifacts.predicted import Predicted
 from artifacts.quantizer import Quantizer
-from artifacts.rotated import Rotated
-from artifacts.signed_affine import SignedAffine
+from artifacts.quantizers.affine import Affine
+from artifacts.quantizers.block_float import BlockFloat
+from artifacts.quantizers.centred import Centred
+from artifacts.quantizers.codebook import Codebook, DynamicCodebook
+from artifacts.quantizers.compact_sparse import CompactSparse
+from artifacts.quantizers.dynamic_affine import DynamicAffine
+from artifacts.quantizers.entropy_coded import EntropyCoded
+from artifacts.quantizers.float8 import DynamicFloat8, Float8
+from artifacts.quantizers.hadamard import Hadamard
+from artifacts.quantizers.identity import Identity
+from artifacts.quantizers.mixed_codebook import MixedCodebook
+from artifacts.quantizers.normalised import Normalised
+from artifacts.quantizers.predicted import Predicted
+from artifacts.quantizers.rotated import Rotated
+from artifacts.quantizers.signed_affine import SignedAffine
+from artifacts.quantizers.sparse import PercentileSparse, RankSparse, ThresholdSparse
+from artifacts.quantizers.streaming import Streaming
 from artifacts.sites import Site
-from artifacts.sparse import PercentileSparse, RankSparse, ThresholdSparse
 from artifacts.storage import Stored, read, write
-from artifacts.streaming import Streaming
 from simquant import CachePolicy, Eviction, packed_cache, save_cache
-from simquant.cache.cache_record import CacheReader, codes_record
-from simquant.cache.rotary_tables import RotaryTables
-from simquant.cache.tensor_pool import TensorPool, take
+from simquant.cache.saving.cache_record import CacheReader, codes_record
+from simquant.cache.saving.tensor_pool import TensorPool, take
+from simquant.cache.store.rotary_tables import RotaryTables
 from simquant.cache.transformers_cache import PackedCache
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -325,7 +325,7 @@ def fill(cache: PackedCache, case: CacheCase) -> None:
 
 
 def save_golden_cache(cache: PackedCache, path: Path) -> None:
-    with patch("simquant.cache.saved_cache.tool_version", lambda: "0.0.0"):
+    with patch("simquant.cache.saving.saved_cache.tool_version", lambda: "0.0.0"):
         save_cache(cache, path)
 
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from scripts import train_demo_model, untrained_demo_model
-from scripts.train_demo_model import Phase, Training
+from scripts.demo_model import train as train_demo_model
+from scripts.demo_model import untrained as untrained_demo_model
+from scripts.demo_model.train import Phase, Training
 
 
 @pytest.fixture(autouse=True)

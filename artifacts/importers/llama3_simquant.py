@@ -6,14 +6,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from artifacts.codebook import Codebook
 from artifacts.errors import CorruptArtifactError
 from artifacts.importers import tables
 from artifacts.importers.hints import Hints
 from artifacts.importers.tables import Table
 from artifacts.quantizer import Quantizer
+from artifacts.quantizers.codebook import Codebook
+from artifacts.quantizers.sparse import PercentileSparse, ThresholdSparse
 from artifacts.sites import Site
-from artifacts.sparse import PercentileSparse, ThresholdSparse
 from artifacts.storage import naming
 
 

@@ -13,10 +13,10 @@ from jaxtyping import Float32
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from artifacts.affine import Affine
 from artifacts.errors import ArtifactError, CorruptArtifactError
 from artifacts.importers.layer_names import text_sites
 from artifacts.quantizer import Quantizer
+from artifacts.quantizers.affine import Affine
 from artifacts.sites import Site
 from artifacts.storage import naming
 

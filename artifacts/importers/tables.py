@@ -6,15 +6,15 @@ import torch
 from jaxtyping import Float16, Float32, Float64
 from torch import Tensor
 
-from artifacts.affine import Affine
-from artifacts.codebook import Codebook, DynamicCodebook
-from artifacts.dynamic_affine import DynamicAffine
 from artifacts.errors import CorruptArtifactError
 from artifacts.importers.hints import Hints
 from artifacts.importers.layer_names import text_sites
 from artifacts.quantizer import Quantizer
+from artifacts.quantizers.affine import Affine
+from artifacts.quantizers.codebook import Codebook, DynamicCodebook
+from artifacts.quantizers.dynamic_affine import DynamicAffine
+from artifacts.quantizers.sparse import PercentileSparse, ThresholdSparse
 from artifacts.sites import Site
-from artifacts.sparse import PercentileSparse, ThresholdSparse
 
 _NARROWEST = 2.0**-100
 """Scale of a channel whose range is a point: beside its offset every level vanishes."""

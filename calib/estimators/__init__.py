@@ -4,20 +4,20 @@ from typing import Annotated
 
 from pydantic import Field
 
-from calib.estimators.allotted import AllottedEstimator
 from calib.estimators.centred import CentredEstimator
 from calib.estimators.codebook import CodebookEstimator
-from calib.estimators.compact import CompactSparseEstimator
+from calib.estimators.compact_sparse import CompactSparseEstimator
 from calib.estimators.entropy_coded import EntropyCodedEstimator
 from calib.estimators.estimator import Allowance, Estimator, Fit
 from calib.estimators.floats import BlockFloatEstimator, Float8Estimator
 from calib.estimators.hadamard import HadamardEstimator
 from calib.estimators.identity import IdentityEstimator
+from calib.estimators.mixed_codebook import AllottedEstimator
 from calib.estimators.normalised import NormalisedEstimator
 from calib.estimators.outliers import Outliers
 from calib.estimators.predicted import PredictedEstimator
 from calib.estimators.rotated import RotatedEstimator
-from calib.estimators.signed import SignedEstimator
+from calib.estimators.signed_affine import SignedEstimator
 from calib.estimators.streaming import StreamingEstimator
 from calib.estimators.uniform import UniformEstimator
 

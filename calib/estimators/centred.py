@@ -2,8 +2,8 @@
 
 from typing import Literal, final
 
-from artifacts.centred import Centred
 from artifacts.quantizer import Quantizer
+from artifacts.quantizers.centred import Centred
 from calib.estimators.estimator import Fit
 from calib.estimators.wrapping import WrappingEstimator
 from calib.statistics.site_statistics import SiteShape, SiteStatistics

@@ -7,8 +7,8 @@ from jaxtyping import Float16, Float64
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from artifacts.codebook import Codebook, DynamicCodebook
 from artifacts.quantizer import Quantizer
+from artifacts.quantizers.codebook import Codebook, DynamicCodebook
 from calib.estimators.codebook_levels import Levels, fitted, fixed
 from calib.estimators.estimator import EXACT, Estimator, Fit
 from calib.estimators.normal_values import (

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from calib.estimators.fixed_levels import fixed_levels
 from calib.estimators.normal_values import Histogram
-from calib.kmeans import kmeans_1d
+from calib.solvers.kmeans import kmeans_1d
 
 FixedLevels = Literal["normal_float", "gaussian", "laplace"]
 Levels = Literal["fitted", "normal_float", "gaussian", "laplace"]

@@ -6,10 +6,10 @@ from typing import Literal, final
 import torch
 from pydantic import Field
 
-from artifacts.entropy_coded import EntropyCoded, mean_entropy
 from artifacts.quantizer import Quantizer
+from artifacts.quantizers.entropy_coded import EntropyCoded, mean_entropy
 from calib.estimators.estimator import Allowance, Estimator, Fit
-from calib.estimators.index_counts import trade, with_rate
+from calib.solvers.index_counts import trade, with_rate
 from calib.statistics.site_statistics import SiteShape, SiteStatistics
 
 _LEAST_BITS, _MOST_BITS = 0.01, 8.0

@@ -9,7 +9,7 @@ from scipy import stats
 from torch import Tensor
 
 from artifacts.importers.tables import normal_float
-from calib.kmeans import kmeans_1d
+from calib.solvers.kmeans import kmeans_1d
 
 Distribution = Literal["gaussian", "laplace"]
 

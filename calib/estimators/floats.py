@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from artifacts.block_float import LARGEST_PER_TENSOR_SCALE, BlockFloat, BlockFormat
-from artifacts.float8 import DynamicFloat8, Float8, Float8Format, largest_float8
 from artifacts.quantizer import Quantizer
+from artifacts.quantizers.block_float import LARGEST_PER_TENSOR_SCALE, BlockFloat, BlockFormat
+from artifacts.quantizers.float8 import DynamicFloat8, Float8, Float8Format, largest_float8
 from calib.estimators.estimator import EXACT, Estimator, Fit
 from calib.statistics.site_statistics import SiteShape, SiteStatistics
 

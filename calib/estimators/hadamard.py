@@ -7,9 +7,9 @@ from jaxtyping import Int8
 from pydantic import Field
 from torch import Tensor
 
-from artifacts.hadamard import Hadamard
-from artifacts.identity import Identity
 from artifacts.quantizer import Quantizer
+from artifacts.quantizers.hadamard import Hadamard
+from artifacts.quantizers.identity import Identity
 from calib.estimators.estimator import Fit
 from calib.estimators.wrapping import WrappingEstimator
 from calib.statistics.site_statistics import SiteShape, SiteStatistics

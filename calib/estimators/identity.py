@@ -2,8 +2,8 @@
 
 from typing import Literal, final
 
-from artifacts.identity import Identity
 from artifacts.quantizer import Quantizer
+from artifacts.quantizers.identity import Identity
 from calib.estimators.estimator import EXACT, Estimator, Fit
 from calib.statistics.site_statistics import SiteShape, SiteStatistics
 

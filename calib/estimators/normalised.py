@@ -4,8 +4,8 @@ from typing import Literal, final
 
 import torch
 
-from artifacts.normalised import Normalised
 from artifacts.quantizer import Quantizer
+from artifacts.quantizers.normalised import Normalised
 from calib.estimators.estimator import Fit
 from calib.estimators.wrapping import WrappingEstimator
 from calib.statistics.site_statistics import SiteShape, SiteStatistics

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from artifacts.quantizer import Quantizer
-from artifacts.sparse import PercentileSparse, RankSparse, ThresholdSparse
+from artifacts.quantizers.sparse import PercentileSparse, RankSparse, ThresholdSparse
 from calib.estimators.ranges import Ranges
 
 

@@ -9,13 +9,13 @@ from jaxtyping import Float16, Float32, Float64
 from pydantic import Field
 from torch import Tensor
 
-from artifacts.identity import Identity
-from artifacts.predicted import Predicted
 from artifacts.quantizer import Quantizer
+from artifacts.quantizers.identity import Identity
+from artifacts.quantizers.predicted import Predicted
 from artifacts.sites import Site
 from calib.estimators.estimator import Fit
-from calib.estimators.predictor import fit_predictor, held_out_shrinkage
 from calib.estimators.wrapping import WrappingEstimator
+from calib.solvers.predictor import fit_predictor, held_out_shrinkage
 from calib.statistics.site_statistics import SiteShape, SiteStatistics
 from calib.statistics.sources import Sources
 

@@ -8,9 +8,9 @@ from jaxtyping import Float64
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from artifacts.identity import Identity
 from artifacts.quantizer import Quantizer
-from artifacts.rotated import Rotated
+from artifacts.quantizers.identity import Identity
+from artifacts.quantizers.rotated import Rotated
 from calib.estimators.estimator import Fit
 from calib.estimators.wrapping import WrappingEstimator
 from calib.statistics.site_statistics import SiteShape, SiteStatistics

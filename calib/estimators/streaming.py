@@ -5,7 +5,7 @@ from typing import Literal, final
 from pydantic import Field, model_validator
 
 from artifacts.quantizer import Quantizer
-from artifacts.streaming import Streaming
+from artifacts.quantizers.streaming import Streaming
 from calib.estimators.estimator import EXACT, Estimator, Fit
 from calib.statistics.site_statistics import SiteShape, SiteStatistics
 

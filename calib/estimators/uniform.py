@@ -7,9 +7,9 @@ from jaxtyping import Float32
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from artifacts.affine import Affine
-from artifacts.dynamic_affine import DynamicAffine
 from artifacts.quantizer import Quantizer
+from artifacts.quantizers.affine import Affine
+from artifacts.quantizers.dynamic_affine import DynamicAffine
 from calib.estimators.estimator import EXACT, Estimator, Fit
 from calib.estimators.outliers import Outliers
 from calib.estimators.range_search import best_ratios

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from artifacts.errors import NonFiniteError
 from artifacts.sites import Site
-from calib.threads import for_each
+from calib.solvers.threads import for_each
 
 Vectors = Mapping[Site, Float[Tensor, "_ _"]]
 

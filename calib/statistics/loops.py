@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from calib.compiled import compiled
+from calib.solvers.compiled import compiled
 
 Floats = NDArray[np.float32]
 Weights = NDArray[np.float64] | None

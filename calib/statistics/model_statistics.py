@@ -15,6 +15,7 @@ from artifacts.errors import ArtifactError, CorruptArtifactError, MismatchError
 from artifacts.manifest import Corpus
 from artifacts.sites import Site
 from artifacts.storage import Stored, read, write
+from calib.solvers.threads import for_each
 from calib.statistics.checks import Vectors, check_vectors
 from calib.statistics.moments import CrossMoments
 from calib.statistics.origin import Origin
@@ -28,8 +29,7 @@ from calib.statistics.site_statistics import (
     Tier,
 )
 from calib.statistics.token_batch import TokenBatch
-from calib.threads import for_each
-from calib.windows import merge_sketches
+from calib.text.windows import merge_sketches
 
 FORMAT = "kvgauge.statistics"
 

@@ -8,23 +8,22 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from artifacts.artifact import Artifact
-from artifacts.attention import AttentionLayer, attention_layers, tapped
+from artifacts.coding.finite import answered_each_step
 from artifacts.errors import MismatchError
-from artifacts.finite import answered_each_step
+from artifacts.model.attention import AttentionLayer, attention_layers, tapped
+from artifacts.model.transformers_release import named_arguments, parameters, passed_cache
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
-from artifacts.transformers_release import named_arguments, parameters, passed_cache
 from simquant.cache.arrival import Arrival
-from simquant.cache.block_attention import Scoring, attend
-from simquant.cache.cacheable import check_cacheable, default_policy
-from simquant.cache.decoded_sources import DecodedSources
-from simquant.cache.layer_store import LayerStore
-from simquant.cache.policy import CachePolicy
-from simquant.cache.replaced_attention import Handler, attention_replaced, check_handed
-from simquant.cache.tokens import Tokens, watch_tokens
+from simquant.cache.attention.block_attention import Scoring, attend
+from simquant.cache.attention.replaced_attention import Handler, attention_replaced, check_handed
+from simquant.cache.attention.tokens import Tokens, watch_tokens
+from simquant.cache.evictor import Evictor, Reading, check_evictable
+from simquant.cache.store.decoded_sources import DecodedSources
+from simquant.cache.store.layer_store import LayerStore
 from simquant.cache.transformers_cache import PackedCache
-from simquant.eviction.evictor import Evictor, Reading, check_evictable
-from simquant.simulate import check_fit
+from simquant.policy.checks import check_cacheable, check_fit, default_policy
+from simquant.policy.policy import CachePolicy
 
 
 @contextmanager

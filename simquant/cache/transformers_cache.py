@@ -10,10 +10,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from artifacts.errors import MismatchError
 from simquant.cache.arrival import Arrival
-from simquant.cache.decoded_sources import DecodedSources
 from simquant.cache.errors import CacheStateError
-from simquant.cache.layer_store import LayerStore
-from simquant.cache.rotary_tables import RotaryTables
+from simquant.cache.store.decoded_sources import DecodedSources
+from simquant.cache.store.layer_store import LayerStore
+from simquant.cache.store.rotary_tables import RotaryTables
 
 
 class PackedLayer(CacheLayerMixin):

@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from artifacts.attention import AttentionLayer, rotate, tapped
-from artifacts.layout import from_rows, to_rows
+from artifacts.model.attention import AttentionLayer, rotate, tapped
+from artifacts.model.hooks import evaluating
+from artifacts.model.layout import from_rows, to_rows
+from artifacts.model.rope import position_tables
 from artifacts.quantizer import Context, Quantizer
-from artifacts.rope import position_tables
 from artifacts.sites import Site
-from artifacts.taps import evaluating
 
 
 class WindowSites:

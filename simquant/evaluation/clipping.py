@@ -7,14 +7,13 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from artifacts.artifact import Artifact
-from artifacts.attention import AttentionLayer, attention_layers, tapped
-from artifacts.layout import to_rows
+from artifacts.model.attention import AttentionLayer, attention_layers, tapped
+from artifacts.model.hooks import evaluating
+from artifacts.model.layout import to_rows
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
-from artifacts.taps import evaluating
-from simquant.cache.cacheable import default_policy
 from simquant.evaluation.scoring import window_logits
-from simquant.simulate import check_coverage
+from simquant.policy.checks import check_coverage, default_policy
 
 _RISE = 3
 """How many times the expected share is no chance: windows are correlated, so that a share doubles now and then."""

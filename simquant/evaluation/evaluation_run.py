@@ -8,18 +8,18 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 
 from artifacts.artifact import Artifact
-from artifacts.attention import AttentionLayer
-from artifacts.evidence import text_config
+from artifacts.model.attention import AttentionLayer
+from artifacts.model.evidence import text_config
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
 from simquant.evaluation.batch_scores import BatchScores
 from simquant.evaluation.costs import Costs
 from simquant.evaluation.figures import Normalization, figures
-from simquant.evaluation.protocols import Protocol
 from simquant.evaluation.report import protocol_line, stored_bits, worse_than_guessing
 from simquant.evaluation.result import EvalResult
 from simquant.evaluation.scored_targets import ScoredTargets
 from simquant.evaluation.scoring import ScoredLogits, Scores, check_logits, score, window_logits
+from simquant.protocols.protocol import Protocol
 from simquant.usage import Usage
 
 

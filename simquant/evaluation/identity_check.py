@@ -7,13 +7,13 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
-from artifacts.attention import AttentionLayer
 from artifacts.errors import UnsupportedModelError
-from artifacts.identity import Identity
-from simquant.cache.policy import CachePolicy
+from artifacts.model.attention import AttentionLayer
+from artifacts.quantizers.identity import Identity
 from simquant.evaluation.evaluation_run import EvaluationRun
 from simquant.evaluation.scoring import window_logits
-from simquant.evaluation.steps import Steps
+from simquant.policy.policy import CachePolicy
+from simquant.protocols.steps import Steps
 
 _TOKENS = 8
 _STEPS = Steps(prefill_tokens=4)

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
-from simquant.cache.policy import TENSORS, CachePolicy
-from simquant.evaluation.protocols import Protocol
 from simquant.evaluation.scored_targets import ScoredTargets
-from simquant.evaluation.steps import Steps
+from simquant.policy.policy import TENSORS, CachePolicy
+from simquant.protocols.protocol import Protocol
+from simquant.protocols.steps import Steps
 from simquant.usage import CONTEXT_TOKENS, Usage
 
 

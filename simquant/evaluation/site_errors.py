@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from artifacts.model.hooks import AttentionLayer
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
-from artifacts.taps import AttentionLayer
 from simquant.evaluation.attention_inputs import AttentionInputs
 
 _LOGITS = 2**24

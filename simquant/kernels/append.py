@@ -4,12 +4,12 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from artifacts.affine import Affine
-from artifacts.codebook import Codebook
 from artifacts.codes import Codes
-from artifacts.dynamic_affine import DynamicAffine
-from artifacts.packing import packed_bytes
+from artifacts.coding.packing import packed_bytes
 from artifacts.quantizer import Quantizer
+from artifacts.quantizers.affine import Affine
+from artifacts.quantizers.codebook import Codebook
+from artifacts.quantizers.dynamic_affine import DynamicAffine
 from simquant.kernels.append_programs import encode, parameters
 from simquant.kernels.sharing import Sharing, centre
 

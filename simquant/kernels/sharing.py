@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from artifacts.affine import Affine, top_code
-from artifacts.codebook import Codebook
 from artifacts.codes import Codes
-from artifacts.dynamic_affine import DynamicAffine
 from artifacts.quantizer import Quantizer
+from artifacts.quantizers.affine import Affine, top_code
+from artifacts.quantizers.codebook import Codebook
+from artifacts.quantizers.dynamic_affine import DynamicAffine
 
 
 class Sharing(NamedTuple):

@@ -8,9 +8,9 @@ from typing import Any, final
 import torch
 from torch import nn
 
-from artifacts.evidence import text_config
-from artifacts.transformers_release import cache_argument, returned_cache
-from simquant.evaluation.steps import Steps
+from artifacts.model.evidence import text_config
+from artifacts.model.transformers_release import cache_argument, returned_cache
+from simquant.protocols.steps import Steps
 from simquant.tasks.errors import TaskError
 from simquant.tasks.item import Item
 

@@ -7,15 +7,15 @@ from typing import Any
 from torch import nn
 
 from artifacts.artifact import Artifact
-from artifacts.attention import attention_layers
+from artifacts.model.attention import attention_layers
+from artifacts.model.hooks import evaluating
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
-from artifacts.taps import evaluating
-from simquant.cache.cacheable import default_policy
 from simquant.cache.packed import packed_cache
-from simquant.cache.policy import CachePolicy
-from simquant.evaluation.protocols import Protocol
-from simquant.evaluation.steps import Steps
+from simquant.policy.checks import default_policy
+from simquant.policy.policy import CachePolicy
+from simquant.protocols.protocol import Protocol
+from simquant.protocols.steps import Steps
 from simquant.tasks.errors import TaskError
 from simquant.tasks.generation import Answer, answer, prompt_tokens
 from simquant.tasks.item import Item

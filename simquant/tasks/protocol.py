@@ -5,15 +5,14 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from artifacts.attention import AttentionLayer
-from artifacts.fingerprint import model_fingerprint
+from artifacts.model.attention import AttentionLayer
+from artifacts.model.fingerprint import model_fingerprint, quantizers_digest, weights_digest
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
 from artifacts.storage import canonical_json
-from simquant.cache.policy import CachePolicy
-from simquant.evaluation.evaluation_settings import quantizers_digest, weights_digest
 from simquant.evaluation.report import cache_phrases
-from simquant.evaluation.steps import Steps
+from simquant.policy.policy import CachePolicy
+from simquant.protocols.steps import Steps
 
 _SHOWN = 12
 """Hexadecimal digits of a digest: two runs meet by chance once in 10^14."""

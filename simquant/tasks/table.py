@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping
 
-from simquant.tasks import puzzles
 from simquant.tasks.answers import first_number_fits, found_share
-from simquant.tasks.common_words import CommonWords
 from simquant.tasks.drift import Drift
 from simquant.tasks.gsm8k import GSM8K
-from simquant.tasks.haystack import Haystack
-from simquant.tasks.longbench_tasks import longbench_tasks
+from simquant.tasks.longbench.tasks import longbench_tasks
+from simquant.tasks.synthetic import puzzles
+from simquant.tasks.synthetic.common_words import CommonWords
+from simquant.tasks.synthetic.haystack import Haystack
 from simquant.tasks.task import Task
 
 _OWN: tuple[Task, ...] = (

@@ -1,0 +1,182 @@
+"""The attention layers of a transformers model, found by structure and verified by one small forward pass.
+
+With its helpers `probe`, `evidence` and `taps`, this is all that depends on how the models of transformers 5.17 to 5.24
+are laid out. Child modules are found by name; then their outputs are replaced with noise, and what arrives in the cache
+has to be that noise, rotated. No class name is looked at.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from artifacts.errors import UnsupportedModelError
+from artifacts.model.evidence import Evidence, Refusal, projection, text_config, understand, why_nothing_cached
+from artifacts.model.hooks import AttentionLayer, Tap, tapped
+from artifacts.model.probe import probe
+from artifacts.model.rope import Rotation, rotate
+from artifacts.model.transformers_release import cache_keyword, check_release
+
+__all__ = ["AttentionLayer", "LayerReport", "Rotation", "Tap", "attention_layers", "rotate", "site_table", "tapped"]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What is known about one layer of a model.
+
+    Parameters
+    ----------
+    layer : int
+        Index of the layer, from 0.
+    name : str
+        Path of the module that keeps the layer's cache; empty if there is none.
+    status : {'applied', 'skipped'}
+        Whether the layer's keys and values can be reached.
+    why : str
+        The reason for 'skipped'; empty otherwise.
+    kv_heads, head_dim : int or None
+        Shape of keys and values; None for 'skipped'.
+    taps : tuple of str
+        Child modules where key, value and query are taken, with its columns if one holds all three.
+    """
+
+    layer: int
+    name: str
+    status: Literal["applied", "skipped"]
+    why: str = ""
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    taps: tuple[str, ...] = ()
+
+
+def attention_layers(model: nn.Module) -> tuple[AttentionLayer, ...]:
+    """The attention layers of a model, from layer 0 to the last.
+
+    Runs the model once on a few tokens and leaves it as it was.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A causal language model of transformers, or its decoder.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If there is no attention layer, or a layer caches anything else than what its projections or norms return
+        (the keys rotated or not). Names the first such layer and the reason.
+    UnsupportedReleaseError
+        If the installed release of transformers is not supported.
+    """
+    found = _survey(model)
+    if not found:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: expected attention modules, with an integer layer_idx and a forward that takes a "
+            "cache; got none. Pass a causal language model of transformers, or its decoder."
+        )
+    for layer in found:
+        if isinstance(layer, LayerReport):
+            name = f" ({layer.name})" if layer.name else ""
+            raise UnsupportedModelError(
+                f"layers.{layer.layer}{name}: {layer.why}; `calibrate MODEL --list-sites` lists all layers"
+            )
+    return tuple(layer for layer in found if isinstance(layer, AttentionLayer))
+
+
+def site_table(model: nn.Module) -> list[LayerReport]:
+    """One row per layer: whether its keys and values can be reached, where, and why not.
+
+    Never raises for a layer that is not supported. A model in which no layer keeps a cache has no rows.
+    """
+    return [layer if isinstance(layer, LayerReport) else _report(layer) for layer in _survey(model)]
+
+
+def _survey(model: nn.Module) -> list[AttentionLayer | LayerReport]:
+    check_release()
+    mixers = _mixers(model)
+    if not mixers:
+        return []
+    evidence = probe(model, [module for modules in mixers.values() for module in modules.values()])
+    config = text_config(model)
+    n_layers = max(max(mixers) + 1, getattr(config, "decoder_layers", getattr(config, "num_hidden_layers", 0)))
+    return [_judge(layer, mixers.get(layer, {}), evidence) for layer in range(n_layers)]
+
+
+def _mixers(model: nn.Module) -> dict[int, dict[str, nn.Module]]:
+    """The modules that have a layer index and take a cache: module by path, by layer.
+
+    Of those inside one another the outermost that projects keys itself, otherwise the innermost.
+    """
+    found = {name.replace("_orig_mod.", ""): module for name, module in model.named_modules() if _takes_cache(module)}
+    attention = {name for name, module in found.items() if projection(module, "key") or _latent(module)}
+    found = {name: module for name, module in found.items() if attention.isdisjoint(_ancestors(name))}
+    outer = {ancestor for name in found for ancestor in _ancestors(name)}
+    by_layer: dict[int, dict[str, nn.Module]] = {}
+    for name in found.keys() - outer:
+        by_layer.setdefault(_layer_index(found[name]), {})[name] = found[name]
+    return by_layer
+
+
+def _ancestors(name: str) -> set[str]:
+    return {name[: dot.start()] for dot in re.finditer(r"\.", name)}
+
+
+def _takes_cache(module: nn.Module) -> bool:
+    return _layer_index(module) >= 0 and cache_keyword(module) is not None
+
+
+def _layer_index(module: nn.Module) -> int:
+    index = getattr(module, "layer_idx", getattr(module, "layer_id", None))
+    return index if isinstance(index, int) else -1
+
+
+def _judge(
+    index: int, modules: Mapping[str, nn.Module], evidence: Mapping[nn.Module, Evidence]
+) -> AttentionLayer | LayerReport:
+    name = " + ".join(sorted(modules))
+    try:
+        seen = _only_one(modules, evidence)
+        name = next(name for name, module in modules.items() if module is seen.module)
+        _refuse_keyless(seen)
+        return understand(index, name, seen)
+    except Refusal as refusal:
+        return LayerReport(index, name, "skipped", str(refusal))
+
+
+def _only_one(modules: Mapping[str, nn.Module], evidence: Mapping[nn.Module, Evidence]) -> Evidence:
+    """What the only module of a layer that ran did; the cross-attention of a decoder used alone does not run."""
+    seen = [evidence[module] for module in modules.values()]
+    seen = seen if len(seen) == 1 else [each for each in seen if each.called or each.failure]
+    if len(seen) != 1:
+        raise Refusal(f"expected one module that keeps a cache under this layer_idx; got {len(seen)}")
+    return seen[0]
+
+
+def _refuse_keyless(seen: Evidence) -> None:
+    latent = _latent(seen.module)
+    if latent is not None:
+        raise Refusal(f"multi-head latent attention ({latent}) caches latents, not keys and values")
+    if projection(seen.module, "key"):
+        return
+    if projection(seen.module, "query"):
+        raise Refusal("projects queries but no keys: it reads the keys and values of another layer")
+    if seen.cached:
+        children = ", ".join(name for name, _ in seen.module.named_children())
+        raise Refusal(f"no child is named as a projection of keys (k_proj, key, qkv_proj, c_attn); got {children}")
+    raise Refusal(seen.failure or why_nothing_cached(seen))
+
+
+def _latent(module: nn.Module) -> str | None:
+    return next((name for name, _ in module.named_children() if name.startswith("kv_a_proj")), None)
+
+
+def _report(layer: AttentionLayer) -> LayerReport:
+    names = {child: name for name, child in layer.module.named_children()}
+    taps = tuple(_describe(tap, names[tap.module]) for tap in (layer.key, layer.value, layer.query))
+    return LayerReport(layer.layer, layer.name, "applied", "", layer.kv_heads, layer.head_dim, taps)
+
+
+def _describe(tap: Tap, name: str) -> str:
+    columns = [f"{columns.start}:{columns.stop}" for columns in tap.columns or ()]
+    return f"{name}[{', '.join(columns)}]" if columns else name

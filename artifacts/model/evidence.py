@@ -1,0 +1,300 @@
+"""Reading what an attention module did during the probe: its shape, its taps and its rotation, or why it is refused."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from artifacts.model.heads import Heads, nearest
+from artifacts.model.hooks import AttentionLayer, Tap
+from artifacts.model.rope import Rotation, TableOrder, cos_sin, rotate, spread
+
+Role = Literal["key", "value", "query"]
+
+ROLES: tuple[Role, ...] = ("key", "value", "query")
+_FUSED = "W?qkv(?:_proj)?|query_key_value|c_attn|kv_proj"
+_READINGS: tuple[tuple[Rotation, TableOrder], ...] = (
+    ("half", "as_read"),
+    ("interleaved", "as_read"),
+    ("interleaved", "halves"),
+    ("half", "once"),
+    ("interleaved", "once"),
+    ("interleaved", "sines_first"),
+)
+
+
+class Refusal(Exception):
+    """Why a layer cannot be handled."""
+
+
+@dataclass
+class Evidence:
+    """What one attention module did during the probe.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The attention module.
+    received, sent : dict from str to Tensor
+        Input of each projection and norm, and the noise that took the place of its output, by child name.
+    cached : list of pairs of Tensor
+        Keys and values of each `cache.update`.
+    called, handed : bool
+        Whether the module ran, and with a cache.
+    calls : set of str
+        What it asked of the cache, `update` included.
+    position_embeddings : object
+        Its cosines and sines.
+    mask : object
+        What it was handed to hide tokens.
+    failure : str
+        Why the probe stopped before its end; empty if it did not.
+    """
+
+    module: nn.Module
+    received: dict[str, Tensor] = field(default_factory=dict)
+    sent: dict[str, Tensor] = field(default_factory=dict)
+    cached: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    called: bool = False
+    handed: bool = False
+    calls: set[str] = field(default_factory=set)
+    position_embeddings: Any = None
+    mask: Any = None
+    failure: str = ""
+
+
+def projection(module: nn.Module, role: Role) -> str | None:
+    """Name of the child that projects keys, values, queries, or all three."""
+    return _child(module, rf"(?:W|project_)?{role[0]}(?:{role[1:]})?(?:_proj)?|{_FUSED}")
+
+
+def norm(module: nn.Module, role: Role) -> str | None:
+    """Name of the child that normalises keys, values or queries."""
+    return _child(module, rf"{role[0]}(?:{role[1:]})?_(?:layer_?)?norm")
+
+
+def text_config(model: nn.Module) -> Any:
+    """Configuration of the language model, also inside a multimodal one or a wrapper."""
+    configs = (getattr(module, "config", None) for module in model.modules())
+    config: Any = next((own for own in configs if own is not None), None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def understand(index: int, name: str, seen: Evidence) -> AttentionLayer:
+    """The attention layer whose behaviour `seen` is.
+
+    Raises
+    ------
+    Refusal
+        If what it caches is not what its projections or norms return, the keys rotated or not.
+    """
+    key, value = _cached(seen)
+    _refuse_late_norm(seen, key)
+    sources: dict[Role, str] = {"key": _source(seen, "key"), "value": _source(seen, "value")}
+    held = {role: _heads(child, seen.sent[child], key) for role, child in sources.items()}
+    value_heads = _unchanged(held["value"].x, value, sources["value"])
+    turning = _rotation(held["key"].x, key, seen.position_embeddings, sources["key"])
+    chosen: dict[Role, list[int]] = {"key": turning.heads, "value": value_heads}
+    copies = _copies(chosen)
+    chosen = {role: heads[::copies] for role, heads in chosen.items()}
+    sources["query"], held["query"], chosen["query"] = _query(seen, key, sources, chosen)
+    return AttentionLayer(
+        layer=index,
+        name=name,
+        module=seen.module,
+        q_heads=len(chosen["query"]),
+        kv_heads=len(chosen["key"]),
+        head_dim=key.shape[-1],
+        rotation=turning.rotation,
+        rotary_dim=turning.rotary_dim,
+        sliding_window=_sliding_window(seen.module, index),
+        frequencies=_frequencies(seen.position_embeddings, turning),
+        table_order=turning.order,
+        copies=copies,
+        mask_hides=_mask_hides(seen.mask),
+        **{role: _tap(seen, sources[role], held[role], chosen[role]) for role in ROLES},
+    )
+
+
+def _mask_hides(mask: object) -> bool:
+    """Whether a mask of yes and no says so of what is hidden: every token of the probe sees itself."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.ndim != 4:
+        return False
+    return not mask.diagonal(dim1=-2, dim2=-1).any()
+
+
+def _cached(seen: Evidence) -> tuple[Tensor, Tensor]:
+    if not seen.cached:
+        raise Refusal(seen.failure or why_nothing_cached(seen))
+    key, value = seen.cached[0]
+    if len(seen.cached) > 1 or key.ndim != 4 or key.shape != value.shape:
+        shapes = [(tuple(key.shape), tuple(value.shape)) for key, value in seen.cached]
+        raise Refusal(
+            f"expected one cache.update with key and value, both batch kv_heads tokens head_dim; got {shapes}"
+        )
+    if not seen.handed:
+        raise Refusal("the model hands it no cache: it encodes whole texts, and never generates")
+    return key, value
+
+
+def why_nothing_cached(seen: Evidence) -> str:
+    """The reason why a module that ran has cached no keys and values."""
+    states = sorted(call for call in seen.calls if re.search("state|linear_cache", call))
+    if states:
+        kind = type(seen.module).__name__
+        return f"{kind} has a running state and no keys and values: it calls {', '.join(states)} of the cache"
+    return "never calls cache.update: it has no keys and values of its own, but those of another layer or none"
+
+
+def _source(seen: Evidence, role: Role) -> str:
+    """The child that returns a tensor's last form before rotation."""
+    for child in (norm(seen.module, role), projection(seen.module, role)):
+        if child and child in seen.sent:
+            return child
+    raise _no_projection(role)
+
+
+def _no_projection(role: Role) -> Refusal:
+    return Refusal(f"its forward pass calls no {role} projection ({role[0]}_proj or qkv_proj) that returns a tensor")
+
+
+def _heads(child: str, output: Tensor, key: Tensor) -> Heads:
+    _, _, n_tokens, head_dim = key.shape
+    found = Heads.of(output, n_tokens, head_dim)
+    if found is None:
+        raise Refusal(
+            f"{child} returns {tuple(output.shape)}; expected heads of {head_dim} channels for {n_tokens} tokens"
+        )
+    return found
+
+
+def _unchanged(heads: Tensor, value: Tensor, source: str) -> list[int]:
+    chosen = nearest(value, heads)
+    if not torch.equal(heads[:, chosen], value):
+        raise Refusal(f"the cached value is not what {source} returns")
+    return chosen
+
+
+def _copies(chosen: Mapping[Role, Sequence[int]]) -> int:
+    """How often each head is cached."""
+    copies = len(chosen["key"]) // len(set(chosen["key"]))
+    for role, heads in chosen.items():
+        if list(heads) != [head for head in dict.fromkeys(heads) for _ in range(copies)]:
+            raise Refusal(f"expected each {role} head {copies} times in the cache, in order; got heads {list(heads)}")
+    return copies
+
+
+def _query(
+    seen: Evidence, key: Tensor, sources: Mapping[Role, str], chosen: Mapping[Role, list[int]]
+) -> tuple[str, Heads, list[int]]:
+    """Where queries come from: a child of their own, or what keys and values leave of a fused projection, in order."""
+    child = _source(seen, "query")
+    held = _heads(child, seen.sent[child], key)
+    taken = {head for role, source in sources.items() if source == child for head in chosen[role]}
+    heads = [head for head in range(len(held)) if head not in taken]
+    if not heads:
+        raise _no_projection("query")
+    kv_heads = key.shape[1]
+    groups = getattr(seen.module, "num_key_value_groups", max(1, len(heads) // kv_heads))
+    if len(heads) != groups * kv_heads:
+        raise Refusal(
+            f"{child} returns {tuple(seen.sent[child].shape)}; expected {groups} query heads of {key.shape[-1]} "
+            f"channels for each of {kv_heads} key heads, and nothing else but keys and values"
+        )
+    return child, held, heads
+
+
+def _tap(seen: Evidence, child: str, held: Heads, chosen: Sequence[int]) -> Tap:
+    tap = held.tap(seen.module.get_submodule(child), chosen)
+    if tap is None:
+        raise Refusal(f"{child} returns {len(held)} heads, of which {list(chosen)} are used; expected all of them")
+    return tap
+
+
+def _refuse_late_norm(seen: Evidence, key: Tensor) -> None:
+    before, after = projection(seen.module, "key"), norm(seen.module, "key")
+    if before not in seen.sent or after not in seen.sent:
+        return
+    left, arrived = _heads(before, seen.sent[before], key).x, _heads(after, seen.received[after], key).x
+    if not torch.equal(left[:, nearest(arrived, left)], arrived):
+        raise Refusal(
+            "a norm follows the rotary embedding, so what is cached is not the rotation of any projection output"
+        )
+
+
+@dataclass(frozen=True)
+class _Turning:
+    """How keys are rotated, and which heads of the output they are."""
+
+    heads: list[int]
+    rotation: Rotation = "none"
+    order: TableOrder = "as_read"
+    rotary_dim: int = 0
+
+
+def _rotation(x: Tensor, cached: Tensor, position_embeddings: object, source: str) -> _Turning:
+    tables = _cos_sin(position_embeddings)
+    heads = nearest(cached, x)
+    if _agree(cached, x[:, heads], x[:, heads]):
+        return _Turning(heads)
+    for rotation, order in _READINGS if tables else ():
+        cos, sin = (spread(table.double(), order, rotation) for table in cos_sin(tables, order))
+        pairs, rest = divmod(cos.shape[-1], 2)
+        if rest or 2 * pairs > x.shape[-1]:
+            continue
+        turned = rotate(x.double(), cos, sin, rotation)
+        heads = nearest(cached, turned)
+        if _agree(cached, turned[:, heads], x[:, heads]):
+            return _Turning(heads, rotation, order, 2 * pairs)
+    raise Refusal(
+        f"the cached key is not what {source} returns, rotated by the position_embeddings that the module gets or not"
+    )
+
+
+def _frequencies(position_embeddings: object, turning: _Turning) -> tuple[float, ...]:
+    """Radians per position of each rotary pair, read off the second position of the model's own tables."""
+    rotation = turning.rotation
+    if rotation == "none":
+        return ()
+    tables = cos_sin(_cos_sin(position_embeddings), turning.order)
+    cos, sin = (spread(table[0, 1].double(), turning.order, rotation) for table in tables)
+    angles = torch.atan2(sin, cos)
+    pairs: list[float] = (angles[: len(angles) // 2] if rotation == "half" else angles[::2]).tolist()
+    return tuple(pairs)
+
+
+def _cos_sin(position_embeddings: object) -> tuple[Tensor, ...]:
+    """The model's tables, or nothing where positions are not rotated in."""
+    match position_embeddings:
+        case None:
+            return ()
+        case [Tensor(ndim=3) as cos, Tensor(ndim=3) as sin] if cos.is_floating_point():
+            return cos, sin
+    raise Refusal("position_embeddings is not a pair (cos, sin) of tensors batch tokens rotary_dim")
+
+
+def _agree(cached: Tensor, expected: Tensor, x: Tensor) -> bool:
+    """Whether `cached` is `expected` up to the rounding of x cos and y sin, where |y sin| <= |expected| + |x cos|."""
+    # A model in float64 may still rotate in float32.
+    bound = (
+        4
+        * max(torch.finfo(cached.dtype).eps, torch.finfo(torch.float32).eps)
+        * (2 * x.double().abs() + expected.double().abs())
+    )
+    return bool(((cached.double() - expected.double()).abs() <= bound).all())
+
+
+def _sliding_window(module: nn.Module, index: int) -> int | None:
+    config = text_config(module)
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None and layer_types[index] != "sliding_attention":
+        return None
+    window = getattr(module, "sliding_window", getattr(config, "sliding_window", None))
+    return window if isinstance(window, int) and window > 0 else None
+
+
+def _child(module: nn.Module, pattern: str) -> str | None:
+    return next((name for name, _ in module.named_children() if re.fullmatch(pattern, name)), None)

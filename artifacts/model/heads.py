@@ -1,0 +1,69 @@
+"""The heads inside the output of a projection or norm, and which of them are the cached ones."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from artifacts.model.hooks import Layout, Tap
+
+if TYPE_CHECKING:
+    from typing import Self
+
+
+@dataclass(frozen=True, eq=False)
+class Heads:
+    """All heads that one output holds, in the order of its columns: keys, values, queries, or several of them.
+
+    Parameters
+    ----------
+    x : Float[Tensor, "1 heads tokens head_dim"]
+        The heads. The channels of a head are taken to be adjacent, which a comparison with the cache confirms.
+    layout : {'flat', 'tokens_first', 'heads_first'}
+        See `Tap`.
+    """
+
+    x: Float[Tensor, "1 heads tokens head_dim"]
+    layout: Layout
+
+    @classmethod
+    def of(cls, output: Tensor, n_tokens: int, head_dim: int) -> "Self | None":
+        """The heads of an output for one sequence, or None if it is not made of whole heads."""
+        match tuple(output.shape):
+            case (1, n, channels) if n == n_tokens and channels % head_dim == 0:
+                return cls(output.unflatten(-1, (-1, head_dim)).transpose(1, 2), "flat")
+            case (1, n, _, d) if (n, d) == (n_tokens, head_dim):
+                return cls(output.transpose(1, 2), "tokens_first")
+            case (1, _, n, d) if (n, d) == (n_tokens, head_dim):
+                return cls(output, "heads_first")
+        return None
+
+    def __len__(self) -> int:
+        return self.x.shape[1]
+
+    def tap(self, module: nn.Module, chosen: Sequence[int]) -> Tap | None:
+        """Where the chosen heads leave a module; None if they are some of several heads that share no last axis."""
+        head_dim = self.x.shape[-1]
+        if list(chosen) == list(range(len(self))):
+            return Tap(module, None, len(chosen), head_dim, self.layout)
+        if self.layout != "flat":
+            return None
+        return Tap(module, _columns(chosen, head_dim), len(chosen), head_dim, "flat")
+
+
+def nearest(
+    cached: Float[Tensor, "1 kv_heads tokens head_dim"], heads: Float[Tensor, "1 heads tokens head_dim"]
+) -> list[int]:
+    """For each cached head, which of the others it is most like."""
+    found: list[int] = torch.cdist(cached[0].flatten(1).double(), heads[0].flatten(1).double()).argmin(dim=1).tolist()
+    return found
+
+
+def _columns(heads: Sequence[int], head_dim: int) -> tuple[slice, ...]:
+    """The columns of the heads, those of neighbours in one slice."""
+    starts = [i for i, head in enumerate(heads) if i == 0 or head != heads[i - 1] + 1]
+    stops = [*starts[1:], len(heads)]
+    return tuple(slice(heads[i] * head_dim, (heads[j - 1] + 1) * head_dim) for i, j in zip(starts, stops, strict=True))

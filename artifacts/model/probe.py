@@ -1,0 +1,96 @@
+"""One small forward pass with noise in place of keys, values and queries: what does each attention module do with it?
+
+Noise makes the answer independent of the weights: constant keys, keys drowned by a bias, or two equal projections
+could make a wrong reading of a module look right.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from artifacts.model.evidence import ROLES, Evidence, norm, projection, text_config
+from artifacts.model.hooks import evaluating, intercept_cache, uncompiled
+from artifacts.model.rope import position_tables
+from artifacts.model.transformers_release import exchange_cache, named_arguments
+
+_MIN_TOKENS = 11
+# Beyond the bounds, about 8, to which OLMo and DBRX clip their projections: a clipped tensor must not pass for whole.
+_NOISE_SCALE = 16.0
+
+
+def probe(model: nn.Module, modules: Sequence[nn.Module]) -> dict[nn.Module, Evidence]:
+    """Run the model once on a few tokens and watch these modules; the model is left as it was."""
+    evidence = {module: Evidence(module) for module in modules}
+    noise = torch.Generator().manual_seed(0)
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        stack.enter_context(uncompiled())
+        stack.enter_context(torch.no_grad())
+        for seen in evidence.values():
+            for handle in _watch(seen, noise):
+                stack.callback(handle.remove)
+        try:
+            model(input_ids=_token_ids(model), use_cache=True)
+        except Exception as error:  # a model's own code may raise anything; what was seen until then still counts
+            for seen in evidence.values():
+                seen.failure = f"the model's forward pass on a few tokens stopped with {error!r}"
+    return evidence
+
+
+def _token_ids(model: nn.Module) -> Tensor:
+    """As many tokens as no layer has heads, so that the axes of an output can be told apart."""
+    head_counts = [value for name, value in vars(text_config(model)).items() if "head" in name]
+    n_tokens = next(n for n in range(_MIN_TOKENS, 10**6) if n not in head_counts)
+    of_transformers: Any = next(module for module in model.modules() if hasattr(module, "get_input_embeddings"))
+    weight: Tensor = of_transformers.get_input_embeddings().weight
+    ids = torch.arange(n_tokens, device="cpu" if weight.is_meta else weight.device)
+    return (ids % weight.shape[0]).unsqueeze(0)
+
+
+def _watch(seen: Evidence, noise: torch.Generator) -> Iterator[RemovableHandle]:
+    children = {find(seen.module, role) for role in ROLES for find in (projection, norm)} - {None}
+
+    def note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        seen.called, seen.position_embeddings = True, position_tables(module, kwargs)
+        seen.mask = named_arguments(module, args, kwargs).get("attention_mask")
+        return exchange_cache(module, (args, kwargs), listened)
+
+    def listened(cache: Any) -> Any:
+        seen.handed = cache is not None
+        return _Listened(cache, seen.calls) if seen.handed else None
+
+    def record(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        seen.cached.append((key.clone(), value.clone()))
+        return key, value
+
+    for child in sorted(child for child in children if child):
+        yield seen.module.get_submodule(child).register_forward_hook(_stand_in(seen, child, noise))
+    yield intercept_cache(seen.module, record)
+    # Its turn is before the interceptor's, which makes a cache of none.
+    yield seen.module.register_forward_pre_hook(note, prepend=True, with_kwargs=True)
+
+
+def _stand_in(seen: Evidence, child: str, noise: torch.Generator) -> Callable[[nn.Module, Any, Any], Any]:
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        if not isinstance(output, Tensor):
+            return output
+        seen.received[child] = args[0].clone()
+        seen.sent[child] = (_NOISE_SCALE * torch.randn(output.shape, generator=noise)).to(output)
+        return seen.sent[child].clone()
+
+    return hook
+
+
+class _Listened:
+    """A cache, and what is asked of it."""
+
+    def __init__(self, cache: Any, calls: set[str]) -> None:
+        self._cache, self._calls = cache, calls
+
+    def __getattr__(self, name: str) -> Any:
+        self._calls.add(name)
+        return getattr(self._cache, name)

@@ -1,0 +1,1 @@
+"""The kinds of quantizers, one file each; `artifacts.registry` lists them."""

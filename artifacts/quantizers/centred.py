@@ -1,0 +1,51 @@
+"""Channels without their mean."""
+
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+from jaxtyping import Float, Float32
+from torch import Tensor
+
+from artifacts.coding.checks import check_vector
+from artifacts.quantizers.wrapper import AbstractTransform
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Centred(AbstractTransform):
+    """The wrapped quantizer sees x - mean; x ~ its answer + restored.
+
+    `restored` differs from `mean` where a mean error is to be taken back. Attention weights sum to one, so adding c to
+    every decoded value adds c to the attention output, times the weight that falls on decoded tokens: with
+    restored = mean + E[x - x'], x' being what comes back without it, the mean error of the values leaves the output.
+
+    Parameters
+    ----------
+    mean : Float32[Tensor, "channels"]
+        What is subtracted, in units of x.
+    restored : Float32[Tensor, "channels"] or None
+        What is added again, in units of x; None for the mean.
+    """
+
+    kind: ClassVar[str] = "centred"
+
+    mean: Float32[Tensor, " channels"]
+    restored: Float32[Tensor, " channels"] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_vector(self.kind, "mean", self.mean, self.channels)
+        if self.restored is not None:
+            check_vector(self.kind, "restored", self.restored, self.channels)
+
+    def transform(self, x: Float32[Tensor, "tokens channels"]) -> Float32[Tensor, "tokens channels"]:
+        """x - mean."""
+        return x - self.mean
+
+    def invert(self, z: Float32[Tensor, "tokens channels"]) -> Float32[Tensor, "tokens channels"]:
+        """z + restored."""
+        return z + (self.mean if self.restored is None else self.restored)
+
+    def deviation(self, x: Float[Tensor, "tokens channels"]) -> Float[Tensor, "tokens channels"]:
+        """That of the wrapped quantizer, from the mean."""
+        return self.inner.deviation(x - self.mean)

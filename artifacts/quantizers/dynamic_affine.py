@@ -1,0 +1,133 @@
+"""Uniform quantizers whose scales come from the values that are encoded."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal, final
+
+import torch
+from jaxtyping import Float, Float16
+from torch import Tensor
+
+from artifacts.codes import Codes
+from artifacts.coding.checks import check_bits, check_group
+from artifacts.coding.packing import pack, unpack
+from artifacts.coding.rounding import round_outward
+from artifacts.coding.span import Span
+from artifacts.quantizer import Context, Quantizer
+from artifacts.quantizers.affine import symmetric_offset, top_code
+
+Per = Literal["token", "channel", "tensor"]
+_SHARING: dict[Per, tuple[int, ...]] = {"token": (2,), "channel": (1,), "tensor": (1, 2)}
+"""Axes of the grouped values that share a scale."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DynamicAffine(Quantizer):
+    """A scale found from the values themselves when they are encoded, kept in float16 beside the codes.
+
+    Parameters
+    ----------
+    bits : int
+        Code width, 1 to 8.
+    per : {'token', 'channel', 'tensor'}
+        Reduced over channels of one token, over tokens for each channel, or over everything. Without a group, the last
+        two look at all later tokens of the call: a cache cannot do that, and reports say so.
+    group_size : int or None
+        Consecutive channels of a token, or consecutive tokens of a channel, that share a scale (arXiv 2402.02750,
+        section 3.2). Groups of tokens are counted from the first token of the call; the last one may be shorter.
+    symmetric : bool
+        Range [-m, m] with m the largest magnitude; stores no offset.
+    whole_zero_point : bool
+        Offset rounded to a whole number of steps within the code range, as integer kernels want it. Ranges that do
+        not contain zero lose their far end.
+    clip_ratio : float or None
+        Share of the range that is kept, around its middle, above 0 and below 1; what lies beyond saturates (arXiv
+        2405.06219). None keeps all.
+    """
+
+    kind: ClassVar[str] = "dynamic_affine"
+
+    bits: int
+    per: Per = "token"
+    group_size: int | None = None
+    symmetric: bool = False
+    whole_zero_point: bool = False
+    clip_ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_bits(self.kind, self.bits, least=2 if self.symmetric else 1)
+        if self.per not in _SHARING:
+            raise ValueError(f"{self.kind}: per must be one of {', '.join(_SHARING)}; got {self.per!r}")
+        if self.group_size is not None:
+            check_group(self.kind, self.group_size, self.channels if self.per == "token" else None)
+        if self.group_size is not None and self.per == "tensor":
+            raise ValueError(f"{self.kind}: one scale for everything has no groups; use per token or per channel")
+        if self.symmetric and self.whole_zero_point:
+            raise ValueError(f"{self.kind}: a symmetric range has no zero point to round")
+        if self.clip_ratio is not None and not 0 < self.clip_ratio < 1:
+            raise ValueError(f"{self.kind}: clip_ratio must be above 0 and below 1; got {self.clip_ratio!r}")
+
+    @property
+    def tokens_per_scale(self) -> int | None:
+        """1 for scales within a token, the group for groups of tokens, None for all tokens of the call."""
+        return 1 if self.per == "token" else self.group_size
+
+    def _encode(self, x: Float[Tensor, "tokens channels"], context: Context) -> Codes:
+        spans = self.spans(len(x))
+        grouped = self._grouped(x.float(), spans["scale"].tokens)
+        axes = _SHARING[self.per]
+        parameters = self._parameters(grouped.amin(axes, keepdim=True), grouped.amax(axes, keepdim=True))
+        scale, offset = self._scale_offset(parameters)
+        steps = ((grouped - offset) / scale).round_().clamp_(0, top_code(self.bits, symmetric=self.symmetric))
+        codes = pack(steps.to(torch.uint8).reshape(-1, self.channels)[: x.shape[0]], self.bits)
+        stored = {name: tensor.squeeze(axes) for name, tensor in parameters.items()}
+        if self.per == "tensor":
+            stored = {name: tensor[:, None] for name, tensor in stored.items()}
+        return Codes(tensors={"codes": codes, **stored}, shape=(x.shape[0], x.shape[1]), dtype=x.dtype, spans=spans)
+
+    def _decode(self, codes: Codes, context: Context) -> Float[Tensor, "tokens channels"]:
+        steps = self._grouped(unpack(codes.tensors["codes"], self.bits, codes.shape[1]), codes.span("scale").tokens)
+        last = max(_SHARING[self.per])
+        scale, offset = self._scale_offset(
+            {n: t.unsqueeze(1 if last == 1 else 2) for n, t in codes.tensors.items() if n != "codes"}
+        )
+        return steps.float().mul_(scale).add_(offset).reshape(-1, self.channels)[: codes.shape[0]]
+
+    def spans(self, n_tokens: int) -> dict[str, Span]:
+        """Which tokens of a call share parameters."""
+        names = ("scale",) if self.symmetric else ("scale", "offset")
+        return dict.fromkeys(names, Span(self.tokens_per_scale or max(1, n_tokens)))
+
+    def _grouped(self, x: Tensor, size: int) -> Tensor:
+        """Values that share a scale side by side: "tokens groups group", else "groups group channels"."""
+        if self.per == "token":
+            of_tokens: Tensor = x.unflatten(1, (-1, self.group_size or self.channels))
+            return of_tokens
+        if len(x) % size:  # the last group is filled up with its last token, which widens no range
+            x = torch.cat([x, x[-1:].expand(-len(x) % size, -1)])
+        of_channels: Tensor = x.unflatten(0, (len(x) // size, size))
+        return of_channels
+
+    def _parameters(self, low: Tensor, high: Tensor) -> dict[str, Float16[Tensor, "..."]]:
+        """Rounded outwards, so that the range of the stored parameters holds every value that is not clipped."""
+        steps = 2**self.bits - 1
+        if self.clip_ratio is not None:
+            middle, half = (low + high) / 2, (high - low) / 2 * self.clip_ratio
+            low, high = middle - half, middle + half
+        if self.symmetric:
+            return {"scale": self._half(torch.maximum(-low, high) / (2 ** (self.bits - 1) - 1), up=True)}
+        if self.whole_zero_point:
+            scale = self._half((high - low) / steps, up=True)
+            zero_point = torch.round(-low / scale.float()).clamp(0, steps)
+            return {"scale": scale, "offset": self._half(-zero_point * scale.float(), up=False)}
+        offset = self._half(low, up=False)
+        return {"scale": self._half((high - offset.float()) / steps, up=True), "offset": offset}
+
+    def _scale_offset(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        scale = parameters["scale"].float()
+        return scale, symmetric_offset(scale, self.bits) if self.symmetric else parameters["offset"].float()
+
+    def _half(self, x: Tensor, *, up: bool) -> Float16[Tensor, "..."]:
+        return round_outward(x, up=up, who=self.label, positive=up)

@@ -1,0 +1,174 @@
+"""A uniform step for all channels, and a code of variable length for the indices."""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float16, Float32, Int16, Int32, Int64
+from torch import Tensor
+
+from artifacts.codes import Codes
+from artifacts.coding.checks import check_vector
+from artifacts.coding.finite import answer_now
+from artifacts.coding.frequency_coder import LARGEST_INDEX, TOTAL, FrequencyCoder
+from artifacts.coding.span import Span
+from artifacts.quantizer import Context, Quantizer
+
+_ROUNDING = 1e-6
+"""Of `bits`, which are a mean of logarithms."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EntropyCoded(Quantizer):
+    """x ~ offset + step * (index + shift), the indices of a group of tokens in one stream of a range coder.
+
+    The rate is an average: frequent indices take a fraction of a bit, and one that was never seen is escaped and comes
+    back all the same. A token is decoded to the same values in any company, but only together with its group.
+
+    Parameters
+    ----------
+    bits : float
+        Mean bits per channel of indices that are as frequent as the tables say, escape symbols included.
+    group_tokens : int
+        Tokens whose indices share a stream; each stream costs 4 bytes and its last 4-byte word.
+    step : Float32[Tensor, "1"]
+        Of all channels, in units of x.
+    offset : Float32[Tensor, "channels"]
+        What the index 0 stands for, in units of x.
+    first, n_indices : Int16[Tensor, "channels"]
+        Smallest index of each channel's table, and how many it has.
+    frequencies : Int16[Tensor, "symbols"]
+        All tables, one after the other: the frequencies of a table's indices, then that of its escape symbol, with the
+        sum 2^15.
+    shifts : Float16[Tensor, "indices"] or None
+        Of every table's indices, the mean of what is rounded to it, less the index, in steps; None for zeros.
+    """
+
+    kind: ClassVar[str] = "entropy_coded"
+
+    bits: float
+    group_tokens: int
+    step: Float32[Tensor, "1"]
+    offset: Float32[Tensor, " channels"]
+    first: Int16[Tensor, " channels"]
+    n_indices: Int16[Tensor, " channels"]
+    frequencies: Int16[Tensor, " symbols"]
+    shifts: Float16[Tensor, " indices"] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.group_tokens < 1:
+            raise ValueError(f"{self.kind}: group_tokens must be at least 1; got {self.group_tokens}")
+        check_vector(self.kind, "step", self.step, 1, positive=True)
+        check_vector(self.kind, "offset", self.offset, self.channels)
+        self._check_tables()
+        entropy = mean_entropy(self.frequencies, self.channels)
+        if not math.isclose(self.bits, entropy, abs_tol=_ROUNDING):
+            raise ValueError(f"{self.kind}: bits must be {entropy}, as frequencies says; got {self.bits}")
+
+    @property
+    def tokens_per_scale(self) -> int:
+        """A whole group: its stream cannot be divided."""
+        return self.group_tokens
+
+    @property
+    def looks_ahead(self) -> bool:
+        """False: tokens share a stream, and nothing that they are decoded to."""
+        return False
+
+    def ideal_bits(self, x: Float[Tensor, "tokens channels"]) -> float:
+        """What an ideal coder with these tables needs for the tokens."""
+        return self._coder.ideal_bits(self._indices(x.float()).cpu().numpy())
+
+    def _encode(self, x: Float[Tensor, "tokens channels"], context: Context) -> Codes:
+        answer_now()  # the coder must see no indices of NaN, and it waits for the device anyway
+        groups = self._indices(x.float()).cpu().split(self.group_tokens, dim=1) if len(x) else ()
+        streams = [self._coder.encode(group.numpy()) for group in groups]
+        counts = torch.tensor([len(words) for words in streams], dtype=torch.int32)
+        words = torch.from_numpy(np.concatenate([np.zeros(0, np.uint32), *streams]).view(np.int32))
+        tensors = {"counts": counts.to(x.device), "words": words.to(x.device)}
+        spans = {"counts": Span(self.group_tokens), "words": Span(self.group_tokens, "counts")}
+        return Codes(tensors=tensors, shape=(x.shape[0], x.shape[1]), dtype=x.dtype, spans=spans)
+
+    def _decode(self, codes: Codes, context: Context) -> Float[Tensor, "tokens channels"]:
+        words = codes.tensors["words"]
+        streams = [part.numpy().view(np.uint32) for part in words.cpu().split(codes.tensors["counts"].tolist())]
+        starts = range(0, codes.shape[0], self.group_tokens)
+        if len(streams) != len(starts):
+            raise ValueError(
+                f"{self.label}: {codes.shape[0]} tokens must have {len(starts)} streams of {self.group_tokens} tokens; "
+                f"got {len(streams)}"
+            )
+        indices = torch.zeros(self.channels, codes.shape[0], dtype=torch.int32)
+        for start, stream in zip(starts, streams, strict=True):
+            group = indices[:, start : start + self.group_tokens]
+            group.copy_(torch.from_numpy(self._coder.decode(stream, group.shape[1])))
+        indices = indices.to(words.device)
+        return (self.offset[:, None] + self.step * (indices + self._shift(indices))).T
+
+    def deviation(self, x: Float[Tensor, "tokens channels"]) -> Float[Tensor, "tokens channels"]:
+        """Distance from the offset."""
+        return (x - self.offset).abs()
+
+    def outside(self, x: Float[Tensor, "tokens channels"]) -> Bool[Tensor, "tokens channels"]:
+        """True where an index is escaped."""
+        places = self._indices(x.float()) - self.first[:, None]
+        return ((places < 0) | (places >= self.n_indices[:, None])).T
+
+    def _indices(self, x: Float32[Tensor, "tokens channels"]) -> Int32[Tensor, "channels tokens"]:
+        return ((x - self.offset) / self.step).T.round().clamp(-LARGEST_INDEX, LARGEST_INDEX).int()
+
+    def _shift(self, indices: Int32[Tensor, "channels tokens"]) -> Float32[Tensor, "#channels #tokens"]:
+        """Zero where an index was escaped."""
+        if self.shifts is None:
+            return torch.zeros(1, 1, device=indices.device)
+        places = indices - self.first[:, None]
+        known = (places >= 0) & (places < self.n_indices[:, None])
+        starts = (self.n_indices.long().cumsum(0) - self.n_indices)[:, None]
+        return torch.take(self.shifts.float(), torch.where(known, places + starts, 0)).where(known, 0.0)
+
+    @functools.cached_property
+    def _coder(self) -> FrequencyCoder:
+        tables = self.frequencies.cpu().split((self.n_indices + 1).tolist())
+        return FrequencyCoder(self.first.tolist(), [table.numpy() for table in tables])
+
+    def _check_tables(self) -> None:
+        for name, tensor in (("first", self.first), ("n_indices", self.n_indices)):
+            if tensor.dtype != torch.int16 or tensor.shape != (self.channels,):
+                raise ValueError(
+                    f"{self.kind}: {name} must be int16 of shape ({self.channels},); got {tensor.dtype} of shape "
+                    f"{tuple(tensor.shape)}"
+                )
+        lengths = self.n_indices.long()
+        n = int(lengths.clamp_min(1).sum())
+        if (lengths < 1).any():
+            raise ValueError(f"{self.kind}: n_indices must be at least 1; got {int(lengths.min())}")
+        if self.frequencies.dtype != torch.int16 or self.frequencies.shape != (n + self.channels,):
+            raise ValueError(
+                f"{self.kind}: frequencies must be int16 of shape ({n + self.channels},), as n_indices says; got "
+                f"{self.frequencies.dtype} of shape {tuple(self.frequencies.shape)}"
+            )
+        if (self.frequencies < 1).any() or (_table_sums(self.frequencies.long(), lengths) != TOTAL).any():
+            raise ValueError(f"{self.kind}: frequencies must be positive, and {TOTAL} in each table")
+        if self.shifts is not None and (self.shifts.dtype != torch.float16 or self.shifts.shape != (n,)):
+            raise ValueError(
+                f"{self.kind}: shifts must be float16 of shape ({n},), as n_indices says; got {self.shifts.dtype} of "
+                f"shape {tuple(self.shifts.shape)}"
+            )
+        if self.shifts is not None and not (self.shifts.abs() <= 1).all():
+            raise ValueError(f"{self.kind}: shifts must be from -1 to 1")
+
+
+def mean_entropy(frequencies: Int16[Tensor, " symbols"], channels: int) -> float:
+    """Bits of a symbol that is drawn as the tables say, over all channels."""
+    shares = frequencies.double() / TOTAL
+    return float((-shares * shares.log2()).sum() / channels)
+
+
+def _table_sums(values: Int64[Tensor, " symbols"], n_indices: Int64[Tensor, " channels"]) -> Int64[Tensor, " channels"]:
+    owner = torch.arange(len(n_indices), device=values.device).repeat_interleave(n_indices + 1)
+    return torch.zeros_like(n_indices).index_add_(0, owner, values)

@@ -1,0 +1,83 @@
+"""The Walsh-Hadamard transform: a fixed rotation that spreads every outlier over its block."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import torch
+from jaxtyping import Float32, Int8
+from torch import Tensor
+
+from artifacts.quantizers.wrapper import AbstractTransform
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Hadamard(AbstractTransform):
+    """The wrapped quantizer sees each block of channels times the orthonormal Hadamard matrix of Sylvester's order.
+
+    Parameters
+    ----------
+    group_size : int
+        Channels of a block: a power of two that divides the channels, head_dim for one block a head.
+    signs : Int8[Tensor, "channels"] or None
+        +1 or -1, by which each channel is multiplied first: the randomised transform. None for all +1.
+
+    References
+    ----------
+    For keys and values: arXiv 2404.00456, section 4.
+    """
+
+    kind: ClassVar[str] = "hadamard"
+
+    group_size: int
+    signs: Int8[Tensor, " channels"] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        largest = self.channels & -self.channels
+        if self.group_size < 1 or largest % self.group_size:
+            raise ValueError(
+                f"{self.kind}: group_size must be a power of two that divides {self.channels} channels; "
+                f"got {self.group_size}. The largest is {largest}"
+            )
+        self._check_signs()
+
+    @property
+    def decode_multiply_adds(self) -> int:
+        """Those of the wrapped quantizer, and as many for each channel as a block can be halved."""
+        return self.inner.decode_multiply_adds + self.channels * (self.group_size.bit_length() - 1)
+
+    def transform(self, x: Float32[Tensor, "tokens channels"]) -> Float32[Tensor, "tokens channels"]:
+        """Signs, then the transform of each block."""
+        return hadamard(x if self.signs is None else x * self.signs, self.group_size)
+
+    def invert(self, z: Float32[Tensor, "tokens channels"]) -> Float32[Tensor, "tokens channels"]:
+        """The transform of each block, which is its own inverse, then signs."""
+        x = hadamard(z, self.group_size)
+        return x if self.signs is None else x * self.signs
+
+    def _check_signs(self) -> None:
+        if self.signs is None:
+            return
+        if tuple(self.signs.shape) != (self.channels,) or self.signs.dtype != torch.int8:
+            raise ValueError(
+                f"{self.kind}: signs must be int8 of shape ({self.channels},); got {self.signs.dtype} of shape "
+                f"{tuple(self.signs.shape)}"
+            )
+        n_bad = int((self.signs.abs() != 1).sum())
+        if n_bad:
+            raise ValueError(f"{self.kind}: signs must be +1 or -1; {n_bad} of {self.channels} are not")
+
+
+def hadamard(x: Float32[Tensor, "tokens channels"], group_size: int) -> Float32[Tensor, "tokens channels"]:
+    """Orthonormal Walsh-Hadamard transform of each block of `group_size` channels.
+
+    Sums and differences of halves, log2(group_size) times: unlike a matrix product they round alike for any number of
+    tokens on any device, so that a token has the same codes alone as among others.
+    """
+    blocks: Tensor = x.unflatten(1, (-1, group_size))
+    for _ in range(group_size.bit_length() - 1):
+        first, second = blocks.chunk(2, dim=2)
+        blocks = torch.stack([first + second, first - second], dim=-1).flatten(2)
+    return (blocks * math.sqrt(1 / group_size)).flatten(1)

@@ -1,0 +1,126 @@
+"""Codebooks of as many levels as each channel deserves."""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import torch
+from jaxtyping import Bool, Float, Float16, Float32, Int16, Int64, UInt8
+from torch import Tensor
+
+from artifacts.codes import Codes
+from artifacts.coding.checks import check_vector
+from artifacts.coding.mixed_radix import MixedRadix
+from artifacts.quantizer import RANGE_SLACK, Context, Quantizer
+
+_MOST_LEVELS = 256
+_ROUNDING = 1e-6
+"""Of `bits`, which are a mean of logarithms."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MixedCodebook(Quantizer):
+    """x ~ offset + scale * levels[code], each channel with a table of its own length, codes in mixed radix.
+
+    Parameters
+    ----------
+    bits : float
+        Mean of log2 of the numbers of levels, over the channels.
+    scale, offset : Float32[Tensor, "channels"]
+        What the levels are multiplied by and shifted by, in units of x.
+    n_levels : Int16[Tensor, "channels"]
+        Length of each channel's table, 1 to 256. A channel with one level costs nothing per token.
+    levels : Float16[Tensor, "levels"]
+        All tables, one after the other, each in ascending order.
+    """
+
+    kind: ClassVar[str] = "mixed_codebook"
+
+    bits: float
+    scale: Float32[Tensor, " channels"]
+    offset: Float32[Tensor, " channels"]
+    n_levels: Int16[Tensor, " channels"]
+    levels: Float16[Tensor, " levels"]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_vector(self.kind, "scale", self.scale, self.channels, positive=True)
+        check_vector(self.kind, "offset", self.offset, self.channels)
+        self._check_tables()
+        if not math.isclose(self.bits, mean_bits(self.n_levels), abs_tol=_ROUNDING):
+            raise ValueError(f"{self.kind}: bits must be {mean_bits(self.n_levels)}, as n_levels says; got {self.bits}")
+
+    def _encode(self, x: Float[Tensor, "tokens channels"], context: Context) -> Codes:
+        a = ((x.float() - self.offset) / self.scale).T.contiguous()
+        packed = self._radix.pack(self._nearest(a).T)
+        return Codes(tensors={"codes": packed}, shape=(x.shape[0], x.shape[1]), dtype=x.dtype)
+
+    def _decode(self, codes: Codes, context: Context) -> Float[Tensor, "tokens channels"]:
+        digits = self._radix.unpack(codes.tensors["codes"]).T
+        levels = torch.take(self.levels.float(), digits.long() + self._starts[:, None])
+        return self.offset + self.scale * levels.T
+
+    def deviation(self, x: Float[Tensor, "tokens channels"]) -> Float[Tensor, "tokens channels"]:
+        """Distance from the offset, in scales."""
+        return ((x - self.offset) / self.scale).abs()
+
+    def outside(self, x: Float[Tensor, "tokens channels"]) -> Bool[Tensor, "tokens channels"]:
+        """True beyond one scale from the offset."""
+        return self.deviation(x.float()) > RANGE_SLACK
+
+    def _nearest(self, a: Float32[Tensor, "channels tokens"]) -> UInt8[Tensor, "channels tokens"]:
+        """Index of the nearest level, on a tie the lower one: how many boundaries lie below.
+
+        Channels are gone through in the order of their tables' lengths, so that short ones are done first.
+        """
+        order, counts, boundaries = self._boundaries
+        ordered, codes = a[order], torch.zeros_like(a, dtype=torch.uint8)
+        for n, boundary in zip(counts, boundaries.unbind(dim=1), strict=True):
+            codes[:n] += ordered[:n] > boundary[:n, None]
+        return codes[order.argsort()]
+
+    @functools.cached_property
+    def _radix(self) -> MixedRadix:
+        return MixedRadix(self.n_levels.tolist())
+
+    @functools.cached_property
+    def _starts(self) -> Int64[Tensor, " channels"]:
+        """Where each channel's table begins."""
+        return self.n_levels.long().cumsum(0) - self.n_levels
+
+    @functools.cached_property
+    def _boundaries(self) -> tuple[Tensor, list[int], Float32[Tensor, "channels boundaries"]]:
+        """Channels from the longest table to the shortest, how many have a j-th boundary, and the boundaries."""
+        lengths = self.n_levels.long()
+        order = lengths.argsort(descending=True, stable=True)
+        rank = torch.arange(int(lengths.max()), device=order.device)
+        levels = self.levels.float()[self._starts[order, None] + rank.minimum(lengths[order, None] - 1)]
+        counts = (lengths[:, None] > rank[1:]).sum(dim=0).tolist()
+        return order, counts, (levels[:, 1:] + levels[:, :-1]) / 2
+
+    def _check_tables(self) -> None:
+        tables, n = self.n_levels, int(self.n_levels.sum())
+        if tables.dtype != torch.int16 or tables.shape != (self.channels,):
+            raise ValueError(
+                f"{self.kind}: n_levels must be int16 of shape ({self.channels},); "
+                f"got {tables.dtype} of shape {tuple(tables.shape)}"
+            )
+        if (tables < 1).any() or (tables > _MOST_LEVELS).any():
+            raise ValueError(f"{self.kind}: n_levels must be from 1 to {_MOST_LEVELS}; got {tables.unique().tolist()}")
+        if self.levels.dtype != torch.float16 or self.levels.shape != (n,):
+            raise ValueError(
+                f"{self.kind}: levels must be float16 of shape ({n},), as n_levels says; "
+                f"got {self.levels.dtype} of shape {tuple(self.levels.shape)}"
+            )
+        first = torch.zeros(n, dtype=torch.bool, device=tables.device)
+        first[tables.long().cumsum(0)[:-1]] = True
+        wide = self.levels.float()
+        if not torch.isfinite(wide).all() or ((wide.diff() < 0) & ~first[1:]).any():
+            raise ValueError(f"{self.kind}: levels must be finite and in ascending order within each table")
+
+
+def mean_bits(n_levels: Int16[Tensor, " channels"]) -> float:
+    """Mean of log2 of the numbers of levels."""
+    return float(n_levels.double().log2().mean())

@@ -1,0 +1,78 @@
+"""Quantizers whose scales go on from call to call, also behind wrappers."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import ClassVar, final
+
+from jaxtyping import Float
+from torch import Tensor
+
+from artifacts.codes import Codes
+from artifacts.quantizer import Context, Quantizer
+from artifacts.quantizers.streaming import Streaming, StreamingState
+
+
+def first_state(quantizer: Quantizer) -> StreamingState | None:
+    """The running state of a sequence before its first token; None where nothing runs."""
+    return next((one.start for one in _nested(quantizer) if isinstance(one, Streaming)), None)
+
+
+def encode_from(
+    quantizer: Quantizer, x: Float[Tensor, "tokens channels"], state: StreamingState
+) -> tuple[Codes, StreamingState]:
+    """The codes of tokens that follow those of `state`, and the state after them.
+
+    Calls for whole chunks, one after the other from `first_state`, give the codes of all tokens at once: what wraps a
+    `Streaming` treats each token by itself, so that only the innermost quantizer has to go on.
+
+    Raises
+    ------
+    MismatchError, NonFiniteError
+        As `Streaming.encode_from`.
+    """
+    if isinstance(quantizer, Streaming):
+        return quantizer.encode_from(x, state)
+    states = [state]
+    return _going_on(quantizer, states).encode(x), states[-1]
+
+
+def _nested(quantizer: Quantizer) -> Iterator[Quantizer]:
+    """The quantizer and all that it wraps."""
+    yield quantizer
+    for value in vars(quantizer).values():
+        if isinstance(value, Quantizer):
+            yield from _nested(value)
+
+
+def _going_on(quantizer: Quantizer, states: list[StreamingState]) -> Quantizer:
+    """The same quantizer, whose innermost goes on from the last state and appends the next."""
+    if isinstance(quantizer, Streaming):
+        return _Running(channels=quantizer.channels, site=quantizer.site, inner=quantizer, states=states)
+    wrapped = {name: value for name, value in vars(quantizer).items() if isinstance(value, Quantizer)}
+    return quantizer.holding(**{name: _going_on(value, states) for name, value in wrapped.items()})
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Running(Quantizer):
+    """A `Streaming` that goes on from a state, for the length of one call."""
+
+    kind: ClassVar[str] = "running"
+
+    inner: Streaming
+    states: list[StreamingState] = field(default_factory=list)
+
+    @property
+    def tokens_per_scale(self) -> int | None:
+        return self.inner.tokens_per_scale
+
+    def _encode(self, x: Float[Tensor, "tokens channels"], context: Context) -> Codes:
+        codes, state = self.inner.encode_from(x, self.states[-1])
+        self.states.append(state)
+        return codes
+
+    def _decode(self, codes: Codes, context: Context) -> Float[Tensor, "tokens channels"]:
+        return self.inner._decode(codes, context)
+
+    def deviation(self, x: Float[Tensor, "tokens channels"]) -> Float[Tensor, "tokens channels"]:
+        return self.inner.deviation(x)

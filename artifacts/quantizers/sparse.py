@@ -1,0 +1,204 @@
+"""Dense-and-sparse wrappers: a few values of each token are kept in 16 bits, the others go to the wrapped quantizer.
+
+An outlier costs its value, its channel (one or two bytes) and, where their number varies, its share of a token's
+count. The wrapped quantizer sees the token with its outliers moved to the edge of the rest: they widen no range.
+"""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import torch
+from jaxtyping import Bool, Float, Float32, Int64
+from torch import Tensor
+
+from artifacts.codes import Codes
+from artifacts.coding.checks import check_vector
+from artifacts.coding.finite import expect_finite
+from artifacts.coding.span import Span
+from artifacts.errors import NonFiniteError
+from artifacts.quantizer import Context
+from artifacts.quantizers.wrapper import AbstractWrapper
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AbstractSparse(AbstractWrapper):
+    """Keeps the values that `mask` names beside the codes of `inner`."""
+
+    @abstractmethod
+    def mask(self, x: Float32[Tensor, "tokens channels"]) -> Bool[Tensor, "tokens channels"]:
+        """True where a value is kept exact."""
+
+    @final
+    def _encode(self, x: Float[Tensor, "tokens channels"], context: Context) -> Codes:
+        wide = x.float()
+        mask = self.mask(wide)
+        rows, channels = mask.nonzero(as_tuple=True)
+        tensors = {
+            **self._store_counts(rows, x.shape[0]),
+            "indices": channels.to(_index_dtype(self.channels - 1)),
+            "values": self._stored_values(x[rows, channels]),
+        }
+        dense = self.inner._encode(move_to_edge(wide, mask), context)
+        spans = dict.fromkeys(("indices", "values"), self._span)
+        return Codes(tensors=tensors, shape=(x.shape[0], x.shape[1]), dtype=x.dtype, spans=spans, inner=dense)
+
+    @final
+    def _decode(self, codes: Codes, context: Context) -> Float[Tensor, "tokens channels"]:
+        assert codes.inner is not None
+        x = self.inner._decode(codes.inner, context).clone()
+        indices = codes.tensors["indices"].long()
+        rows = torch.arange(codes.shape[0], device=x.device).repeat_interleave(self._counts(codes))
+        x[rows, indices] = codes.tensors["values"].to(x.dtype)
+        return x
+
+    @property
+    def _span(self) -> Span:
+        """Outliers of a token."""
+        return Span(entries="counts")
+
+    def _store_counts(self, rows: Int64[Tensor, " outliers"], n_tokens: int) -> dict[str, Tensor]:
+        return {"counts": torch.bincount(rows, minlength=n_tokens).to(_index_dtype(self.channels))}
+
+    def _counts(self, codes: Codes) -> Int64[Tensor, " tokens"]:
+        return codes.tensors["counts"].long()
+
+    def _stored_values(self, values: Float[Tensor, " outliers"]) -> Float[Tensor, " outliers"]:
+        stored = values if values.element_size() == 2 else values.half()
+        expect_finite(
+            stored,
+            values,
+            lambda _, largest: NonFiniteError(
+                f"{self.label}: an outlier of {largest:.4g} does not fit float16 (largest 65504). "
+                "Run the model with --dtype bfloat16, or use a recipe without outliers."
+            ),
+        )
+        return stored
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ThresholdSparse(AbstractSparse):
+    """Keeps what lies beyond static thresholds, one pair per channel (arXiv 2401.18079, section 3.4, keys).
+
+    Parameters
+    ----------
+    lower, upper : Float32[Tensor, "channels"]
+        Values strictly below `lower` or above `upper` are outliers, in units of x.
+    """
+
+    kind: ClassVar[str] = "threshold_sparse"
+
+    lower: Float32[Tensor, " channels"]
+    upper: Float32[Tensor, " channels"]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_vector(self.kind, "lower", self.lower, self.channels)
+        check_vector(self.kind, "upper", self.upper, self.channels)
+        if (self.lower > self.upper).any():
+            raise ValueError(f"{self.kind}: lower must not exceed upper; {int((self.lower > self.upper).sum())} do")
+
+    def mask(self, x: Float32[Tensor, "tokens channels"]) -> Bool[Tensor, "tokens channels"]:
+        """True outside the channel's thresholds."""
+        return (x < self.lower) | (x > self.upper)
+
+    def outside(self, x: Float[Tensor, "tokens channels"]) -> Bool[Tensor, "tokens channels"]:
+        """True outside the thresholds, and in a narrower range of the wrapped quantizer outside that."""
+        kept, clipped = self.mask(x.float()), self.inner.outside(x)
+        return kept if clipped is None else kept | clipped
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PercentileSparse(AbstractSparse):
+    """Keeps each token's own tails, by percentiles over its channels (arXiv 2401.18079, section 3.4, values).
+
+    Parameters
+    ----------
+    outlier_fraction : float
+        Share of a token's values outside its two percentiles, half on each side. The percentiles are interpolated
+        and the comparison includes them, as in the published code, so that a few more values are kept.
+    """
+
+    kind: ClassVar[str] = "percentile_sparse"
+
+    outlier_fraction: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.outlier_fraction < 0.5:
+            raise ValueError(f"{self.kind}: outlier_fraction must be in (0, 0.5); got {self.outlier_fraction!r}")
+
+    def mask(self, x: Float32[Tensor, "tokens channels"]) -> Bool[Tensor, "tokens channels"]:
+        """True at and beyond the token's percentiles."""
+        upper = upper_quantile(x, self.outlier_fraction / 2)
+        lower = -upper_quantile(-x, self.outlier_fraction / 2)
+        return (x <= lower) | (x >= upper)
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RankSparse(AbstractSparse):
+    """Keeps exactly the `outliers_per_token` values that lie furthest out; of equals, those of the first channels.
+
+    Parameters
+    ----------
+    outliers_per_token : int
+        From 1 to channels - 1.
+    """
+
+    kind: ClassVar[str] = "rank_sparse"
+
+    outliers_per_token: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.outliers_per_token < self.channels:
+            raise ValueError(
+                f"{self.kind}: outliers_per_token must be from 1 to {self.channels - 1}; got {self.outliers_per_token}"
+            )
+
+    def mask(self, x: Float32[Tensor, "tokens channels"]) -> Bool[Tensor, "tokens channels"]:
+        """True at the largest deviations, as the wrapped quantizer measures them."""
+        return furthest(self.inner.deviation(x), self.outliers_per_token)
+
+    @property
+    def _span(self) -> Span:
+        return Span(entries=self.outliers_per_token)
+
+    def _store_counts(self, rows: Int64[Tensor, " outliers"], n_tokens: int) -> dict[str, Tensor]:
+        return {}
+
+    def _counts(self, codes: Codes) -> Int64[Tensor, " tokens"]:
+        return torch.full((codes.shape[0],), self.outliers_per_token, device=codes.tensors["indices"].device)
+
+
+def furthest(deviation: Float[Tensor, "*rows values"], count: int) -> Bool[Tensor, "*rows values"]:
+    """True at the `count` largest values of each row; of equals, at the first."""
+    least = deviation.topk(count, dim=-1).values[..., -1:]
+    beyond, level = deviation > least, deviation == least
+    missing = count - beyond.sum(dim=-1, keepdim=True)
+    return beyond | (level & (level.cumsum(dim=-1) <= missing))
+
+
+def upper_quantile(x: Float32[Tensor, "tokens channels"], tail: float) -> Float32[Tensor, "tokens 1"]:
+    """Each token's quantile 1 - tail, linearly interpolated as numpy does it."""
+    position = tail * (x.shape[1] - 1)
+    below = int(position)
+    top = x.topk(min(below + 2, x.shape[1]), dim=1).values
+    return torch.lerp(top[:, below : below + 1], top[:, -1:], position - below)
+
+
+def move_to_edge(
+    x: Float32[Tensor, "*rows values"], mask: Bool[Tensor, "*rows values"]
+) -> Float32[Tensor, "*rows values"]:
+    """Each row with its masked values moved to the nearer end of the range of its other values."""
+    low = x.masked_fill(mask, torch.inf).amin(dim=-1, keepdim=True)
+    high = x.masked_fill(mask, -torch.inf).amax(dim=-1, keepdim=True)
+    moved = torch.minimum(torch.maximum(x, low), high)
+    return torch.where(torch.isfinite(moved), moved, 0.0)
+
+
+def _index_dtype(largest: int) -> torch.dtype:
+    return torch.uint8 if largest < 256 else torch.int16

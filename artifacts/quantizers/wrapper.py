@@ -1,0 +1,98 @@
+"""What wrappers share: they hold another quantizer of the same channels and change what it sees."""
+
+from abc import abstractmethod
+from copy import copy
+from dataclasses import dataclass
+from typing import final
+
+from jaxtyping import Bool, Float, Float32
+from torch import Tensor
+
+from artifacts.codes import Codes
+from artifacts.coding.finite import expect_finite
+from artifacts.errors import NonFiniteError
+from artifacts.quantizer import Context, Quantizer
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AbstractWrapper(Quantizer):
+    """A quantizer around another one, which always gets float32.
+
+    Parameters
+    ----------
+    inner : Quantizer
+        The wrapped quantizer, of the same channels.
+    """
+
+    inner: Quantizer
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.inner, Quantizer) or self.inner.channels != self.channels:
+            raise ValueError(
+                f"{self.kind}: inner must be a quantizer of {self.channels} channels; got {self.inner!r:.60}"
+            )
+
+    @final
+    def wrapping(self, inner: Quantizer) -> "AbstractWrapper":
+        """The same wrapper around another quantizer; what was prepared of its own fields stays prepared."""
+        other = copy(self)
+        other.__dict__["inner"] = inner
+        other.__dict__.pop("_moved", None)  # those hold what was wrapped before
+        AbstractWrapper.__post_init__(other)
+        return other
+
+    @property
+    def tokens_per_scale(self) -> int | None:
+        """That of the wrapped quantizer."""
+        return self.inner.tokens_per_scale
+
+    @property
+    def looks_ahead(self) -> bool:
+        """As the wrapped quantizer."""
+        return self.inner.looks_ahead
+
+    @property
+    def decode_multiply_adds(self) -> int:
+        """Those of the wrapped quantizer."""
+        return self.inner.decode_multiply_adds
+
+    def outside(self, x: Float[Tensor, "tokens channels"]) -> Bool[Tensor, "tokens channels"] | None:
+        """Where the wrapped quantizer's range ends, whatever is kept beside it."""
+        return self.inner.outside(x)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AbstractTransform(AbstractWrapper):
+    """A wrapper that maps each token to another one of as many channels, and back; it stores nothing per token."""
+
+    @abstractmethod
+    def transform(self, x: Float32[Tensor, "tokens channels"]) -> Float32[Tensor, "tokens channels"]:
+        """What the wrapped quantizer sees."""
+
+    @abstractmethod
+    def invert(self, z: Float32[Tensor, "tokens channels"]) -> Float32[Tensor, "tokens channels"]:
+        """What is made of the wrapped quantizer's answer."""
+
+    def outside(self, x: Float[Tensor, "tokens channels"]) -> Bool[Tensor, "tokens channels"] | None:
+        """Where the wrapped quantizer's range ends, among the values that it sees."""
+        return self.inner.outside(self.transform(x.float()))
+
+    @final
+    def _encode(self, x: Float[Tensor, "tokens channels"], context: Context) -> Codes:
+        z = self.transform(x.float())
+        expect_finite(
+            z,
+            x,
+            lambda _, largest: NonFiniteError(
+                f"{self.label}: values of up to {largest:.4g} leave the range of float32 when they are transformed. "
+                "Find the layer that overflows."
+            ),
+        )
+        dense = self.inner._encode(z, context)
+        return Codes(tensors={}, shape=(x.shape[0], x.shape[1]), dtype=x.dtype, inner=dense)
+
+    @final
+    def _decode(self, codes: Codes, context: Context) -> Float[Tensor, "tokens channels"]:
+        assert codes.inner is not None
+        return self.invert(self.inner._decode(codes.inner, context))

@@ -1,0 +1,35 @@
+"""Blocks with a signed step."""
+
+from typing import Literal, final
+
+from pydantic import Field
+
+from artifacts.quantizer import Quantizer
+from artifacts.quantizers.signed_affine import SignedAffine
+from calib.estimators.estimator import EXACT, Estimator, Fit
+from calib.statistics.site_statistics import SiteShape, SiteStatistics
+
+
+@final
+class SignedEstimator(Estimator):
+    """Blocks of channels whose largest magnitude is hit exactly; nothing is fitted.
+
+    Parameters
+    ----------
+    bits : int
+        Code width, 2 to 8.
+    group_size : int
+        Channels of a block; divides the channels.
+    """
+
+    method: Literal["signed"] = "signed"
+    bits: int = Field(default=4, ge=2, le=8)
+    group_size: int = Field(default=32, ge=1)
+
+    def fit(self, statistics: SiteStatistics) -> Fit:
+        """Reads nothing but the shape."""
+        return Fit(self.dynamic(statistics.shape), EXACT)
+
+    def dynamic(self, shape: SiteShape) -> Quantizer:
+        """The quantizer, whatever was or was not calibrated."""
+        return SignedAffine(channels=shape.channels, bits=self.bits, group_size=self.group_size)

@@ -1,0 +1,1 @@
+"""Recipes: their files, edits and errors, and the estimator of each site."""

@@ -1,0 +1,210 @@
+"""Recipes: which estimators for keys and for values of which layers, and where keys are taken."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, final
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from artifacts.sites import Stage
+from calib.estimators import AnyEstimator, Estimator
+from calib.recipe.cache_entry import CacheEntry
+from calib.recipe.errors import Marks, RecipeError, mark, refusal
+from calib.recipe.modelslim import from_modelslim, is_modelslim
+from calib.recipe.override import CachedTensor, Override, merged
+from calib.recipe.patterns import Patterns
+from calib.recipe.recipe_file import Document, read_document, shipped_recipes
+
+__all__ = ["Recipe", "RecipeError", "load_recipe", "shipped_recipes"]
+
+_ENTRY: TypeAdapter[Estimator] = TypeAdapter(AnyEstimator)
+_OVERRIDES = TypeAdapter(dict[Literal["overrides"], list[dict[CachedTensor, AnyEstimator]]])
+
+
+def _file_name(name: str) -> str:
+    if not name.strip(". ") or not name.isprintable() or {"/", "\\"} & set(name):
+        raise ValueError(f"files are named after it, so it has no / and no \\; got {name!r:.80}")
+    return name
+
+
+@final
+class Recipe(BaseModel):
+    """How the quantizers of a model are found.
+
+    Parameters
+    ----------
+    name : str
+        For file names and tables; in a file it may be left out and is the file's then.
+    source : str
+        What it reproduces, with its paper.
+    stage : {'pre_rope', 'post_rope'}
+        Where keys are taken.
+    key, value : estimator
+        Hyper-parameters of the estimators for all layers.
+    sink_tokens : int
+        First positions of a sequence that stay exact and take no part in the fit, 0 to 8.
+    target_bits : float or None
+        Mean bits over all keys and values, shared out among the sites, by method `allotted` or `entropy`; None leaves
+        every site its own.
+    cache : CacheEntry or None
+        Which other tokens a cache keeps exact, where the method says so.
+    include, exclude : tuple of str
+        Globs over paths of attention modules, layers and sites: a site is quantized if `include` names it and `exclude`
+        does not.
+    overrides : tuple of Override
+        What is different in some layers; a later one wins over an earlier one.
+
+    Examples
+    --------
+    More bits in the first and the last layer; the same entries stand in a file behind `extends: kvquant`.
+
+    >>> ends = {"layers": [0, -1], "key": {"bits": 8}, "value": {"bits": 8}}
+    >>> recipe = load_recipe("kvquant").edited({"overrides": [ends]})
+    >>> recipe.estimator("key").bits, recipe.estimator("key", recipe.overrides).bits
+    (4, 8)
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    file_entries: ClassVar[tuple[str, ...]] = ("extends",)
+    """What a file may hold besides the fields."""
+
+    name: Annotated[str, AfterValidator(_file_name)]
+    source: str = ""
+    stage: Stage = "pre_rope"
+    key: AnyEstimator
+    value: AnyEstimator
+    sink_tokens: int = Field(default=0, ge=0, le=8)
+    target_bits: float | None = Field(default=None, gt=0, le=8)
+    cache: CacheEntry | None = None
+    include: Annotated[Patterns, Field(min_length=1)] = ("*",)
+    exclude: Patterns = ()
+    overrides: tuple[Override, ...] = ()
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Recipe":
+        """Every override goes with the entry that it changes."""
+        entries = [{tensor: self._entry(tensor, [one]) for tensor in one.tensors} for one in self.overrides]
+        _OVERRIDES.validate_json(json.dumps({"overrides": entries}), strict=True)
+        for tensor in ("key", "value"):
+            if self.target_bits is not None and getattr(self, tensor).allowance is None:
+                raise ValueError(f"target_bits is shared out; {tensor} needs an entry with method: allotted or entropy")
+        return self
+
+    def estimator(self, tensor: CachedTensor, overrides: Iterable[Override] = ()) -> Estimator:
+        """The estimator for keys or values, with overrides one after another.
+
+        Raises
+        ------
+        RecipeError
+            If the overrides do not go together.
+        """
+        try:
+            return _ENTRY.validate_json(json.dumps(self._entry(tensor, overrides)), strict=True)
+        except ValidationError as error:
+            raise refusal(error, AnyEstimator, f"{self.name}: overrides of {tensor} together", {}) from error
+
+    @property
+    def needs_fisher(self) -> bool:
+        """Whether any site's estimator reads squared gradients."""
+        entries = [self.estimator(tensor, [one]) for one in self.overrides for tensor in one.tensors]
+        return any(entry.needs_fisher for entry in (self.key, self.value, *entries))
+
+    @property
+    def needs_full(self) -> bool:
+        """Whether any site's estimator reads what only statistics of the tier `full` hold."""
+        entries = [self.estimator(tensor, [one]) for one in self.overrides for tensor in one.tensors]
+        return any(entry.needs_full for entry in (self.key, self.value, *entries))
+
+    def edited(self, changes: Mapping[str, Any]) -> "Recipe":
+        """The recipe with some entries changed, such as `{"key": {"bits": 3}}`, and checked again.
+
+        Keys or values that become exact, as with `{"key": {"method": "identity"}}`, are so in all layers.
+
+        Raises
+        ------
+        RecipeError
+            If the result is none.
+        """
+        exact = [name for name in ("key", "value") if changes.get(name) == {"method": "identity"}]
+        base = self.model_dump(mode="json")
+        rows = [{**one, **dict.fromkeys(exact)} for one in base["overrides"]]
+        base["overrides"] = [one for one in rows if one["key"] is not None or one["value"] is not None]
+        return self.parse(merged(base, changes), self.name)
+
+    def to_yaml(self) -> str:
+        """The recipe as the text of a recipe file."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    @classmethod
+    def parse(cls, data: object, where: str, marks: Marks | None = None) -> "Recipe":
+        """A recipe from plain values; `where` and `marks` say where they were written.
+
+        Raises
+        ------
+        RecipeError
+            With every entry that is wrong, what was expected, and the nearest known name.
+        """
+        marks = marks or {}
+        if not isinstance(data, dict):
+            got = {type(None): "an empty file", list: "a list"}.get(type(data), f"{data!r:.80}")
+            raise RecipeError(
+                f"recipe {mark((), where, marks)}: expected entries such as key: {{method: uniform}}; got {got}; "
+                "start from `calibrate --print-recipe`"
+            )
+        try:
+            return cls.model_validate_json(json.dumps(data), strict=True)
+        except ValidationError as error:
+            raise refusal(error, cls, where, marks) from error
+        except (TypeError, ValueError) as error:  # json holds no other types, and no circles
+            raise RecipeError(f"recipe {where}: expected numbers, texts, lists and entries; {error}") from error
+
+    def _entry(self, tensor: CachedTensor, overrides: Iterable[Override]) -> dict[str, Any]:
+        entry: dict[str, Any] = getattr(self, tensor).model_dump(mode="json")
+        for override in overrides:
+            entry = override.applied(tensor, entry)
+        return entry
+
+
+def load_recipe(name: str | Path) -> Recipe:
+    """A shipped recipe by name, or one from a `.yaml` file, of kvgauge or of msModelSlim.
+
+    Raises
+    ------
+    RecipeError
+        If there is none, or it is not well-formed; with file and line.
+    """
+    return _load(read_document(str(name)), ())
+
+
+def _load(document: Document, heirs: tuple[str, ...]) -> Recipe:
+    """The recipe of a document; `heirs` are those that extend it, each the next."""
+    if is_modelslim(document.data):
+        document = from_modelslim(document)
+    data = document.data
+    if isinstance(data, dict):
+        data = {"name": Path(document.where).stem, **data}
+        base = _base(document, data.pop("extends"), (*heirs, document.where)) if "extends" in data else {}
+        data = merged(base, data)
+    return Recipe.parse(data, document.where, document.marks)
+
+
+def _base(document: Document, extends: object, heirs: tuple[str, ...]) -> dict[str, Any]:
+    """The entries of the recipe that a document extends, a shipped one or a file beside it, except who it is."""
+    place = f"recipe {mark(('extends',), document.where, document.marks)}: extends"
+    if not isinstance(extends, str):
+        raise RecipeError(f"{place}: expected the name of a recipe or a file; got {extends!r:.80}")
+    name = extends if extends in shipped_recipes() else str(Path(document.where).parent / extends)
+    if _identity(name) in map(_identity, heirs):
+        raise RecipeError(f"{place}: a circle, {' extends '.join((*heirs, name))}; extend another recipe")
+    try:
+        base = read_document(name)
+    except RecipeError as error:
+        raise RecipeError(f"{place}: {error}") from error
+    return _load(base, heirs).model_dump(mode="json", exclude={"name", "source"})
+
+
+def _identity(name: str) -> str:
+    return name if name in shipped_recipes() else str(Path(name).resolve())

@@ -1,0 +1,1 @@
+"""Numerical solvers behind the estimators: k-means, bit allocation, prediction, entropy-coded indices."""

@@ -1,0 +1,1 @@
+"""Text to windows of tokens: corpora, local files, data sets of the hub, padding."""

@@ -1,0 +1,137 @@
+"""Texts as token ids: the data sets of the papers, and local files."""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import get_args
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from calib.demo.pages import demo_text
+from calib.text.errors import CorpusError
+from calib.text.hub_datasets import HUB_DATASETS, KNOWN_DATASETS, hub_rows
+from calib.text.lazy_documents import LazyDocuments, Tokenizer
+from calib.text.local_files import check_file, is_token_ids, read_local_text, read_token_ids
+from calib.text.padding import PaddingIds
+from calib.text.records import Split
+
+__all__ = ["Corpus", "CorpusError", "LazyDocuments", "PaddingIds", "Split", "check_dataset", "load_corpus"]
+
+_NO_PADDING = PaddingIds()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """Token ids of a text, with a fingerprint. Two corpora are equal if names and digests are.
+
+    Parameters
+    ----------
+    name : str
+        `demo`, `wikitext2`, `ptb`, `c4`, or the name of a local file without its folders: it is written into artifacts.
+    documents : tuple of Tensor or LazyDocuments
+        Token ids. One document is a stream, in which a window may start anywhere; no window spans two documents.
+    digest : str
+        SHA-256 of the token ids and document boundaries. For C4, which is never tokenised whole, of its source and
+        number of documents and the token ids of the first eight.
+    """
+
+    name: str
+    documents: tuple[Int64[Tensor, "_"], ...] | LazyDocuments = field(compare=False, repr=False)
+    digest: str
+
+
+def load_corpus(
+    dataset: str,
+    split: Split,
+    tokenizer: Tokenizer | None,
+    *,
+    field: str = "text",
+    padding: PaddingIds = _NO_PADDING,
+) -> Corpus:
+    r"""The token ids of a known data set or a local file.
+
+    Parameters
+    ----------
+    dataset : str
+        `demo`, `wikitext2`, `ptb`, `c4`, or a path: `.npy` (integer token ids: 1-D a stream, 2-D one document per row,
+        without the padding at its ends); records, whose texts are joined by blank lines (`.jsonl`, `.ndjson`,
+        `.jsonlines`, `.csv`, `.tsv`, `.parquet`, `.arrow`, a folder that `datasets` saved); any other suffix UTF-8
+        text. All texts may be compressed, `.gz`; Windows' line ends and a byte order mark do not count.
+    split : {'calibration', 'evaluation'}
+        The part of a known data set: train, or test (validation for C4, held-out pages for demo). A local file is
+        used whole.
+    tokenizer : Callable or None
+        Text to token ids; not needed for `.npy`.
+    field : str
+        The key or the column that holds the text of a record.
+    padding : PaddingIds
+        What fills up the rows of a `.npy` file.
+
+    Raises
+    ------
+    CorpusError
+        If the text cannot be had, is empty, is no text, or is not what its suffix says.
+
+    Examples
+    --------
+    >>> import pathlib, tempfile
+    >>> path = pathlib.Path(tempfile.mkdtemp()) / "note.txt"
+    >>> _ = path.write_text("abc")
+    >>> load_corpus(str(path), "calibration", lambda text: list(text.encode())).documents
+    (tensor([97, 98, 99]),)
+    """
+    if split not in get_args(Split):
+        raise ValueError(f"load_corpus: expected split {' or '.join(get_args(Split))}; got {split!r}")
+    path = Path(dataset)
+    if dataset not in KNOWN_DATASETS and is_token_ids(path):
+        documents = read_token_ids(path, padding)
+        return Corpus(name=path.name, documents=documents, digest=_digest(documents))
+    if tokenizer is None:
+        raise CorpusError(f"{dataset}: text needs a tokenizer; got none; pass one, or a .npy file of token ids")
+    if dataset == "demo":
+        return _stream(dataset, demo_text("training" if split == "calibration" else "held-out"), tokenizer)
+    if dataset in HUB_DATASETS:
+        return _of_hub(dataset, split, tokenizer)
+    return _stream(path.name, read_local_text(path, field, split), tokenizer)
+
+
+def check_dataset(dataset: str) -> None:
+    """The name is that of a known data set or of a file with content; to be asked before a model is loaded.
+
+    Raises
+    ------
+    CorpusError
+        If it is neither.
+    """
+    if dataset not in KNOWN_DATASETS:
+        check_file(Path(dataset))
+
+
+def _stream(name: str, text: str, tokenizer: Tokenizer) -> Corpus:
+    tokens = torch.as_tensor(tokenizer(text), dtype=torch.int64)
+    if not text.strip() or not len(tokens):
+        raise CorpusError(f"{name}: expected text; got {len(text)} characters, {len(tokens)} tokens; pass another file")
+    return Corpus(name=name, documents=(tokens,), digest=_digest([tokens]))
+
+
+def _digest(documents: Iterable[Int64[Tensor, "_"]], source: str = "") -> str:
+    digest = hashlib.sha256(source.encode())
+    for document in documents:
+        digest.update(len(document).to_bytes(8, "little"))
+        digest.update(document.numpy().astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def _of_hub(name: str, split: Split, tokenizer: Tokenizer) -> Corpus:
+    dataset = HUB_DATASETS[name]
+    part = dataset.evaluation if split == "evaluation" else "train"
+    rows = hub_rows(name, part)
+    if dataset.separator is not None:
+        return _stream(name, dataset.separator.join(rows), tokenizer)
+    documents = LazyDocuments(rows, tokenizer)
+    source = f"{dataset.repository}@{dataset.revision}:{part}:{len(documents)}"
+    return Corpus(name=name, documents=documents, digest=_digest(islice(documents, 8), source))

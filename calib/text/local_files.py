@@ -1,0 +1,150 @@
+"""Local files as text or as token ids; each refusal says what stands in the file and what to do about it."""
+
+import difflib
+import gzip
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from calib.text.errors import CorpusError
+from calib.text.file_formats import ARROW, GZIP, NUMPY, PARQUET, refuse_binary, undecodable, zero_byte
+from calib.text.hub_datasets import KNOWN_DATASETS
+from calib.text.padding import PaddingIds, without_padding
+from calib.text.records import Split, arrow, column_text, csv_text, is_saved_dataset, jsonl_text, parquet, saved_dataset
+
+_GIT_LFS = b"version https://git-lfs.github.com/spec/"
+_HEAD_BYTES = 512
+
+
+def check_file(path: Path) -> None:
+    """Refuses what is not a file with content, and files that hold neither text nor token ids."""
+    if is_saved_dataset(path):
+        return
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEAD_BYTES)
+    except FileNotFoundError as error:
+        close = difflib.get_close_matches(str(path), KNOWN_DATASETS, n=1)
+        advice = f"did you mean {close[0]}?" if close else "check the path"
+        raise CorpusError(f"{path}: expected {', '.join(KNOWN_DATASETS)} or a file; got neither; {advice}") from error
+    except IsADirectoryError as error:
+        raise CorpusError(f"{path}: expected a file; got a directory; name one file in it") from error
+    except OSError as error:
+        raise CorpusError(f"{path}: expected a readable file; got {error.strerror}; check the path") from error
+    if not head:
+        raise CorpusError(f"{path}: expected content; got a file of 0 bytes; was it downloaded completely?")
+    if head.startswith(_GIT_LFS):
+        raise CorpusError(f"{path}: expected data; got a git-lfs pointer to it; run `git lfs pull` first")
+    if not is_token_ids(path):
+        refuse_binary(path, head)
+
+
+def is_token_ids(path: Path) -> bool:
+    """Whether a file is one of token ids, by its suffix or its content."""
+    if path.suffix.lower() == ".npy":
+        return True
+    try:
+        with path.open("rb") as file:
+            return file.read(len(NUMPY)) == NUMPY
+    except OSError:
+        return False
+
+
+def read_local_text(path: Path, field: str, split: Split) -> str:
+    """The text of a file or of a folder that `datasets` saved; records are joined by blank lines.
+
+    Raises
+    ------
+    CorpusError
+        If it holds no text, or none where `field` says.
+    """
+    check_file(path)
+    if path.is_dir():
+        return column_text(path, saved_dataset(path, split), field)
+    data, suffix = _content(path)
+    if suffix == ".parquet" or (data.startswith(PARQUET) and data.endswith(PARQUET)):
+        return column_text(path, parquet(path), field)
+    if suffix == ".arrow" or data.startswith(ARROW):
+        return column_text(path, arrow(path), field)
+    text = _decoded(path, data)
+    match suffix:
+        case ".jsonl" | ".ndjson" | ".jsonlines":
+            return jsonl_text(path, text, field)
+        case ".csv" | ".tsv":
+            return csv_text(path, text, field, "\t" if suffix == ".tsv" else ",")
+    _refuse_markup(path, text, suffix)
+    return text
+
+
+def _content(path: Path) -> tuple[bytes, str]:
+    """What a file holds, decompressed, and the suffix in lower case that tells its format."""
+    data, name = path.read_bytes(), path.name.lower()
+    if data.startswith(GZIP):
+        try:
+            data, name = gzip.decompress(data), name.removesuffix(".gz")
+        except (OSError, EOFError, zlib.error) as error:
+            raise CorpusError(f"{path}: expected a whole .gz file; got {error}; download it again") from error
+        refuse_binary(path, data[:_HEAD_BYTES])
+    return data, Path(name).suffix
+
+
+def _decoded(path: Path, data: bytes) -> str:
+    """UTF-8 text; a byte order mark and Windows' line ends do not belong to it."""
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise undecodable(path, data, error) from error
+    if "\0" in text:
+        raise zero_byte(path, data.index(0))
+    return text.replace("\r\n", "\n")
+
+
+def _refuse_markup(path: Path, text: str, suffix: str) -> None:
+    """Refuses records and pages, which a model would be scored on with all their brackets.
+
+    Raises
+    ------
+    CorpusError
+        With the format, and what to do.
+    """
+    first = text.lstrip()[:200].lower()
+    if suffix in (".html", ".htm", ".xhtml") or first.startswith(("<!doctype html", "<html")):
+        raise CorpusError(f"{path}: expected text; got an HTML page; extract its text first, e.g. with lynx -dump")
+    records = _is_record(next((line for line in text.split("\n") if line.strip()), ""))
+    if suffix == ".json":
+        several = records and "\n" in text.strip()
+        advice = "rename it to .jsonl" if several else "write one object per line into a .jsonl file"
+        raise CorpusError(f"{path}: expected text; got a .json file; {advice}")
+    if records:
+        raise CorpusError(f"{path}: expected text; got lines of JSON objects; rename it to .jsonl")
+
+
+def _is_record(line: str) -> bool:
+    try:
+        return line.startswith("{") and isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def read_token_ids(path: Path, padding: PaddingIds) -> tuple[Int64[Tensor, "_"], ...]:
+    """A stream, or the rows of a table without their padding, of token ids."""
+    check_file(path)
+    try:
+        # Unlike np.load this holds the header against the size of the file, and never unpickles.
+        stored = np.lib.format.open_memmap(path, mode="r")
+    except (ValueError, EOFError) as error:
+        raise CorpusError(f"{path}: expected a .npy array of token ids; got {error}; write it with np.save") from error
+    if stored.dtype.kind not in "iu" or stored.ndim not in (1, 2) or not stored.size:
+        raise CorpusError(
+            f"{path}: expected integer token ids, a 1-D stream or 2-D rows; got {stored.dtype} of shape "
+            f"{stored.shape}; convert it, e.g. with tokens.astype('int64')"
+        )
+    ids = torch.from_numpy(np.array(stored, dtype=np.int64))
+    if ids.min() < 0:  # also unsigned ids beyond int64, which wrap
+        raise CorpusError(f"{path}: expected token ids from 0; got {int(ids.min())}; remove padding and label masks")
+    return without_padding(ids, padding, path.name) if ids.ndim == 2 else (ids,)

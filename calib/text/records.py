@@ -1,0 +1,152 @@
+"""Records of local files, one text in each: lines of JSON, tables of text, and what `datasets` writes.
+
+Texts are joined by blank lines.
+"""
+
+import csv
+import io
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from calib.text.errors import CorpusError
+
+Split = Literal["calibration", "evaluation"]
+
+_PARTS: dict[Split, tuple[str, ...]] = {"calibration": ("train",), "evaluation": ("test", "validation")}
+
+
+def jsonl_text(path: Path, text: str, field: str) -> str:
+    """The field of every line; empty lines are passed over.
+
+    Raises
+    ------
+    CorpusError
+        With the line that is no object, or holds no text there.
+    """
+    # Not splitlines(): JSON strings may hold U+2028 and other characters that it takes for line ends.
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
+        raise CorpusError(f"{path}: expected a JSON object on every line; got empty lines; pass another file")
+    return "\n\n".join(_parse_line(line, field, f"{path}, line {number}") for number, line in lines)
+
+
+def _parse_line(line: str, field: str, where: str) -> str:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise CorpusError(f"{where}: expected a JSON object; got {error}; mend or remove the line") from error
+    text = record.get(field) if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        got = f"{type(text).__name__} {text!r:.60}" if isinstance(record, dict) and field in record else f"{line:.100}"
+        raise CorpusError(f"{where}: expected text in the field {field!r}; got {got}; name another one with --field")
+    return text
+
+
+def csv_text(path: Path, text: str, field: str, delimiter: str) -> str:
+    """The column that the header calls `field`.
+
+    Raises
+    ------
+    CorpusError
+        If there is none, or with the line that is not whole.
+    """
+    before = csv.field_size_limit(2**31 - 1)  # a document may well have more than the usual 128 KiB
+    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        columns = rows.fieldnames or []
+        texts = [(rows.line_num, None if None in row else row[field]) for row in rows] if field in columns else []
+    except csv.Error as error:
+        raise CorpusError(f"{path}, after line {rows.line_num}: expected a table; got {error}; mend it") from error
+    finally:
+        csv.field_size_limit(before)
+    if field not in columns:
+        raise _no_column(path, field, columns)
+    if columns.count(field) > 1:
+        raise CorpusError(f"{path}: expected one column {field!r}; got {columns.count(field)}; rename the others")
+    short = next((number for number, text in texts if text is None), None)
+    if short is not None:
+        raise CorpusError(
+            f"{path}, line {short}: expected {len(columns)} columns, texts with commas quoted; mend the line"
+        )
+    return "\n\n".join(text for _, text in texts if text is not None)
+
+
+def is_saved_dataset(path: Path) -> bool:
+    """Whether a folder is one that `datasets` saved."""
+    return any(os.path.isfile(path / name) for name in ("state.json", "dataset_dict.json"))
+
+
+def saved_dataset(path: Path, split: Split) -> Any:
+    """The table of a folder that `datasets` saved, or of the part for `split` in it.
+
+    Raises
+    ------
+    CorpusError
+        If there is no such part, or nothing that can be read.
+    """
+    import datasets
+
+    loaded = _table(path, datasets.load_from_disk)
+    if not isinstance(loaded, datasets.DatasetDict):
+        return loaded
+    part = next((part for part in _PARTS[split] if part in loaded), None)
+    if part is None:
+        raise CorpusError(
+            f"{path}: expected a part {' or '.join(_PARTS[split])} for {split}; got {', '.join(loaded)}; name one, "
+            f"such as {path / next(iter(loaded), 'train')}"
+        )
+    return loaded[part]
+
+
+def parquet(path: Path) -> Any:
+    """The table of a Parquet file."""
+    import datasets
+
+    with tempfile.TemporaryDirectory() as cache:
+        return _table(path, partial(datasets.Dataset.from_parquet, cache_dir=cache, keep_in_memory=True))
+
+
+def arrow(path: Path) -> Any:
+    """The table of an Arrow file."""
+    import datasets
+
+    return _table(path, datasets.Dataset.from_file)
+
+
+def _table(path: Path, read: Callable[[str], Any]) -> Any:
+    try:
+        return read(str(path))
+    except Exception as error:  # those of pyarrow and datasets have no common base
+        cause = " ".join(str(error).split())[:200]
+        raise CorpusError(f"{path}: expected a table that `datasets` can read; got {cause}; write it again") from error
+
+
+def column_text(path: Path, table: Any, field: str) -> str:
+    """The texts of one column.
+
+    Raises
+    ------
+    CorpusError
+        If there is no such column, or with the row that holds no text.
+    """
+    if field not in table.column_names:
+        raise _no_column(path, field, table.column_names)
+    texts: list[Any] = table[field][:]
+    for number, text in enumerate(texts, 1):
+        if not isinstance(text, str):
+            raise CorpusError(
+                f"{path}, row {number}: expected text in the column {field!r}; got {type(text).__name__} {text!r:.60}; "
+                "name another one with --field, or write token ids with numpy.save into a .npy file"
+            )
+    return "\n\n".join(texts)
+
+
+def _no_column(path: Path, field: str, columns: Any) -> CorpusError:
+    return CorpusError(
+        f"{path}: expected a column {field!r}; got {', '.join(map(repr, columns)) or 'none'}; name one with --field"
+    )

@@ -1,0 +1,293 @@
+"""Windows of equal length cut from a corpus: drawn for calibration, side by side for evaluation."""
+
+import hashlib
+import random
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from calib.text.corpus import Corpus, CorpusError, LazyDocuments
+
+_C4_EVALUATION_WINDOWS = 256  # KVQuant's `get_c4`, with seed 0
+
+NGRAM_TOKENS = 32
+"""Length at which two texts hardly share a run of tokens by chance."""
+
+Windows = Int64[Tensor, "windows tokens"]
+Sketch = Int64[Tensor, "hashes"]
+
+
+def sample_windows(
+    corpus: Corpus, *, n_windows: int, seqlen: int, seed: int, start_token: int | None = None
+) -> Windows:
+    """Windows at random places, the same that KVQuant draws from the same token ids.
+
+    In a stream every start is drawn uniformly. Among several documents one is drawn, again and again until it has
+    more than `seqlen` tokens, then a start in it. (KVQuant stops with an error at a document of exactly `seqlen`
+    tokens; here it is passed over.) As in KVQuant the very last token is never taken.
+
+    Parameters
+    ----------
+    corpus : Corpus
+        Where to draw.
+    n_windows : int
+        How many, from 1; they may overlap.
+    seqlen : int
+        Length of a window in tokens, from 2.
+    seed : int
+        Same seed, same windows.
+    start_token : int or None
+        Stands at the beginning of every window, as it does of a prompt; counts as one of `seqlen`.
+
+    Raises
+    ------
+    CorpusError
+        If no document is long enough.
+    ValueError
+        If `n_windows` or `seqlen` is too small.
+
+    References
+    ----------
+    arXiv:2401.18079, `quant/kvquant/datautils.py`.
+    """
+    _require(n_windows, "n_windows", 1)
+    if start_token is not None:
+        rest = without_start(corpus, seqlen, start_token)
+        return begun(sample_windows(rest, n_windows=n_windows, seqlen=seqlen - 1, seed=seed), start_token)
+    _require(seqlen, "seqlen", 2)
+    rng = random.Random(seed)
+    too_short: dict[int, int] = {}
+    windows = []
+    for _ in range(n_windows):
+        document = _draw_document(corpus, seqlen, rng, too_short)
+        start = rng.randint(0, len(document) - seqlen - 1)
+        windows.append(document[start : start + seqlen])
+    return torch.stack(windows)
+
+
+def _draw_document(corpus: Corpus, seqlen: int, rng: random.Random, too_short: dict[int, int]) -> Int64[Tensor, "_"]:
+    """The first drawn document of more than `seqlen` tokens; the others go to `too_short` with their lengths."""
+    n_documents = len(corpus.documents)
+    while len(too_short) < n_documents:
+        index = rng.randint(0, n_documents - 1) if n_documents > 1 else 0  # a stream costs no draw
+        if index in too_short:
+            continue
+        document = corpus.documents[index]
+        if len(document) > seqlen:
+            return document
+        too_short[index] = len(document)
+    raise _too_short(corpus, seqlen + 1, max(too_short.values(), default=0))
+
+
+def split_windows(corpus: Corpus, *, seqlen: int, limit: int | None = None, start_token: int | None = None) -> Windows:
+    """Windows side by side, in order; what is left at the end of a document is dropped.
+
+    C4 is too long to be read whole: as in KVQuant, 256 windows are drawn from it with seed 0 (`sample_windows`).
+
+    Parameters
+    ----------
+    corpus : Corpus
+        What to cut.
+    seqlen : int
+        Length of a window in tokens, from 2.
+    limit : int or None
+        Take only the first so many windows.
+    start_token : int or None
+        Stands at the beginning of every window; see `sample_windows`.
+
+    Raises
+    ------
+    CorpusError
+        If no document holds a window.
+    ValueError
+        If `seqlen` or `limit` is too small.
+    """
+    if start_token is not None:
+        rest = without_start(corpus, seqlen, start_token)
+        return begun(split_windows(rest, seqlen=seqlen - 1, limit=limit), start_token)
+    _require(seqlen, "seqlen", 2)
+    if limit is not None:
+        _require(limit, "limit", 1)
+    if isinstance(corpus.documents, LazyDocuments):
+        n_windows = min(_C4_EVALUATION_WINDOWS, limit or _C4_EVALUATION_WINDOWS)
+        return sample_windows(corpus, n_windows=n_windows, seqlen=seqlen, seed=0)
+    windows = torch.cat([tokens[: len(tokens) // seqlen * seqlen].view(-1, seqlen) for tokens in corpus.documents])
+    if not len(windows):
+        raise _too_short(corpus, seqlen, max(map(len, corpus.documents)))
+    return windows[:limit]
+
+
+def without_start(corpus: Corpus, seqlen: int, start_token: int) -> Corpus:
+    """The corpus with no start token at the beginning of its documents, for windows that bring their own.
+
+    Parameters
+    ----------
+    corpus : Corpus
+        Where windows are cut from.
+    seqlen : int
+        Length of a window in tokens, the start token among them, from 3.
+    start_token : int
+        What is taken away where it is there.
+
+    Raises
+    ------
+    ValueError
+        If `seqlen` is too small.
+    """
+    _require(seqlen, "seqlen", 3)
+
+    def rest(tokens: Int64[Tensor, "_"]) -> Int64[Tensor, "_"]:
+        return tokens[1:] if len(tokens) and tokens[0] == start_token else tokens
+
+    documents = corpus.documents
+    if isinstance(documents, LazyDocuments):
+        return replace(corpus, documents=documents.changed(rest))
+    return replace(corpus, documents=tuple(map(rest, documents)))
+
+
+def begun(windows: Windows, start_token: int) -> Int64[Tensor, "windows longer"]:
+    """The windows, each behind a start token."""
+    return torch.cat([torch.full_like(windows[:, :1], start_token), windows], 1)
+
+
+def _require(value: int, name: str, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}; got {value}")
+
+
+def _too_short(corpus: Corpus, needed_tokens: int, longest_tokens: int) -> CorpusError:
+    return CorpusError(
+        f"{corpus.name}: expected at least {needed_tokens} tokens in one document; got {longest_tokens} in the longest "
+        f"of {len(corpus.documents)}; shorten --seqlen or pass more text"
+    )
+
+
+def check_vocabulary(windows: Windows, vocab_size: int, name: str) -> None:
+    """Refuse token ids that a model has no embedding for.
+
+    Parameters
+    ----------
+    windows : Tensor
+        Token ids.
+    vocab_size : int
+        Number of embeddings of the model.
+    name : str
+        Name of the corpus, for the message.
+
+    Raises
+    ------
+    CorpusError
+        If any id is negative or not below `vocab_size`.
+    """
+    outside = (windows < 0) | (windows >= vocab_size)
+    if outside.any():
+        raise CorpusError(
+            f"{name}: expected token ids from 0 to {vocab_size - 1}; got {int(outside.sum())} outside, in a text whose "
+            f"ids go from {int(windows.min())} to {int(windows.max())}; was it tokenised for another model?"
+        )
+
+
+def window_digests(windows: Windows) -> list[str]:
+    """A fingerprint of 16 hexadecimal digits for each window, the same on every machine."""
+    return [hashlib.sha256(row.tobytes()).hexdigest()[:16] for row in windows.numpy().astype("<i8")]
+
+
+def ngram_sketch(windows: Windows, *, ngram_tokens: int = NGRAM_TOKENS, capacity: int = 4096) -> Sketch:
+    """The `capacity` smallest hashes of all n-grams in the windows, sorted: a uniform sample of the distinct n-grams.
+
+    An n-gram is in the sample or not by its hash alone, so sketches of two texts sample the n-grams they share alike.
+
+    Parameters
+    ----------
+    windows : Tensor
+        Token ids; no n-gram spans two windows.
+    ngram_tokens : int
+        Length of an n-gram.
+    capacity : int
+        Most hashes to keep.
+
+    Raises
+    ------
+    ValueError
+        If the windows are shorter than an n-gram.
+
+    References
+    ----------
+    Broder, On the resemblance and containment of documents, 1997 (bottom-k sketch).
+    """
+    _require(capacity, "capacity", 1)
+    return torch.from_numpy(np.unique(_ngram_hashes(windows, ngram_tokens))[:capacity])
+
+
+def merge_sketches(*sketches: Int64[Tensor, "_"], capacity: int = 4096) -> Sketch:
+    """The sketch of the texts together, exactly; the order does not matter.
+
+    Parameters
+    ----------
+    *sketches : Tensor
+        Made by `ngram_sketch` with the same `ngram_tokens` and at least this capacity.
+    capacity : int
+        Most hashes to keep.
+    """
+    _require(capacity, "capacity", 1)
+    _require(len(sketches), "number of sketches", 1)
+    merged: Sketch = torch.unique(torch.cat(sketches))
+    return merged[:capacity]
+
+
+def overlap_fraction(
+    windows: Windows, sketch: Sketch, ngram_tokens: int = NGRAM_TOKENS, *, capacity: int = 4096
+) -> float:
+    """Estimated share of the windows' n-grams that occur in the text of the sketch.
+
+    Of the n-grams whose hash the sketch would have kept, the share that it has. A sketch that is not full holds all
+    n-grams of its text, and the share is exact; otherwise m such n-grams give a standard error of at most
+    1 / (2 sqrt(m)), somewhat more where text repeats.
+
+    Parameters
+    ----------
+    windows : Tensor
+        Token ids of the text to judge, for instance of the evaluation.
+    sketch : Tensor
+        Sketch of the other text, for instance of the calibration.
+    ngram_tokens, capacity : int
+        As given to `ngram_sketch`.
+
+    Returns
+    -------
+    float
+        From 0 to 1; nan if no n-gram of the windows falls into the sampled range: too little text to tell.
+    """
+    hashes, kept = _ngram_hashes(windows, ngram_tokens), sketch.numpy()
+    if len(kept) >= capacity:
+        hashes = hashes[hashes <= kept[-1]]
+    return float(np.isin(hashes, kept).mean()) if len(hashes) else float("nan")
+
+
+def _ngram_hashes(windows: Windows, ngram_tokens: int) -> npt.NDArray[np.int64]:
+    """Hashes of all n-grams, window after window: sum_j mix(t_j) base^(n-1-j) modulo 2^64, mixed again, 63 bits."""
+    _require(ngram_tokens, "ngram_tokens", 1)
+    n_starts = windows.shape[1] - ngram_tokens + 1
+    if n_starts < 1:
+        raise ValueError(
+            f"ngram_tokens: expected at most {windows.shape[1]}, the length of a window; got {ngram_tokens}; "
+            "choose a smaller one for both texts"
+        )
+    tokens = _mix(windows.numpy().astype(np.uint64))
+    base = np.uint64(0x9E3779B97F4A7C15)
+    hashes = np.zeros((len(windows), n_starts), dtype=np.uint64)
+    for offset in range(ngram_tokens):
+        hashes = hashes * base + tokens[:, offset : offset + n_starts]
+    return (_mix(hashes) >> np.uint64(1)).astype(np.int64).ravel()
+
+
+def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """One step of splitmix64 (Steele, Lea, Flood 2014): a bijection in which every input bit moves every output bit."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -1,0 +1,1 @@
+"""Calibrate, store and evaluate quantizers for the key-value cache of language models."""

@@ -1,0 +1,127 @@
+"""All recipes on the same windows of one model: counted bits, losses, errors of single layers, and a Pareto plot.
+
+Run it from the checkout: `kvgauge compare MODEL --dataset FILE`. Statistics, fits, layers' errors and
+scores are kept in the output folder as they are found; the same command goes on from them, with other recipes, too.
+"""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvgauge.cli.options import common as options
+from kvgauge.cli.options.common import NSAMPLES
+from kvgauge.running.evaluate_text import tell, warn_of_overlap
+from kvgauge.terminal.console import Parser, UsageError, run, say, set_up_logging
+from kvgauge.terminal.outputs import output_folder
+
+if TYPE_CHECKING:
+    from calib.recipe.recipe import Recipe
+    from kvgauge.comparing.compared_recipe import ComparedRecipe
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    return run("compare_recipes", _main, argv)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of `compare_recipes`."""
+    parser = Parser("compare_recipes", __doc__)
+    options.add_model_options(parser)
+    options.add_text_options(parser)
+    parser.add_argument("--calibration-dataset", metavar="NAME|FILE", help="text to calibrate on (default: --dataset)")
+    parser.add_argument("--recipes", metavar="A,B,...", help="names or .yaml files (default: all that are shipped)")
+    parser.add_argument(
+        "--statistics", choices=("basic", "full"), default="full", help="what to gather (default: full)"
+    )
+    for name, default, what in (
+        ("nsamples", NSAMPLES, f"calibration windows (default: {NSAMPLES})"),
+        ("limit", None, "windows to evaluate at most (default: all)"),
+        ("batch-size", 1, "windows per forward pass (default: 1)"),
+        ("error-windows", 4, "windows for the errors of single layers (default: 4)"),
+    ):
+        parser.add_argument(f"--{name}", type=options.positive, default=default, metavar="N", help=what)
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="for the results (default: runs/compare-MODEL)")
+    return parser
+
+
+def _main(argv: list[str]) -> int:
+    args = parser().parse_args(argv)
+    set_up_logging(args.verbose)
+    options.choose_defaults(args)
+    recipes = _recipes(args.recipes)
+    from kvgauge.loading.models import short_name
+
+    folder = output_folder(args.output or Path("runs") / f"compare-{short_name(args.model)}")
+    from kvgauge.comparing.report import write_report
+
+    try:
+        about, rows = _compare(args, recipes, folder)
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(
+            f"What is finished is in {folder / 'kept'}; the same command goes on from there."
+        ) from error
+    write_report(folder, {"command": shlex.join(["python", "-m", "kvgauge.cli.compare", *argv]), **about}, rows)
+    print((folder / "table.md").read_text(encoding="utf-8"), end="")
+    say(f"{folder}: results.json, table.md, pareto.png")
+    return 0
+
+
+def _recipes(names: str | None) -> "list[Recipe]":
+    from calib import load_recipe, shipped_recipes
+
+    recipes = [load_recipe(name) for name in (shipped_recipes() if names is None else names.split(","))]
+    found = [recipe.name for recipe in recipes]
+    twice = [name for name in found if found.count(name) > 1]
+    if twice:
+        raise UsageError(f"--recipes: several are called {twice[0]}; name each once, and files by `name:` of their own")
+    return recipes
+
+
+def _compare(
+    args: argparse.Namespace, recipes: "list[Recipe]", folder: Path
+) -> "tuple[dict[str, Any], list[ComparedRecipe]]":
+    """What was compared on what, and the recipes in order."""
+    from artifacts.model.evidence import text_config
+    from calib.text.corpus import check_dataset
+    from calib.text.windows import check_vocabulary, split_windows
+    from kvgauge.comparing.compared_recipe import in_order
+    from kvgauge.comparing.comparison import Comparison
+    from kvgauge.comparing.kept_comparison import KeptComparison
+    from kvgauge.sweeping.gathering import loaded
+    from kvgauge.sweeping.settings import Settings
+
+    for source in (args.calibration_dataset or args.dataset, args.dataset):
+        check_dataset(source)
+    settings = Settings(**{name: value for name, value in vars(args).items() if name in Settings.model_fields})
+    found = loaded(args.model, args.device, args.dtype, args.maxseqlen)
+    seqlen = found.window_tokens(args.seqlen)
+    start_token = found.start_token(args.bos)
+    held_out = found.corpus(args.dataset, "evaluation", args.field)
+    windows = split_windows(held_out, seqlen=seqlen, limit=args.limit, start_token=start_token)
+    check_vocabulary(windows, text_config(found.model).vocab_size, held_out.name)
+    kept = KeptComparison.under(folder, args.model, settings)
+    comparison = Comparison(found.model, found.layers(), recipes, kept)
+    comparison.calibrate(args.model, settings)
+    comparison.measure_layers(windows[: args.error_windows])
+    rows = in_order(comparison.evaluate(windows, args.batch_size))
+    warn_of_overlap(rows[0].artifact, windows)
+    tell(rows[0].result)
+    corpus = rows[0].artifact.manifest.corpus
+    about = {
+        "model": args.model,
+        "perplexity": rows[0].result.fp_perplexity,
+        "window_tokens": seqlen,
+        "start_token": start_token,
+        "calibration": {"text": corpus.name, "n_windows": corpus.n_windows, "seed": args.seed, "tier": args.statistics},
+        "evaluation": {"text": held_out.name, "n_windows": len(windows), "batch_size": args.batch_size},
+        "error_windows": min(args.error_windows, len(windows)),
+        "skipped": comparison.skipped,
+    }
+    return about, rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())

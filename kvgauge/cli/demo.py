@@ -1,0 +1,83 @@
+"""`make demo`: calibrates and evaluates the bundled model at 4, 3 and 2 bits, with the commands that a user types."""
+
+import argparse
+import contextlib
+import io
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from kvgauge.cli import calibrate, evaluate
+from kvgauge.terminal.console import Parser, UsageError, run, say
+
+BITS = (4, 3, 2)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    return run("demo", _main, argv)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    parser = Parser("demo", __doc__)
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder (default: runs/demo)")
+    parser.add_argument("--limit", type=int, default=32, help="windows to evaluate (default: 32)")
+    return parser
+
+
+def _main(argv: list[str]) -> int:
+    args = parser().parse_args(argv)
+    started = time.monotonic()
+    statistics = args.output / "statistics.safetensors"
+    files = {bits: args.output / f"nuq{bits}.safetensors" for bits in BITS}
+    results: list[dict[str, Any]] = []
+    for bits, file in files.items():
+        source = ["--from-statistics", statistics] if results else ["--nsamples", 16, "--save-statistics", statistics]
+        _call(calibrate, *source, "--nuq", "--abits", bits, "--quantizer-path", file, "--force")
+        report = _call(evaluate, "--quantizer-path", file, "--limit", args.limit, "--json")
+        results.append(json.loads(report))
+    print(table(BITS, results))
+    print(f"\nin {time.monotonic() - started:.0f} s. What was fitted lies in {args.output}; look into it with")
+    print(f"  artifact inspect {shlex.quote(str(files[BITS[0]]))}")
+    return 0
+
+
+def table(bits: tuple[int, ...], results: list[dict[str, Any]]) -> str:
+    """Loss over bits; bits are counted, scales of the tokens included."""
+    from simquant.evaluation.figures import error_text
+
+    rows = [f"{'codes':>9} {'bits, keys / values':>20} {'perplexity':>11} {'loss in nats per token':>23} {'KL':>8}"]
+    rows.append(f"{'exact':>9} {'16.00 / 16.00':>20} {results[0]['fp']['perplexity']:>11.3f} {'0':>23} {'0':>8}")
+    for width, result in zip(bits, results, strict=True):
+        counted = f"{result['bits']['key']:.2f} / {result['bits']['value']:.2f}"
+        loss = f"{result['loss_nats']:.4f} ± {error_text(result['loss_nats_stderr'], '.4f')}"
+        perplexity = result["quantized"]["perplexity"]
+        rows.append(f"{width:>4} bits {counted:>20} {perplexity:>11.3f} {loss:>23} {result['kl_mean']:>8.4f}")
+    return "\n".join(rows)
+
+
+def _call(program: Any, *words: object) -> str:
+    """Runs a program as typed, shows the command, and returns what it printed.
+
+    Raises
+    ------
+    UsageError
+        If it failed; it has said why.
+    """
+    argv = [str(word) for word in words]
+    name = program.__name__.rpartition(".")[2]
+    say(f"$ {shlex.join([name, *argv])}")
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        status = program.main(argv)
+    if status:
+        raise UsageError(f"{name} ended with status {status}")
+    return output.getvalue()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""Options of the command line that several programs share, and the kinds of their values."""
+
+import argparse
+from collections.abc import Sequence
+
+from kvgauge.terminal.console import UsageError
+
+DEMO = "demo"
+NSAMPLES = 16
+"""Calibration windows, unless another number is asked for."""
+
+BITS = (1, 2, 3, 4, 5, 6, 7, 8, 16)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """What to run, and on what."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="folder or hub id of a causal language model (default: demo, the bundled one)",
+    )
+    group.add_argument(
+        "--device", help="cpu, cuda, cuda:1, ... or 'auto' for accelerate's device map (default: cuda if there)"
+    )
+    group.add_argument(
+        "--dtype",
+        choices=("auto", "float64", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of the model; statistics are always float32 or wider (default: as stored)",
+    )
+    group.add_argument(
+        "--maxseqlen",
+        type=positive,
+        metavar="N",
+        help="stretch RoPE linearly to this context, as KVQuant does (default: the model's own)",
+    )
+    group.add_argument("--no-flash-attn", action="store_true", help=argparse.SUPPRESS)
+    group.add_argument("--verbose", action="store_true", help="log what happens")
+    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def add_text_options(parser: argparse.ArgumentParser) -> None:
+    """What to read."""
+    group = parser.add_argument_group("text")
+    group.add_argument(
+        "--dataset",
+        "--datasets",
+        metavar="NAME|FILE",
+        help="demo, wikitext2, c4, ptb, or a file: text, .jsonl, .csv, .tsv, all of them also .gz, .parquet, "
+        ".npy of token ids (default: demo for the demo model, else wikitext2)",
+    )
+    group.add_argument(
+        "--field", default="text", help="field or column that holds the text of a record (default: text)"
+    )
+    group.add_argument(
+        "--seqlen",
+        type=positive,
+        metavar="N",
+        help="tokens per window (default: 2048 or the model's context, whichever is smaller)",
+    )
+    group.add_argument(
+        "--bos",
+        action="store_true",
+        help="begin every window with the tokenizer's start token, which is one of its tokens, as prompts begin with "
+        "it: for models that are prompted so, and the same in calibrate and evaluate (default: windows as the text "
+        "has them, as in the published tables)",
+    )
+    group.add_argument("--seed", type=int, default=0)
+
+
+def choose_defaults(args: argparse.Namespace) -> None:
+    """The demo model where none is named, and the text that goes with the model."""
+    args.model = args.model or DEMO
+    args.dataset = args.dataset or (DEMO if args.model == DEMO else "wikitext2")
+
+
+def refuse_given(args: argparse.Namespace, names: Sequence[str], why: str) -> None:
+    """Options that would have no effect are refused instead of ignored.
+
+    Raises
+    ------
+    UsageError
+        If any of them is given.
+    """
+    given = [name for name in names if vars(args).get(name) not in (None, False)]
+    if given:
+        raise UsageError(", ".join(f"--{name}".replace("_", "-") for name in given) + f": {why}")
+
+
+def whole(text: str) -> int:
+    """An integer from 0."""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"expected an integer from 0, got {text!r}")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    """An integer from 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer from 1, got {text!r}")
+    return int(text)
+
+
+def shard(text: str) -> tuple[int, int]:
+    """`2/4` for the second of four shards."""
+    number, _, total = text.partition("/")
+    if not (number.isdigit() and total.isdigit() and 1 <= int(number) <= int(total)):
+        raise argparse.ArgumentTypeError(f"expected I/N with I from 1 to N, such as 2/4; got {text!r}")
+    return int(number), int(total)

@@ -1,0 +1,48 @@
+"""Options of the command line for the report of an evaluation."""
+
+import argparse
+from pathlib import Path
+
+from kvgauge.cli.options import common as options
+from kvgauge.terminal.outputs import output_folder
+
+WINDOWS = 8
+
+
+def add_report_options(parser: argparse.ArgumentParser) -> None:
+    """Where the report goes, what it compares with, and how much text its pictures are taken from."""
+    group = parser.add_argument_group("report")
+    group.add_argument(
+        "--report", type=Path, metavar="FOLDER", help="write report.html, to be looked at, and report.json behind it"
+    )
+    group.add_argument(
+        "--report-compare",
+        type=Path,
+        metavar="FILE",
+        help="results.json of compare_recipes, whose recipes are shown beside this one",
+    )
+    group.add_argument(
+        "--report-windows",
+        type=options.positive,
+        metavar="N",
+        help="windows from which the losses and errors of single layers are taken, each quantized alone: one pass for "
+        f"the keys and one for the values of every layer (default: {WINDOWS})",
+    )
+
+
+def check_report_options(args: argparse.Namespace) -> None:
+    """Finds out before the model runs what would keep the report from being written; makes its folder.
+
+    Raises
+    ------
+    UsageError
+        If there can be no such folder, or the file to compare with is not what `compare_recipes` writes.
+    """
+    if args.report is None:
+        options.refuse_given(args, ("report_compare", "report_windows"), "no report is asked for; add --report FOLDER")
+        return
+    from kvgauge.report.compared import compared
+
+    if args.report_compare is not None:
+        compared(args.report_compare, None)
+    output_folder(args.report, "--report")

@@ -1,0 +1,113 @@
+"""Recipes on models for tasks: every cell is kept when it is finished, and a restart goes on with those that are not.
+
+Run it from the checkout: `kvgauge sweep grid.yaml`. The file names `models`, `recipes`, `tasks`, settings by
+the names of the options of `calibrate` and `evaluate`, and for `--search N` what is looked for, under `search`; paths
+are relative to the folder where the program is started.
+"""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvgauge.cli.options import common as options
+from kvgauge.terminal.console import FAILURE, Parser, UsageError, run, say, set_up_logging
+from kvgauge.terminal.outputs import output_folder
+
+if TYPE_CHECKING:
+    from kvgauge.sweeping.grid import Grid
+    from kvgauge.sweeping.run import Runner
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    return run("sweep", _main, argv)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of `sweep`."""
+    parser = Parser("sweep", __doc__)
+    parser.add_argument("grid", type=Path, metavar="GRID", help=".yaml file")
+    parser.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="for cells and results (default: runs/sweep-GRID)"
+    )
+    parser.add_argument("--jobs", type=options.positive, default=1, metavar="N", help="cells at a time (default: 1)")
+    parser.add_argument(
+        "--backend",
+        choices=("loky", "dask", "ray"),
+        default="loky",
+        help="what runs them (default: loky, on this machine)",
+    )
+    parser.add_argument("--scheduler", metavar="ADDRESS", help="Dask cluster to use (default: one on this machine)")
+    parser.add_argument("--search", type=options.positive, metavar="N", help="try N settings of what `search` names")
+    parser.add_argument(
+        "--sampler", choices=("random", "optuna"), default="random", help="how they are chosen (default: random)"
+    )
+    parser.add_argument("--verbose", action="store_true", help="log what happens")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _main(argv: list[str]) -> int:
+    args = parser().parse_args(argv)
+    set_up_logging(args.verbose)
+    from kvgauge.sweeping.grid import load_grid
+    from kvgauge.sweeping.run import Runner
+    from kvgauge.sweeping.workers import Workers
+
+    grid = load_grid(args.grid)
+    folder = output_folder(args.output or Path("runs") / f"sweep-{args.grid.stem}").resolve()
+    command = shlex.join(["python", "-m", "kvgauge.cli.sweep", *argv])
+    workers = Workers(jobs=args.jobs, backend=args.backend, scheduler=args.scheduler)
+    try:
+        with workers.started():
+            runner = Runner(folder, workers)
+            if args.search:
+                return _search(args, grid, runner, command)
+            return _sweep(grid, runner, command)
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(f"Finished cells are in {folder}; the same command goes on with the others.") from error
+
+
+def _sweep(grid: "Grid", runner: "Runner", command: str) -> int:
+    from kvgauge.sweeping.cell import Cell
+    from kvgauge.sweeping.report import failures, write_report
+
+    recipes = [choice.resolve() for choice in grid.recipes]
+    if not recipes:
+        raise UsageError("the grid names no recipe; add recipes: [kvquant-2, kvquant-3]")
+    cells = [
+        Cell(model=model, recipe=recipe, task=task, settings=grid.settings)
+        for model in grid.models
+        for recipe in recipes
+        for task in grid.single_tasks
+    ]
+    outcomes = runner.run(cells)
+    about = {"command": command, "grid": grid.model_dump(mode="json", exclude={"search"})}
+    write_report(runner.folder, about, outcomes)
+    print((runner.folder / "summary.md").read_text(encoding="utf-8"), end="")
+    say(f"{runner.folder}: summary.json, summary.csv, summary.md, and pareto plots")
+    return FAILURE if failures(outcomes) else 0
+
+
+def _search(args: argparse.Namespace, grid: "Grid", runner: "Runner", command: str) -> int:
+    from kvgauge.sweeping.search.report import write_search
+    from kvgauge.sweeping.search.samplers import OptunaSampler, RandomSampler
+    from kvgauge.sweeping.search.search import search
+
+    parameters = grid.search.parameters if grid.search else {}
+    sampler = (
+        OptunaSampler(parameters, grid.seed, args.jobs)
+        if args.sampler == "optuna"
+        else RandomSampler(parameters, grid.seed)
+    )
+    found = search(grid, args.search, sampler, runner)
+    write_search(runner.folder, command, found)
+    print((runner.folder / "search.md").read_text(encoding="utf-8"), end="")
+    say(f"{runner.folder}: search.json, search.md" + (", best.yaml" if found.best else ""))
+    return 0 if "best" in found.held_out and found.held_out["best"].error is None else FAILURE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

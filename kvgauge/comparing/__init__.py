@@ -1,0 +1,1 @@
+"""Recipes side by side, and ablations of one recipe."""

@@ -1,0 +1,83 @@
+"""What a comparison has finished, kept in its output folder: after an interruption the same command goes on from it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from artifacts.artifact import Artifact, load, save
+from artifacts.errors import ArtifactError
+from artifacts.manifest import tool_version
+from calib.recipe.recipe import Recipe
+from calib.statistics.model_statistics import ModelStatistics
+from kvgauge.sweeping.cell import digest, digest_name, read_cell, stamp, write_cell
+from kvgauge.sweeping.gathering import Gathering
+from kvgauge.sweeping.settings import Settings
+from kvgauge.terminal.console import bar, say
+from kvgauge.terminal.interrupt import between_items
+from simquant.evaluation.window_log import WindowLog
+
+
+@dataclass(frozen=True)
+class KeptComparison:
+    """A folder for one model and one set of settings; recipes may come and go.
+
+    Parameters
+    ----------
+    folder : Path
+        Made where it does not exist.
+    """
+
+    folder: Path
+
+    @classmethod
+    def under(cls, output: Path, model: str, settings: Settings) -> "KeptComparison":
+        """That of a model and settings; says whether it goes on, and whether other settings have left something."""
+        args = settings.arguments(model)
+        sources = sorted({model, args.dataset, args.calibration_dataset})
+        identity = {
+            "model": model,
+            "settings": settings.model_dump(mode="json"),
+            "sources": {name: stamp(name) for name in sources},
+            "tool_version": tool_version(),
+        }
+        kept = output / "kept"
+        folder = kept / digest(identity)[:12]
+        if folder.exists():
+            say(f"{folder}: going on from what an earlier run has finished")
+        elif kept.exists():
+            say(f"{kept}: what is there was made with other settings, texts or versions; this comparison starts anew")
+        folder.mkdir(parents=True, exist_ok=True)
+        return cls(folder)
+
+    def statistics(self, source: Gathering) -> ModelStatistics:
+        """Those that are kept, or gathered now; Ctrl-C waits for the window at hand and keeps it."""
+        return source.kept(self.folder, lambda windows: between_items(bar(windows, f"calibrating, {source.stage}")))
+
+    def fitted(self, recipe: Recipe) -> tuple[Artifact, float] | None:
+        """What was fitted for a recipe, and the seconds that took; None where that is still to be done."""
+        path = self._path(recipe)
+        if not path.exists():
+            return None
+        taken = read_cell(path.with_suffix(".json"))
+        try:
+            return None if taken is None else (load(path), float(taken["fit_seconds"]))
+        except ArtifactError as error:
+            say(f"{error}; it is fitted again")
+            return None
+
+    def keep_fitted(self, recipe: Recipe, artifact: Artifact, seconds: float) -> None:
+        """Keeps what was fitted."""
+        save(artifact, self._path(recipe))
+        write_cell(self._path(recipe).with_suffix(".json"), recipe.model_dump(mode="json"), {"fit_seconds": seconds})
+
+    def errors_log(self, recipe: Recipe) -> WindowLog:
+        """For the errors of single layers, window by window."""
+        return WindowLog(self._path(recipe).with_suffix(".errors.jsonl"))
+
+    def scores_log(self, recipes: Sequence[Recipe]) -> WindowLog:
+        """For the scores of recipes that share their full-precision passes, batch by batch."""
+        return WindowLog(self.folder / f"scores-{digest([self._path(recipe).name for recipe in recipes])[:12]}.jsonl")
+
+    def _path(self, recipe: Recipe) -> Path:
+        identity = recipe.model_dump(mode="json")
+        return self.folder / f"{digest_name(identity, recipe.name)}.safetensors"

@@ -1,0 +1,61 @@
+"""What a comparison leaves behind: `results.json`, `table.md` and `pareto.png`."""
+
+import json
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from artifacts.manifest import tool_version
+from kvgauge.comparing.compared_recipe import LEGEND, ComparedRecipe, table
+from kvgauge.comparing.pareto import Point, save_pareto
+from kvgauge.loading.models import short_name
+from kvgauge.running.machine import hardware
+from kvgauge.terminal.text_files import replace_text
+
+
+def write_report(folder: Path, about: dict[str, Any], rows: Sequence[ComparedRecipe]) -> None:
+    """Writes the three files, each whole or not at all, replacing earlier ones.
+
+    Parameters
+    ----------
+    folder : Path
+        An existing folder.
+    about : dict
+        `command`, `model`, `perplexity` of the exact model, `calibration` and `evaluation` (`text`, `n_windows` and
+        more), `window_tokens`, `error_windows`, and `skipped` recipes with reasons.
+    rows : Sequence[ComparedRecipe]
+        In the order of the table.
+    """
+    machine = {"hardware": hardware(), "versions": _versions()}
+    results = {**about, **machine, "recipes": [row.to_json() for row in rows]}
+    replace_text(folder / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
+    replace_text(folder / "table.md", _markdown(about, rows))
+    points = [Point(row.name, row.mean_bits, row.result.loss_nats, row.result.loss_nats_stderr) for row in rows]
+    save_pareto(points, _title(about), folder / "pareto.png")
+
+
+def _markdown(about: dict[str, Any], rows: Sequence[ComparedRecipe]) -> str:
+    skipped = [f"- {name}: {reason}" for name, reason in about["skipped"].items()]
+    parts = [
+        f"{_title(about)}. {hardware()}.",
+        f"```\n{about['command']}\n```",
+        table(rows),
+        LEGEND,
+        *(["Skipped:\n\n" + "\n".join(skipped)] if skipped else []),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _title(about: dict[str, Any]) -> str:
+    calibration, evaluation = about["calibration"], about["evaluation"]
+    return (
+        f"{short_name(about['model'])} on {evaluation['n_windows']} windows of {about['window_tokens']} tokens of "
+        f"{evaluation['text']} (perplexity {about['perplexity']:.4f}), calibrated on {calibration['n_windows']} of "
+        f"{calibration['text']}"
+    )
+
+
+def _versions() -> dict[str, str]:
+    return {"kvgauge": tool_version(), "python": platform.python_version(), "transformers": version("transformers")}

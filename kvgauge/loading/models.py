@@ -1,0 +1,250 @@
+"""Loading models, tokenizers and text for the programs."""
+
+import argparse
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from artifacts.model.attention import AttentionLayer, attention_layers
+from artifacts.model.evidence import text_config
+from artifacts.model.fingerprint import model_fingerprint, vocabulary_digest
+from artifacts.model.transformers_release import check_release
+from calib.demo import model_folder
+from calib.text.corpus import Corpus, PaddingIds, Split, load_corpus
+from kvgauge.cli.options.common import DEMO
+from kvgauge.loading.checkpoint import check_weights, other_format, remote_code
+from kvgauge.loading.rope_stretch import stretch
+from kvgauge.terminal.console import UsageError, say
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run, with what identifies it.
+
+    Parameters
+    ----------
+    model : nn.Module
+        In evaluation mode, on its device.
+    tokenizer : object or None
+        The model's tokenizer, where the folder has one.
+    model_id : str or None
+        Hub id; None for a local folder.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    model_id: str | None
+
+    @property
+    def context(self) -> int:
+        """Longest sequence that the model takes; where positions have no limit (ALiBi), longer than any text."""
+        return int(getattr(text_config(self.model), "max_position_embeddings", None) or sys.maxsize)
+
+    @property
+    def tokenizer_digest(self) -> str | None:
+        """Digest of the vocabulary, where there is a tokenizer."""
+        return vocabulary_digest(self.tokenizer.get_vocab()) if self.tokenizer else None
+
+    def layers(self) -> tuple[AttentionLayer, ...]:
+        """The attention layers."""
+        return attention_layers(self.model)
+
+    def fingerprint(self, layers: tuple[AttentionLayer, ...]) -> dict[str, Any]:
+        """What identifies the model, tokenizer included."""
+        return model_fingerprint(self.model, layers, self.tokenizer_digest)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, with the special tokens that the tokenizer adds by itself.
+
+        Raises
+        ------
+        UsageError
+            If the model came without a tokenizer.
+        """
+        if self.tokenizer is None:
+            raise UsageError("the model has no tokenizer: pass tokenised text, --dataset ids.npy")
+        ids: list[int] = self.tokenizer(text, verbose=False).input_ids
+        return ids
+
+    def corpus(self, dataset: str, split: Split, field: str) -> Corpus:
+        """A text as this model reads it.
+
+        Parameters
+        ----------
+        dataset, split, field
+            See `calib.load_corpus`.
+
+        Raises
+        ------
+        CorpusError
+            If the text cannot be had.
+        """
+        return load_corpus(dataset, split, self.encode, field=field, padding=PaddingIds.of(self.tokenizer))
+
+    def start_token(self, wanted: bool) -> int | None:
+        """The token that prompts begin with, if it is wanted.
+
+        Raises
+        ------
+        UsageError
+            If the tokenizer has none.
+        """
+        token: int | None = getattr(self.tokenizer, "bos_token_id", None)
+        if wanted and token is None:
+            raise UsageError(
+                "--bos: the model's tokenizer has no start token (bos_token); prompts begin without: drop it"
+            )
+        return token if wanted else None
+
+    def window_tokens(self, seqlen: int | None) -> int:
+        """Window length: as asked, else 2048 or the context.
+
+        Raises
+        ------
+        UsageError
+            If it is beyond the context, or shorter than two tokens.
+        """
+        if seqlen is not None and seqlen > self.context:
+            raise UsageError(
+                f"--seqlen {seqlen} is beyond the model's context of {self.context} tokens. "
+                f"Use --seqlen {self.context}, or stretch the context with --maxseqlen {seqlen}."
+            )
+        if seqlen == 1:
+            raise UsageError("--seqlen 1 leaves nothing to predict; use at least 2")
+        return seqlen or min(2048, self.context)
+
+
+def load_model(args: argparse.Namespace) -> LoadedModel:
+    """The model that the command line names.
+
+    Raises
+    ------
+    UsageError
+        If the device does not exist.
+    OSError
+        If there is no such model, or something else than a whole one.
+    UnsupportedReleaseError
+        If the installed release of transformers is not supported.
+    """
+    check_release()
+    name, dtype = str(args.model), args.dtype
+    if name == DEMO:
+        name, dtype = str(model_folder()), "float32" if dtype == "auto" else dtype
+    device = _device(args.device)
+    offline = _is_offline(name)
+    told = other_format(name, offline)
+    if told is not None:
+        raise OSError(f"{name} {told}")
+    model = _model(name, offline, args.maxseqlen, dtype=dtype, **({"device_map": "auto"} if device == "auto" else {}))
+    if device != "auto":
+        model = model.to(device)
+    return LoadedModel(model.eval(), _load_tokenizer(name, offline), _model_id(args.model))
+
+
+def _model(name: str, offline: bool, max_tokens: int | None, **options: Any) -> Any:
+    """The model with all of its weights, and no code but that of transformers.
+
+    Raises
+    ------
+    UsageError
+        If its context cannot be stretched to `max_tokens`.
+    OSError
+        If there is no such model, or its files do not make it up.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config: Any = AutoConfig.from_pretrained(name, trust_remote_code=False, local_files_only=offline)
+        stretch(config, max_tokens)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name,
+            config=config,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are told with their shapes below
+            trust_remote_code=False,  # else transformers asks on a terminal, and runs what comes with the model
+            local_files_only=offline,
+            **options,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        told = remote_code(name, offline) if isinstance(error, ValueError) else None
+        raise OSError(told or f"{name}: no model could be loaded: {_first_line(error)}{_hint(name, error)}") from error
+    model, loading = loaded
+    spare = check_weights(name, type(model).__name__, loading)
+    if spare:
+        say(f"note: {name}: {len(spare)} weights are no part of the language model, such as {spare[0]}; left out")
+    return model
+
+
+def _device(name: str | None) -> str:
+    """The device as asked, else CUDA where there is one.
+
+    Raises
+    ------
+    UsageError
+        If there is no such device.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        kind = "auto" if name == "auto" else torch.device(name).type
+    except RuntimeError as error:
+        raise UsageError(f"--device {name}: expected cpu, cuda, cuda:1, ... or auto") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device {name}: this torch sees no CUDA device; use --device cpu")
+    return name
+
+
+def short_name(model: str) -> str:
+    """A model's name for a folder."""
+    return Path(model.rstrip("/")).name or "model"
+
+
+def _model_id(name: str) -> str | None:
+    """What an artifact may say of the model: never a path."""
+    return None if name != DEMO and os.path.isdir(name) else name
+
+
+def _is_offline(name: str) -> bool:
+    """Whether a hub id must be looked for in the local cache, because the hub does not answer.
+
+    Raises
+    ------
+    OSError
+        If the name is that of a folder, and there is none.
+    """
+    from huggingface_hub import constants
+
+    from calib.text.hub_datasets import hub_answers
+
+    if os.path.exists(name):
+        return False
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise OSError(f"{name}: no such folder. A model is a folder with config.json, or a hub id such as owner/name")
+    return not hub_answers(constants.ENDPOINT)
+
+
+def _load_tokenizer(name: str, offline: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=offline)
+    except (OSError, ValueError, KeyError) as error:
+        say(f"note: {name} has no tokenizer that can be loaded ({_first_line(error)}); only tokenised text will do")
+        return None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+
+
+def _hint(name: str, error: Exception) -> str:
+    if isinstance(error, RuntimeError):
+        return ""
+    if os.path.isdir(name):
+        return " A folder needs config.json and model.safetensors as transformers writes them."
+    return " Pass the path of a local folder, or check the hub id and the network."

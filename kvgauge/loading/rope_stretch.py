@@ -1,0 +1,71 @@
+"""A context longer than the one that a model was made for, by linear scaling of RoPE."""
+
+import math
+from typing import Any
+
+from kvgauge.terminal.console import UsageError
+
+_LINEAR = {"default": "linear", "linear": "linear", "proportional": "proportional"}
+"""By the type that a model has: the one whose `factor` divides its frequencies, and nothing else."""
+
+_LOCAL = ("sliding_attention", "chunked_attention")
+"""Layers that see a window: no distance in them grows with the context, so that they keep their frequencies."""
+
+
+def stretch(config: Any, max_tokens: int | None) -> None:
+    """Divides the frequencies by a whole factor where more tokens are asked for than the model was made for.
+
+    A factor that the model has already is multiplied.
+
+    Parameters
+    ----------
+    config : PretrainedConfig
+        Of the model; changed in place.
+    max_tokens : int or None
+        The context that is asked for.
+
+    Raises
+    ------
+    UsageError
+        If positions are learned or have no limit, or RoPE is scaled in a way that cannot be stretched further.
+    """
+    own = config.get_text_config()
+    limit = getattr(own, "max_position_embeddings", None)
+    if max_tokens is None or (limit and max_tokens <= limit):
+        return
+    who = f"--maxseqlen {max_tokens}"
+    if not limit or getattr(own, "alibi", False):
+        raise UsageError(f"{who}: {own.model_type} has no limit on positions to stretch; use --seqlen alone")
+    factor = float(math.ceil(max_tokens / limit))
+    for rope in _ropes(own, who):
+        rope["rope_type"] = _LINEAR[rope["rope_type"]]
+        rope["factor"] = factor * (rope.get("factor") or 1.0)
+    own.max_position_embeddings = max_tokens
+
+
+def _ropes(config: Any, who: str) -> list[dict[str, Any]]:
+    """The parameters to change: one set, or that of each type of layer that sees the whole context.
+
+    Raises
+    ------
+    UsageError
+        If there are none, or they cannot be stretched.
+    """
+    parameters = getattr(config, "rope_parameters", None) or {}
+    by_type = {name: rope for name, rope in parameters.items() if isinstance(rope, dict)}
+    ropes: list[dict[str, Any]] = (
+        [rope for name, rope in by_type.items() if name not in _LOCAL] if by_type else [parameters]
+    )
+    if not parameters or not ropes:
+        raise UsageError(
+            f"{who}: {config.model_type} has no RoPE parameters that can be stretched; its positions are learned or "
+            f"computed otherwise. Use at most its {config.max_position_embeddings} tokens"
+        )
+    for rope in ropes:
+        if rope.get("rope_type") not in _LINEAR:
+            raise UsageError(
+                f"{who}: the RoPE of {config.model_type} is scaled already, by {rope.get('rope_type')!r} to "
+                f"{config.max_position_embeddings} tokens, on which a linear factor cannot be put. Edit "
+                "rope_parameters in config.json, or use fewer tokens"
+            )
+    return ropes

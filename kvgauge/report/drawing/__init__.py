@@ -1,0 +1,1 @@
+"""Plots and markup of a report's page."""

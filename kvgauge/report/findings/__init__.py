@@ -1,0 +1,1 @@
+"""What a report finds out by running the model."""

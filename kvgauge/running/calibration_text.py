@@ -1,0 +1,52 @@
+"""Windows that an artifact was calibrated on, where they are at hand."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jaxtyping import Int64
+    from torch import Tensor
+
+    from artifacts.artifact import Artifact
+    from kvgauge.loading.models import LoadedModel
+
+_WINDOWS = 8
+"""Enough to tell a share of a thousandth from ten times as much; they are drawn at random, so any are as good."""
+
+
+def calibration_windows(
+    args: argparse.Namespace, loaded: "LoadedModel", artifact: "Artifact"
+) -> "Int64[Tensor, 'windows tokens'] | None":
+    """Some of the very windows, if their text is bundled or being evaluated; None otherwise.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        With `dataset` and `field`.
+    loaded : LoadedModel
+        The model, for its tokenizer.
+    artifact : Artifact
+        What was calibrated; its manifest says on what, and proves it.
+    """
+    from artifacts.storage import Stored
+    from calib.text.corpus import CorpusError
+    from calib.text.windows import sample_windows, window_digests
+
+    corpus = artifact.manifest.corpus
+    source = next((name for name in ("demo", *args.dataset.split(",")) if Path(name).name == corpus.name), None)
+    if source is None or corpus.seed is None or not corpus.n_windows:
+        return None
+    try:
+        text = loaded.corpus(source, "calibration", args.field)
+        windows = sample_windows(
+            text,
+            n_windows=corpus.n_windows,
+            seqlen=corpus.seqlen,
+            seed=corpus.seed,
+            start_token=corpus.start_token,
+        )
+    except (CorpusError, OSError, ValueError):  # another text under the same name
+        return None
+    digest = Stored(format="windows", header={"windows": sorted(window_digests(windows))}, arrays={}).digest
+    return windows[:_WINDOWS] if digest == corpus.digest else None

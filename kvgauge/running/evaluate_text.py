@@ -1,0 +1,122 @@
+"""Losses on a text for `evaluate`, and what makes them look better than they are."""
+
+import argparse
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from kvgauge.cli.options.scoring import scoring_settings, scoring_windows
+from kvgauge.running.site_figures import site_figures
+from kvgauge.terminal.console import UsageError, bar, say
+
+if TYPE_CHECKING:
+    from artifacts.artifact import Artifact
+    from artifacts.quantizer import Quantizer
+    from artifacts.sites import Site
+    from kvgauge.loading.models import LoadedModel
+    from kvgauge.running.evaluated import Evaluated
+    from simquant.evaluation.result import EvalResult
+
+
+def run_text(args: argparse.Namespace, loaded: "LoadedModel", evaluated: "Evaluated", dataset: str) -> dict[str, Any]:
+    """Evaluates one text, prints the table unless JSON is wanted, and returns what goes into the JSON.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        The options of `evaluate`.
+    loaded : LoadedModel
+        Model and tokenizer.
+    evaluated : Evaluated
+        The quantizers.
+    dataset : str
+        A name or a file.
+    """
+    from artifacts.model.evidence import text_config
+    from calib.text.windows import check_vocabulary
+    from simquant import evaluate
+
+    start_token = loaded.start_token(args.bos)
+    corpus = loaded.corpus(dataset, "evaluation", args.field)
+    windows, scored = scoring_windows(args, corpus, loaded.window_tokens(args.seqlen), start_token)
+    check_vocabulary(windows, text_config(loaded.model).vocab_size, corpus.name)
+    if evaluated.artifact is not None:
+        warn_of_overlap(evaluated.artifact, windows)
+        _warn_of_other_start(evaluated.artifact, start_token)
+    elif args.protocol == "full":
+        _warn_of_later_tokens(evaluated.quantizers)
+    settings = evaluated.settings(args)
+    _check_steps(args, windows.shape[1])
+    result = evaluate(
+        loaded.model,
+        windows,
+        evaluated.quantizers,
+        **settings,
+        **scoring_settings(args, scored, len(args.dataset.split(","))),
+        batch_size=args.batch_size,
+        normalization=args.normalization,
+        progress=lambda batches: bar(batches, "evaluating"),
+    )
+    if args.json:
+        tell(result)
+    else:
+        print(
+            f"{args.model} on {corpus.name}"
+            + ("" if start_token is None else f", windows begun with token {start_token}")
+            + (f", {args.quantizer_path}" if args.quantizer_path else ", dynamic scales")
+        )
+        print(result.table())
+    begun = {} if start_token is None else {"start_token": start_token}
+    return result.to_json() | begun | site_figures(args, loaded, evaluated.quantizers, windows, settings)
+
+
+def tell(result: "EvalResult") -> None:
+    """Says why a result should not be believed, where no table does."""
+    for warning in result.warnings:
+        say(f"warning: {warning}")
+
+
+def _check_steps(args: argparse.Namespace, n_tokens: int) -> None:
+    """A step longer than a window would be named in the report and never made.
+
+    Raises
+    ------
+    UsageError
+        If one is asked for.
+    """
+    for name in ("prefill_tokens", "chunk_tokens"):
+        if (getattr(args, name) or 1) > n_tokens:
+            flag = f"--{name}".replace("_", "-")
+            raise UsageError(f"{flag} {getattr(args, name)}: windows have {n_tokens} tokens; use at most as many")
+
+
+def _warn_of_later_tokens(quantizers: "Mapping[Site, Quantizer]") -> None:
+    if any(quantizer.looks_ahead for quantizer in quantizers.values()):
+        say(
+            "warning: a dynamic scale per channel is not causal: it looks at the later tokens of its window, which no "
+            "cache can do, so the figures are too good. Calibrate for static scales, or use --pertoken k_proj v_proj."
+        )
+
+
+def _warn_of_other_start(artifact: "Artifact", start_token: int | None) -> None:
+    corpus = artifact.manifest.corpus
+    if corpus.n_windows and corpus.start_token != start_token:
+        own, here = ("begin" if token is not None else "do not" for token in (corpus.start_token, start_token))
+        say(
+            f"note: windows of the calibration {own} with the start token, those evaluated {here}; with --bos in both "
+            "or in neither the quantizers meet what they were fitted to"
+        )
+
+
+def warn_of_overlap(artifact: "Artifact", windows: Any) -> None:
+    """Says it where evaluation text has been calibrated on."""
+    from calib.text.windows import NGRAM_TOKENS, overlap_fraction
+
+    if artifact.ngrams is None or not len(artifact.ngrams) or windows.shape[1] < NGRAM_TOKENS:
+        return
+    share = overlap_fraction(windows, artifact.ngrams)
+    if math.isfinite(share) and share > 0.001:
+        say(
+            f"warning: about {share:.1%} of the evaluation text was calibrated on (runs of {NGRAM_TOKENS} tokens); "
+            "the loss may look smaller than it is. Evaluate on other text."
+        )

@@ -1,0 +1,153 @@
+"""What `evaluate` is to evaluate: an artifact, or quantizers with dynamic scales, and the recipe behind them."""
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kvgauge.cli.options.foreign import foreign_hints
+from kvgauge.cli.options.protocol import protocol_settings
+from kvgauge.cli.options.recipe import recipe_changes
+from kvgauge.terminal.console import UsageError, listing_of_runs, say
+
+if TYPE_CHECKING:
+    from artifacts.artifact import Artifact
+    from artifacts.quantizer import Quantizer
+    from artifacts.sites import Site
+    from calib.recipe.recipe import Recipe
+    from kvgauge.loading.models import LoadedModel
+
+IMPORTED = "imported"
+_RECIPE_FLAGS = ("recipe", "key_bits", "value_bits", "symmetric", "clamp", "stage")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """Quantizers that fit a model, and which tokens go without.
+
+    Parameters
+    ----------
+    quantizers : Artifact or mapping from Site to Quantizer
+        Fitted, or with dynamic scales.
+    sink_tokens : int
+        First tokens that stay exact.
+    cache : mapping or None
+        What the recipe of dynamic scales says of other exact tokens; an artifact knows that itself.
+    """
+
+    quantizers: "Artifact | Mapping[Site, Quantizer]"
+    sink_tokens: int
+    cache: Mapping[str, Any] | None = None
+
+    @property
+    def artifact(self) -> "Artifact | None":
+        """The quantizers, if they were fitted."""
+        from artifacts.artifact import Artifact
+
+        return self.quantizers if isinstance(self.quantizers, Artifact) else None
+
+    def settings(self, args: argparse.Namespace, protocol: str | None = None) -> dict[str, Any]:
+        """Policy, protocol and steps, as the command line has them; or under the protocol that is named."""
+        args = args if protocol is None else argparse.Namespace(**{**vars(args), "protocol": protocol})
+        return protocol_settings(args, self.quantizers, self.sink_tokens, self.cache)
+
+
+def fitted(
+    args: argparse.Namespace, loaded: "LoadedModel", artifact: "Artifact | None", recipe: "Recipe | None"
+) -> Evaluated:
+    """What is to be evaluated, for this model.
+
+    Raises
+    ------
+    MismatchError
+        If the artifact was made for another model.
+    """
+    layers = loaded.layers()
+    own_sinks = artifact.manifest.sink_tokens if artifact is not None else recipe.sink_tokens if recipe else 0
+    sink_tokens = own_sinks if args.first_few_fp16 is None else max(0, args.first_few_fp16)
+    if artifact is not None:
+        artifact.check_model(loaded.fingerprint(layers))
+        return Evaluated(quantizers=artifact, sink_tokens=sink_tokens)
+    assert recipe is not None, "only an imported artifact goes without"
+    cache = None if recipe.cache is None else recipe.cache.model_dump(mode="json")
+    return Evaluated(quantizers=_dynamic(recipe, layers), sink_tokens=sink_tokens, cache=cache)
+
+
+def load_artifact(args: argparse.Namespace) -> "Artifact | None":
+    """The artifact, foreign or not; with what had to be assumed said.
+
+    Raises
+    ------
+    UsageError
+        If there is none, or flags that describe quantizers go with an imported file that holds them already.
+    """
+    from artifacts.importers import Hints, open_artifact
+
+    if args.quantizer_path is None:
+        if all(value is None for value in (args.abits, args.key_bits, args.value_bits, args.recipe)):
+            raise UsageError(
+                "name an artifact with --quantizer-path FILE, or bits for dynamic scales with --abits N. "
+                + listing_of_runs()
+            )
+        return None
+    if not args.quantizer_path.exists():
+        raise UsageError(f"{args.quantizer_path}: no such file. {listing_of_runs()}")
+    hints = foreign_hints(args)
+    opened = open_artifact(args.quantizer_path, hints)
+    for notice in opened.notices:
+        say(f"note: {notice}")
+    if opened.artifact.manifest.recipe.get("name") == IMPORTED:
+        given = [name for name in _RECIPE_FLAGS if getattr(args, name) is not None]
+        if given or (hints != Hints() and not opened.notices):
+            flags = ", ".join(f"--{name}".replace("_", "-") for name in given) or "flags that describe quantizers"
+            raise UsageError(f"{args.quantizer_path} was imported and holds its quantizers as they are; drop {flags}")
+    return opened.artifact
+
+
+def chosen_recipe(args: argparse.Namespace, artifact: "Artifact | None") -> "Recipe | None":
+    """The recipe of the artifact, with which the flags must agree; or the one that dynamic scales follow.
+
+    None for an imported artifact, which had none.
+
+    Raises
+    ------
+    UsageError
+        If flags ask for other quantizers than the artifact holds.
+    """
+    from calib.recipe.recipe import Recipe, load_recipe
+
+    if artifact is None:
+        recipe = load_recipe(args.recipe or "kvquant")
+        return recipe.edited(recipe_changes(args, recipe.model_dump(mode="json")))
+    if artifact.manifest.recipe.get("name") == IMPORTED:
+        return None
+    recipe = Recipe.parse(dict(artifact.manifest.recipe), str(args.quantizer_path))
+    base = recipe.model_dump(mode="json")
+    asked = recipe.edited(recipe_changes(args, base)).model_dump(mode="json")
+    rows = [row for name in ("stage", "key", "value") for row in _differences(name, base[name], asked[name])]
+    if args.recipe and load_recipe(args.recipe).name != recipe.name:
+        rows.append(f"recipe: the file has {recipe.name}, the command line {args.recipe}")
+    if rows:
+        raise UsageError(
+            f"{args.quantizer_path}: the flags contradict the artifact:\n  "
+            + "\n  ".join(rows)
+            + "\nDrop the flags, or calibrate again with them."
+        )
+    return recipe
+
+
+def _differences(name: str, held: Any, asked: Any) -> list[str]:
+    if isinstance(held, Mapping) and isinstance(asked, Mapping):
+        keys = sorted({*held, *asked})
+        return [row for key in keys for row in _differences(f"{name}.{key}", held.get(key), asked.get(key))]
+    return [] if held == asked else [f"{name}: the file has {held}, the command line {asked}"]
+
+
+def _dynamic(recipe: "Recipe", layers: Any) -> "dict[Site, Quantizer]":
+    """Those of a recipe, without calibration: scales follow from what is encoded together."""
+    from calib.capture import site_shapes
+    from calib.recipe.layer_choice import check
+
+    shapes = {shape.site: shape for shape in site_shapes(layers, recipe.stage)}
+    estimators = check(recipe, list(shapes.values()))
+    return {site: estimator.dynamic(shapes[site]) for site, estimator in estimators.items()}

@@ -1,0 +1,146 @@
+"""Statistics of a model for several recipes, from one pass over the calibration text, and a file that keeps them."""
+
+import argparse
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from artifacts.errors import ArtifactError
+from artifacts.manifest import tool_version
+from artifacts.sites import Stage
+from calib.calibration import add_windows, new_statistics
+from calib.recipe.recipe import Recipe
+from calib.statistics.model_statistics import ModelStatistics
+from calib.statistics.site_statistics import Tier
+from calib.text.windows import sample_windows
+from kvgauge.loading.models import LoadedModel, load_model
+from kvgauge.sweeping.cell import digest_name, stamp
+from kvgauge.sweeping.settings import Settings
+from kvgauge.terminal.console import say
+from kvgauge.terminal.interrupt import remaining_windows
+from simquant.evaluate import Progress
+
+
+@lru_cache(maxsize=1)
+def loaded(model: str, device: str | None, dtype: str, maxseqlen: int | None) -> LoadedModel:
+    """A model, loaded once as long as a process uses no other."""
+    return load_model(argparse.Namespace(model=model, device=device, dtype=dtype, maxseqlen=maxseqlen))
+
+
+@dataclass(frozen=True)
+class Gathering:
+    """What is gathered, on what.
+
+    Parameters
+    ----------
+    model : str
+        Folder, hub id, or `demo`.
+    settings : Settings
+        Those of calibration count.
+    stage : {'pre_rope', 'post_rope'}
+        Where keys are taken.
+    tier : {'basic', 'full'}
+        How much.
+    fisher : bool
+        Whether squared gradients are taken too.
+    """
+
+    model: str
+    settings: Settings
+    stage: Stage
+    tier: Tier = "basic"
+    fisher: bool = False
+
+    @classmethod
+    def serving(cls, model: str, settings: Settings, stage: Stage, recipes: Iterable[Recipe]) -> "Gathering":
+        """What those of the recipes read that take keys at this stage, and at least what the settings say."""
+        own = [recipe for recipe in recipes if recipe.stage == stage]
+        tier: Tier = "full" if any(recipe.needs_full for recipe in own) else settings.statistics
+        return cls(model, settings, stage, tier, any(recipe.needs_fisher for recipe in own))
+
+    def gather(self, progress: Progress = iter, unfinished: Path | None = None) -> ModelStatistics:
+        """Runs the model over the calibration windows, which `progress` wraps.
+
+        After Ctrl-C the windows that are finished are kept in the file `unfinished`; the next call goes on from them.
+        """
+        args = self.settings.arguments(self.model)
+        found = self.load_model()
+        text = found.corpus(args.calibration_dataset, "calibration", args.field)
+        seqlen, start_token = found.window_tokens(args.seqlen), found.start_token(args.bos)
+        windows = sample_windows(text, n_windows=args.nsamples, seqlen=seqlen, seed=args.seed, start_token=start_token)
+        layers = found.layers()
+        statistics = new_statistics(
+            found.model,
+            layers,
+            stage=self.stage,
+            tier=self.tier,
+            fisher=self.fisher,
+            model_id=found.model_id,
+            corpus=text.name,
+            seed=args.seed,
+            start_token=start_token,
+            tokenizer_digest=found.tokenizer_digest,
+        )
+        if unfinished is not None and unfinished.exists():
+            statistics.merge(ModelStatistics.load(unfinished))
+            windows = remaining_windows(windows, statistics, unfinished)
+        try:
+            if len(windows):
+                add_windows(found.model, layers, statistics, windows, progress)
+        except KeyboardInterrupt:
+            if unfinished is not None and statistics.windows and statistics.is_whole:
+                statistics.save(unfinished)
+            raise
+        return statistics
+
+    def load_model(self) -> LoadedModel:
+        """The model."""
+        return loaded(self.model, self.settings.device, self.settings.dtype, self.settings.maxseqlen)
+
+    def path(self, folder: Path) -> Path:
+        """Where `keep` keeps them."""
+        return folder / f"{digest_name(self._identity(), self.model, self.stage)}.safetensors"
+
+    def keep(self, folder: Path) -> None:
+        """Gathers, and writes what was found into the folder."""
+        self.gather().save(self.path(folder))
+
+    def kept(self, folder: Path, progress: Progress) -> ModelStatistics:
+        """What the folder holds, else what is gathered now and kept there; Ctrl-C loses the window at hand at most."""
+        found = self._load(folder)
+        if found is None:
+            path = self.path(folder)
+            unfinished = path.with_name(f"unfinished-{path.name}")
+            found = self.gather(progress, unfinished)
+            found.save(path)
+            unfinished.unlink(missing_ok=True)
+        return found
+
+    def is_kept(self, folder: Path) -> bool:
+        """Whether the folder holds these very statistics, undamaged."""
+        return self._load(folder) is not None
+
+    def _load(self, folder: Path) -> ModelStatistics | None:
+        path = self.path(folder)
+        if not path.exists():
+            return None
+        try:
+            return ModelStatistics.load(path)
+        except ArtifactError as error:
+            say(f"{error}; it is gathered again")
+            return None
+
+    def _identity(self) -> dict[str, Any]:
+        args = self.settings.arguments(self.model)
+        names = ("calibration_dataset", "field", "nsamples", "seqlen", "bos", "seed", "device", "dtype")
+        return {
+            "model": self.model,
+            "stage": self.stage,
+            "tier": self.tier,
+            "fisher": self.fisher,
+            **{name: getattr(args, name) for name in (*names, "maxseqlen")},
+            "sources": [stamp(self.model), stamp(args.calibration_dataset)],
+            "tool_version": tool_version(),
+        }

@@ -1,0 +1,1 @@
+"""The best setting under a bit budget, by search."""

@@ -1,0 +1,137 @@
+"""What the cells of a sweep measure: a closed table of tasks."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Int64
+from torch import Tensor
+
+from artifacts.artifact import Artifact
+from artifacts.model.evidence import text_config
+from calib.text.corpus import CorpusError
+from calib.text.windows import check_vocabulary, split_windows
+from kvgauge.cli.options.protocol import protocol_settings
+from kvgauge.cli.options.tasks import PERPLEXITY
+from kvgauge.loading.models import LoadedModel
+from kvgauge.running.evaluate_tasks import run_tasks
+from kvgauge.running.evaluate_text import tell, warn_of_overlap
+from kvgauge.running.evaluated import Evaluated
+from kvgauge.sweeping.cell import Cell
+from simquant import evaluate
+from simquant.tasks import TASKS as ANSWERED
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A cell when all is ready: the model is loaded, the recipe fitted.
+
+    Parameters
+    ----------
+    cell : Cell
+        What is to be run.
+    loaded : LoadedModel
+        Its model.
+    artifact : Artifact
+        Its recipe, fitted.
+    answers : Path or None
+        Where the answers to a task are kept while it runs.
+    """
+
+    cell: Cell
+    loaded: LoadedModel
+    artifact: Artifact
+    answers: Path | None = None
+
+    def protocol(self) -> dict[str, Any]:
+        """What `simquant.evaluate` is told of the protocol."""
+        args = self.cell.settings.arguments(self.cell.model)
+        return protocol_settings(args, self.artifact, self.cell.recipe.sink_tokens)
+
+    def windows(self) -> Int64[Tensor, "windows tokens"]:
+        """Of the evaluation text, as many as the settings say, from `first_window` on.
+
+        Raises
+        ------
+        CorpusError
+            If the text holds too few, or token ids that the model does not know.
+        """
+        args, first = self.cell.settings.arguments(self.cell.model), self.cell.first_window
+        text = self.loaded.corpus(args.dataset, "evaluation", args.field)
+        limit = None if args.limit is None else first + args.limit
+        seqlen, start_token = self.loaded.window_tokens(args.seqlen), self.loaded.start_token(args.bos)
+        windows = split_windows(text, seqlen=seqlen, limit=limit, start_token=start_token)
+        if first and len(windows) < first + args.limit:
+            raise CorpusError(
+                f"{text.name}: expected {first + args.limit} windows, half of them held out; it has {len(windows)}. "
+                f"Use limit: {len(windows) // 2}, a smaller seqlen, or more text"
+            )
+        check_vocabulary(windows, text_config(self.loaded.model).vocab_size, text.name)
+        return windows[first:]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Headline:
+    """A result in a row: what the quantized cache costs, and the figures on both sides of it."""
+
+    metric: str
+    value: float | None
+    stderr: float | None
+    fp: float | None
+    quantized: float | None
+    n: int
+
+
+@dataclass(frozen=True)
+class SweepTask:
+    """How a task is run, to JSON values, and what of those stands in the summary."""
+
+    run: Callable[[Bench], dict[str, Any]]
+    headline: Callable[[Mapping[str, Any]], Headline]
+
+
+def _perplexity(bench: Bench) -> dict[str, Any]:
+    windows = bench.windows()
+    warn_of_overlap(bench.artifact, windows)
+    settings = bench.cell.settings
+    result = evaluate(bench.loaded.model, windows, bench.artifact, **bench.protocol(), batch_size=settings.batch_size)
+    tell(result)
+    return result.to_json()
+
+
+def _perplexity_headline(result: Mapping[str, Any]) -> Headline:
+    return Headline(
+        metric="nats lost",
+        value=result["loss_nats"],
+        stderr=result["loss_nats_stderr"],
+        fp=result["fp"]["perplexity"],
+        quantized=result["quantized"]["perplexity"],
+        n=result["n_targets"],
+    )
+
+
+def _answers(bench: Bench) -> dict[str, Any]:
+    args = bench.cell.settings.arguments(bench.cell.model)
+    args.predictions = bench.answers
+    evaluated = Evaluated(quantizers=bench.artifact, sink_tokens=bench.cell.recipe.sink_tokens)
+    [result] = run_tasks(args, [bench.cell.task], bench.loaded, evaluated)
+    return result.to_json()
+
+
+def _answers_headline(result: Mapping[str, Any]) -> Headline:
+    return Headline(
+        metric=result["metric"].partition(":")[0],
+        value=result["difference"],
+        stderr=result["difference_stderr"],
+        fp=result["fp"],
+        quantized=result["quantized"],
+        n=result["n"],
+    )
+
+
+TASKS: Mapping[str, SweepTask] = {
+    PERPLEXITY: SweepTask(_perplexity, _perplexity_headline),
+    **dict.fromkeys(ANSWERED, SweepTask(_answers, _answers_headline)),
+}
+"""By name."""

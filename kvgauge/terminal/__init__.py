@@ -1,0 +1,1 @@
+"""What a terminal shows, and files that programs write."""

@@ -1,0 +1,77 @@
+"""Where the programs write, and whether they can, found out before a model runs."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvgauge.terminal.console import UsageError
+
+if TYPE_CHECKING:
+    from calib.recipe.recipe import Recipe
+
+
+def output_path(args: argparse.Namespace, recipe: "Recipe") -> Path:
+    """The artifact's path: as asked, else under `runs/`, named after model, recipe and bits."""
+    if args.quantizer_path:
+        return Path(args.quantizer_path)
+    from kvgauge.loading.models import short_name
+
+    model = short_name(args.model) if args.model else "statistics"
+    key, value = (_bits(entry) for entry in (recipe.key, recipe.value))
+    return Path("runs") / f"{model}-{recipe.name}" / f"quantizers-k{key}v{value}.safetensors"
+
+
+def _bits(entry: Any) -> int:
+    """Code width of an estimator, or of what a wrapper holds; 16 where there is none."""
+    while not hasattr(entry, "bits") and hasattr(entry, "inner"):
+        entry = entry.inner
+    return int(getattr(entry, "bits", 16))
+
+
+def output_folder(folder: Path, option: str = "--output") -> Path:
+    """The folder, made where it does not exist.
+
+    Raises
+    ------
+    UsageError
+        If there can be no such folder, or none to write to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{option} {folder}: no folder can be made there ({error.strerror}); name another") from error
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"{option} {folder}: you may not write there; name another folder")
+    return folder
+
+
+def check_outputs(output: Path, statistics: Path | None, *, force: bool) -> None:
+    """The artifact and the statistics can be written, and to different files.
+
+    Raises
+    ------
+    UsageError
+        If not, or if a file exists and --force is not given.
+    ArtifactError
+        If a suffix is neither of the two that can be written.
+    """
+    if statistics and statistics.resolve() == output.resolve():
+        raise UsageError(f"--save-statistics and --quantizer-path both name {output}; give each a file of its own")
+    for path in filter(None, (output, statistics)):
+        _check_writable(path, force=force)
+
+
+def _check_writable(path: Path, *, force: bool) -> None:
+    from artifacts.storage import check_suffix, written_by_kvgauge
+
+    check_suffix(path)
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; name a file")
+    if path.exists() and not force:
+        raise UsageError(f"{path} exists; --force replaces it, another name keeps it")
+    if path.exists() and not written_by_kvgauge(path):
+        raise UsageError(f"{path} is not a file that kvgauge wrote; --force does not replace it. Choose another name")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UsageError(f"{path} cannot be written: {folder} is no folder, or none that you may write to")

@@ -1,0 +1,150 @@
+"""Memory and time per step of a packed cache against the dynamic and the quantized one of transformers.
+
+One layer in the attention shapes of Llama-3-8B, 2 bits as KIVI sets them: keys per channel in groups of 32 tokens,
+values per token in groups of 32 channels, the last 128 tokens exact. Then, as costs without targets, two layers with
+2 bits in a basis of each head (recipe `eigen`), and in one of all heads with prediction (`predictive`): that keeps two
+layers' history decoded while a step runs. Their context is 2048 tokens at most.
+
+Run on an idle machine, from the checkout: ``python -m scripts.bench.cache``; about a minute on two cores. The quantized
+cache needs ``pip install '.[bench]'`` and a C++ compiler, and a minute more the first time.
+"""
+
+import argparse
+from collections.abc import Iterator
+from functools import partial
+from importlib.util import find_spec
+from itertools import chain
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, QuantizedCache
+
+from artifacts.quantizer import Quantizer
+from artifacts.quantizers.dynamic_affine import DynamicAffine
+from artifacts.sites import Site
+from kvgauge.running.machine import hardware
+from kvgauge.terminal.console import say
+from scripts.bench.cache_quantizers import eigen, predictive
+from scripts.bench.ratio import HEADER, row, seconds
+from simquant import CachePolicy, cache_argument, packed_cache
+
+KV_HEADS, HEAD_DIM, GROUP, RESIDUAL, BITS = 8, 128, 32, 128, 2
+POLICY = CachePolicy(residual_tokens=RESIDUAL, block_tokens=GROUP)
+LAYERS, MOST_TOKENS = 2, 2048
+"""Of the rows in a basis: each step decodes all tokens, by products of a head's or a layer's width."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    parser = argparse.ArgumentParser("python -m scripts.bench.cache", description=__doc__)
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens of context (default: 8192)")
+    parser.add_argument("--repeats", type=int, default=10, help="steps that are timed (default: 10)")
+    args = parser.parse_args(argv)
+    print(hardware(), HEADER, sep="\n")
+    in_a_basis = rows_in_a_basis(min(args.tokens, MOST_TOKENS), args.repeats)
+    for line in chain(rows(args.tokens, args.repeats), in_a_basis):
+        print(line, flush=True)
+    return 0
+
+
+@torch.no_grad()
+def rows(tokens: int, repeats: int) -> list[str]:
+    """Memory against 16 bits an element, and seconds per step against the caches of transformers, all in float32."""
+    model = model_of(layers=1)
+    generator = torch.Generator().manual_seed(0)
+    key, value = torch.randn(2, 1, KV_HEADS, tokens, HEAD_DIM, generator=generator)
+    baselines = {name: filled_step(model, cache, key, value, repeats) for name, cache in other_caches(model).items()}
+    with packed_cache(model, quantizers(), policy=POLICY) as new_cache:
+        packed = new_cache()
+        packed.layers[0].store.append(key, value, None)
+        size = packed.nbytes
+        ours = seconds(lambda: step(model, packed), repeats)
+    what = f"{tokens} tokens, {BITS} bits"
+    found = [
+        row(f"{what}: memory / 16 bits", size, 2 * key.numel() * 2, at_most=1 / 4.5, unit="B"),
+        row(f"{what}: step / dynamic cache", ours, baselines["dynamic"], at_most=1.5),
+    ]
+    if "quantized" not in baselines:
+        say("no quantized cache of transformers: pip install '.[bench]'")
+        return found
+    return [*found, row(f"{what}: step / quantized cache (quanto)", ours, baselines["quantized"], at_least=5)]
+
+
+@torch.no_grad()
+def rows_in_a_basis(tokens: int, repeats: int) -> Iterator[str]:
+    """What two layers take after a prompt: with its tokens come the rotary tables by which pre-RoPE keys are read."""
+    model = model_of(LAYERS)
+    prompt = torch.arange(tokens)[None] % model.config.vocab_size
+    exact, plain = 2 * 2 * LAYERS * tokens * KV_HEADS * HEAD_DIM, DynamicCache()
+    model(prompt, **cache_argument(model, plain))
+    baseline = seconds(lambda: step(model, plain), repeats)
+    for make in (eigen, predictive):
+        own, what = make(LAYERS, KV_HEADS, HEAD_DIM), f"{tokens} tokens, {LAYERS} layers, {make.__name__}"
+        with packed_cache(model, own) as new_cache:
+            packed = new_cache()
+            model(prompt, **cache_argument(model, packed))
+            size = sum(tensor.nbytes for layer in packed.layers for tensor in layer.store.tensors())
+            ours = seconds(partial(step, model, packed), repeats)
+        yield row(f"{what}: memory / 16 bits", size, exact, unit="B")
+        static = sum(quantizer.static_bytes for quantizer in own.values())
+        yield row(f"{what}: static bytes / 16 bits", static, exact, unit="B")
+        yield row(f"{what}: step / dynamic cache", ours, baseline)
+
+
+def other_caches(model: LlamaForCausalLM) -> dict[str, Cache]:
+    """Those of transformers; the quantized one as KIVI sets it, where its backend is installed."""
+    if find_spec("optimum.quanto" if find_spec("optimum") else "optimum") is None:
+        return {"dynamic": DynamicCache()}
+    quantized = QuantizedCache(
+        "quanto",
+        model.config,
+        nbits=BITS,
+        axis_key=-1,
+        axis_value=0,
+        q_group_size=GROUP,
+        residual_length=RESIDUAL,
+    )
+    return {"dynamic": DynamicCache(), "quantized": quantized}
+
+
+def filled_step(model: LlamaForCausalLM, cache: Cache, key: Tensor, value: Tensor, repeats: int) -> float:
+    """Seconds of a step after the tokens `key` and `value`."""
+    cache.update(key, value, 0)
+    return seconds(lambda: step(model, cache), repeats)
+
+
+def step(model: LlamaForCausalLM, cache: object) -> Tensor:
+    """One token more."""
+    logits: Tensor = model(torch.ones(1, 1, dtype=torch.int64), **cache_argument(model, cache)).logits
+    return logits
+
+
+def quantizers() -> dict[Site, Quantizer]:
+    """Those of KIVI."""
+    channels = KV_HEADS * HEAD_DIM
+    return {
+        Site(0, "key", "post_rope"): DynamicAffine(channels=channels, bits=BITS, per="channel", group_size=GROUP),
+        Site(0, "value"): DynamicAffine(channels=channels, bits=BITS, per="token", group_size=GROUP),
+    }
+
+
+def model_of(layers: int) -> LlamaForCausalLM:
+    """Layers whose time is that of its attention: wide heads, and nothing else to compute."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        max_position_embeddings=2**17,
+    )
+    model = LlamaForCausalLM(config)
+    model.eval()
+    return model
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,166 @@
+"""Time of decode attention over packed keys and values, against attention over bfloat16 ones, on a CUDA device.
+
+Run on an idle GPU, from the checkout: ``python -m scripts.bench.kernels``. Keys are quantized per channel (static at 4
+bits, in groups of 128 tokens at 2), values per token (at 2 bits in groups of 128 channels). The roofline is the least
+time in which the device can read the bytes that are stored; its bandwidth is looked up by the device's name.
+
+Written and checked without a GPU: the kernels agree with the torch path in Triton's interpreter, and they compile for
+compute capability 9.0. No time, no bandwidth and no result on a device has been measured yet, and the settings of the
+kernels (block of tokens, splits, stages) are not tuned. A loop of 128 tokens takes about 4 instructions a value at 4
+bits; at that rate instructions, not memory, can be what limits 2 bits.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from artifacts.quantizer import Quantizer
+from artifacts.quantizers.affine import Affine
+from artifacts.quantizers.dynamic_affine import DynamicAffine
+from kvgauge.running.machine import hardware
+from scripts.bench.ratio import HEADER, row
+from simquant.kernels import PackedTokens, PlainTokens, append, decode_attention
+
+PEAK_GBS = {"H200": 4800, "H100 PCIe": 2000, "H100 NVL": 3900, "H100": 3350, "A100": 2039, "L40S": 864, "4090": 1008}
+"""Memory bandwidth in GB/s by a part of the device's name, the vendor's figures; the first that fits counts."""
+
+_HEAD_DIM = 128
+_FLUSH_BYTES = 2**28
+"""More than any cache on the chip holds: written between two runs, so that each reads from memory."""
+
+
+class Case(NamedTuple):
+    """Two quantizers and how many times as fast as bfloat16 they should be."""
+
+    name: str
+    keys: Quantizer
+    values: Quantizer
+    at_least: float
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    parser = argparse.ArgumentParser("python -m scripts.bench.kernels", description=__doc__)
+    parser.add_argument("--tokens", type=int, default=131072, help="cached tokens (default: 131072)")
+    parser.add_argument("--kv-heads", type=int, default=8, help="KV heads of 128 channels (default: 8)")
+    parser.add_argument("--group", type=int, default=4, help="query heads of a KV head (default: 4)")
+    parser.add_argument("--splits", type=int, help="parts of the sequence, 1 to 64 (default: what fills the device)")
+    parser.add_argument("--peak-gbs", type=float, help="memory bandwidth in GB/s (default: by the device's name)")
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        return refuse("a CUDA device is needed and none was found; run it where there is one, with kvgauge[triton]")
+    peak = args.peak_gbs or known_peak(torch.cuda.get_device_name())
+    if peak is None:
+        return refuse(f"no bandwidth is known for {torch.cuda.get_device_name()}; give --peak-gbs")
+    print(hardware(), HEADER, sep="\n")
+    for line in compare(args.tokens, args.kv_heads, args.group, args.splits, peak):
+        print(line, flush=True)
+    return 0
+
+
+def refuse(why: str) -> int:
+    """Says why nothing is measured; returns the exit status."""
+    print(f"bench_kernels: {why}", file=sys.stderr)
+    return 2
+
+
+def known_peak(name: str) -> float | None:
+    """Bandwidth of a device in GB/s.
+
+    Examples
+    --------
+    >>> known_peak("NVIDIA H200"), known_peak("another")
+    (4800, None)
+    """
+    return next((peak for part, peak in PEAK_GBS.items() if part in name), None)
+
+
+@torch.no_grad()
+def compare(tokens: int, kv_heads: int, group: int, splits: int | None, peak_gbs: float) -> list[str]:
+    """Rows of every case against both baselines, with the share of the roofline that each reaches."""
+    torch.manual_seed(0)
+    device = torch.device("cuda")
+    keys, values = torch.randn(2, 1, kv_heads, tokens, _HEAD_DIM, device=device, dtype=torch.bfloat16)
+    q = torch.randn(1, kv_heads * group, _HEAD_DIM, device=device, dtype=torch.bfloat16)
+    plain = PlainTokens(keys=keys, values=values)
+    sdpa = device_seconds(lambda: scaled_dot_product_attention(q[:, :, None], keys, values, enable_gqa=True))
+    split = device_seconds(lambda: decode_attention(q, exact=plain, splits=splits))
+    plain_bytes = keys.nbytes + values.nbytes
+    lines = [row(f"bfloat16: split kernel / SDPA {roofline(plain_bytes, split, peak_gbs)}", split, sdpa)]
+    for case in cases(kv_heads * _HEAD_DIM, device):
+        packed = pack_tokens(case, keys, values)
+        ours = device_seconds(lambda packed=packed: decode_attention(q, packed, splits=splits))  # type: ignore[misc]
+        n_bytes = packed.keys.nbytes + packed.values.nbytes
+        bits = 8 * n_bytes / (2 * tokens * kv_heads * _HEAD_DIM)
+        what = f"{case.name}, {bits:.2f} bits {roofline(n_bytes, ours, peak_gbs)}"
+        lines += [
+            row(f"{what} / {name}", ours, baseline, at_least=case.at_least)
+            for name, baseline in (("SDPA", sdpa), ("split", split))
+        ]
+    return lines
+
+
+def cases(channels: int, device: torch.device) -> list[Case]:
+    """What is measured: values drawn from a normal distribution, so static ranges reach 4 deviations."""
+    scale = torch.full((channels,), 8 / 15, device=device)
+    static = Affine(channels=channels, bits=4, scale=scale, offset=torch.full_like(scale, -4.0))
+    return [
+        Case("4-bit", static, DynamicAffine(channels=channels, bits=4), 3),
+        Case(
+            "2-bit",
+            DynamicAffine(channels=channels, bits=2, per="channel", group_size=128),
+            DynamicAffine(channels=channels, bits=2, group_size=_HEAD_DIM),
+            4.5,
+        ),
+    ]
+
+
+def pack_tokens(case: Case, keys: Tensor, values: Tensor) -> PackedTokens:
+    """Both sides through the append kernels."""
+    rows = [x[0].transpose(0, 1).flatten(1) for x in (keys, values)]
+    return PackedTokens(
+        key_quantizer=case.keys,
+        keys=append(case.keys, rows[0]),
+        value_quantizer=case.values,
+        values=append(case.values, rows[1]),
+    )
+
+
+def roofline(n_bytes: int, seconds: float, peak_gbs: float) -> str:
+    """Achieved bandwidth and its share of the peak.
+
+    Examples
+    --------
+    >>> roofline(4_800_000, 2e-6, 4800)
+    '(2400 GB/s, 50 %)'
+    """
+    achieved = n_bytes / seconds / 1e9
+    return f"({achieved:.0f} GB/s, {100 * achieved / peak_gbs:.0f} %)"
+
+
+def device_seconds(call: Callable[[], object], repeats: int = 20) -> float:
+    """Median seconds on the device by its own clock, with a cold cache; launched as a graph, without Python between."""
+    call()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    flushed = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    taken: list[float] = []
+    for _ in range(repeats):
+        flushed.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        taken.append(start.elapsed_time(end) / 1e3)
+    return sorted(taken)[repeats // 2]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,210 @@
+"""Trains the demo model from scratch on the demo text: `python -m scripts.demo_model.train --output runs/training`."""
+
+import argparse
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from calib.demo.draws import Draws
+from calib.demo.pages import Split, drill, page
+from calib.demo.tasks import TASKS
+from calib.demo.trials import is_solved, trials
+from kvgauge.terminal.console import run
+from scripts.demo_model.untrained import new_model, train_tokenizer
+
+PEAK_RATE, WARM_UP_STEPS, DECAY_FRACTION = 3e-3, 100, 0.6
+LOG_STEPS, REPORT_STEPS, TRIALS = 100, 400, 24
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Training on windows of one length.
+
+    Parameters
+    ----------
+    window_tokens, rows, steps : int
+        Length and number of the windows of a step, and how many steps.
+    longest_words : int
+        Words around a task, at most, so that a page fits the window.
+    drill_fraction : float
+        Share of drills among the pages.
+    """
+
+    window_tokens: int
+    rows: int
+    steps: int
+    longest_words: int
+    drill_fraction: float
+
+
+# Without drills it takes far longer until the model finds out that looking back helps: after 3 million tokens of pages
+# it solved no retrieval task yet, after one million of drills it copied. Without drills later on it forgets it again.
+PHASES = (
+    Phase(128, 32, 600, 20, 0.7),
+    Phase(256, 16, 2000, 120, 0.5),
+    Phase(512, 8, 900, 400, 0.4),
+    Phase(1024, 4, 2500, 880, 0.3),
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    return run("train_demo_model", _main, argv)
+
+
+class Windows:
+    """Windows of a stream of pages; each begins with a page, so that the first one in it is whole."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, split: Split, next_page: int = 0) -> None:
+        self._tokenizer, self._split, self.next_page = tokenizer, split, next_page
+
+    def batch(self, phase: Phase, rows: int) -> Tensor:
+        """The next windows."""
+        return torch.tensor([self._row(phase) for _ in range(rows)])
+
+    def _row(self, phase: Phase) -> list[int]:
+        ids: list[int] = []
+        while len(ids) < phase.window_tokens:
+            ids += self._tokenizer(("\n\n" if ids else "") + self._page(phase)).input_ids
+        return ids[: phase.window_tokens]
+
+    def _page(self, phase: Phase) -> str:
+        index, self.next_page = self.next_page, self.next_page + 1
+        if self._split == "training" and Draws(f"kind {index}").chance(phase.drill_fraction):
+            return drill(index)
+        return page(self._split, index, phase.longest_words)
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """Linear warm-up, constant, linear to zero."""
+    left = (steps - step) / (DECAY_FRACTION * steps)
+    return PEAK_RATE * min(1.0, (step + 1) / WARM_UP_STEPS, left)
+
+
+def optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the layers, AdamW for embeddings, norms and biases."""
+    named = [(p.ndim == 2 and "layers" in name, p) for name, p in model.named_parameters()]
+    matrices, others = ([p for inside, p in named if inside is wanted] for wanted in (True, False))
+    return [
+        torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+    ]
+
+
+@torch.no_grad()
+def figures(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, phase: Phase) -> dict[str, float]:
+    """Loss on held-out windows, and the share of each task's trials that are solved."""
+    x = Windows(tokenizer, "held-out").batch(phase, 16).to(model.device)
+    found = {"held_out": float(model(input_ids=x, labels=x).loss)}
+    for task in TASKS:
+        solved = [is_solved(model, tokenizer, trial) for trial in trials(task, phase.longest_words, TRIALS)]
+        found[task] = sum(solved) / TRIALS
+    return found
+
+
+class Training:
+    """A run with all its state.
+
+    Parameters
+    ----------
+    output : Path
+        Folder of the log, the state, the model and its tokenizer.
+    device : str
+        Where to run.
+    seed : int
+        Of the initial weights; the text has its own.
+    """
+
+    def __init__(self, output: Path, device: str, seed: int) -> None:
+        self.output, self.device, self.seed = output, device, seed
+        self.tokenizer = train_tokenizer()
+        self.model = new_model(seed)
+        nn.Module.to(self.model, device)
+        self.optimizers = optimizers(self.model)
+        self.windows = Windows(self.tokenizer, "training")
+        self.step, self.n_tokens, self.loss, self.seconds = 0, 0, math.nan, 0.0
+        output.mkdir(parents=True, exist_ok=True)
+
+    def run(self) -> None:
+        """The steps that are left, phase by phase."""
+        compiled: Any = torch.compile(self.model)
+        planned = [phase for phase in PHASES for _ in range(phase.steps)]
+        for phase in planned[self.step :]:
+            started = time.monotonic()
+            self._update(compiled, phase, learning_rate(self.step, len(planned)))
+            self.step += 1
+            last = self.step == len(planned)
+            if self.step % REPORT_STEPS == 0 or last:
+                self._log(phase, figures(self.model, self.tokenizer, phase))
+                self._save()
+            elif self.step % LOG_STEPS == 0:
+                self._log(phase, {})
+            self.seconds += time.monotonic() - started
+        self.tokenizer.save_pretrained(self.output)
+        self.model.half().save_pretrained(self.output)
+
+    def resume(self) -> None:
+        """Goes back to what was saved last."""
+        state = torch.load(self.output / "state.pt", map_location=self.device)
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.windows.next_page = state["next_page"]
+        self.step, self.n_tokens, self.loss, self.seconds = state["progress"]
+
+    def _update(self, compiled: Any, phase: Phase, rate: float) -> None:
+        x = self.windows.batch(phase, phase.rows).to(self.device)
+        with torch.autocast(torch.device(self.device).type, dtype=torch.bfloat16):
+            loss = compiled(input_ids=x, labels=x, use_cache=False).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad()
+        self.n_tokens += x.numel()
+        self.loss = loss.item() if math.isnan(self.loss) else 0.95 * self.loss + 0.05 * loss.item()
+
+    def _log(self, phase: Phase, found: dict[str, float]) -> None:
+        row = {"step": self.step, "tokens": self.n_tokens, "window": phase.window_tokens, "loss": self.loss}
+        row |= {"seconds": self.seconds, **found}
+        line = json.dumps({name: round(value, 4) for name, value in row.items()})
+        with (self.output / "log.jsonl").open("a") as log:
+            print(line, file=log)
+        print(line, flush=True)
+
+    def _save(self) -> None:
+        state = {
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "next_page": self.windows.next_page,
+            "progress": (self.step, self.n_tokens, self.loss, self.seconds),
+        }
+        torch.save(state, self.output / "state.pt")
+
+
+def _main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser("train_demo_model", description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("runs/training"), help="folder (default: runs/training)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--seed", type=int, default=0, help="of the initial weights (default: 0)")
+    parser.add_argument("--resume", action="store_true", help="go on from the folder's state.pt")
+    args = parser.parse_args(argv)
+    training = Training(args.output, args.device, args.seed)
+    if args.resume:
+        training.resume()
+    training.run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

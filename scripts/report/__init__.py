@@ -1,4 +1,0 @@
-"""The report of an evaluation: figures are gathered as JSON, and the page is made from nothing else.
-
-`python -m scripts.report FOLDER/report.json` makes the page again.
-"""

@@ -1,0 +1,1 @@
+"""Attention over a packed cache, one block of tokens at a time."""

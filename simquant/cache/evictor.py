@@ -1,0 +1,150 @@
+"""Drops tokens of a layer when a step has been read, as an `Eviction` asks."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import final
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from artifacts.errors import MismatchError
+from artifacts.model.attention import AttentionLayer
+from simquant.cache.attention.block_attention import Scoring
+from simquant.cache.scores import attention_received, pooled
+from simquant.cache.store.layer_store import LayerStore
+from simquant.cache.store.rotary_tables import RotaryTables
+from simquant.cache.store.stream import Stream
+from simquant.policy.eviction import Choice, Eviction
+from simquant.policy.policy import CachePolicy
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """What a layer has read with in a step; see `LayerStore.attend`."""
+
+    query: Float[Tensor, "batch q_heads queries head_dim"]
+    visible: Bool[Tensor, "#batch queries columns"]
+    scoring: Scoring
+    tables: RotaryTables
+
+    def received(self, store: LayerStore, row: int, n_queries: int) -> Float[Tensor, "kv_heads held"]:
+        """What the last queries of one sequence have paid each token that is held."""
+        visible = self.visible[min(row, len(self.visible) - 1), -n_queries:]
+        query = self.query[row, :, -n_queries:]
+        blocks = partial(store.key_blocks, row, visible, self.tables)
+        return attention_received(query, store.layer.kv_heads, blocks, self.scoring)
+
+
+@final
+@dataclass(frozen=True)
+class Evictor:
+    """Applies an `Eviction` to the layers of a model; all that changes is kept by the caches themselves.
+
+    Parameters
+    ----------
+    eviction : Eviction
+        What to keep.
+    n_layers : int
+        Layers of the model.
+    """
+
+    eviction: Eviction
+    n_layers: int
+
+    def after_step(self, store: LayerStore, reading: Reading) -> None:
+        """Drops what exceeds the budgets of every sequence."""
+        for row, stream in enumerate(store.streams):
+            if stream.survivors is None or not stream.survivors.n_seen:  # nothing but padding so far
+                continue
+            choice = self._choice(store.layer.layer, stream, reading.query.shape[2])
+            groups = None if choice is None else _groups(stream, choice)
+            if choice is not None and groups is not None:
+                scores = _never_dropped(stream, self._scores(choice, store, row, reading))
+                stream = stream.keep(_kept(stream, groups, scores))
+            store.streams[row] = stream.after_prompt()
+
+    def _choice(self, layer: int, stream: Stream, n_new: int) -> Choice | None:
+        survivors = stream.survivors
+        assert survivors is not None
+        if not survivors.n_prompt:
+            return self.eviction.of_prompt(survivors.n_seen, layer, self.n_layers)
+        n_decoded = survivors.n_seen - survivors.n_prompt
+        return self.eviction.of_decoded(len(survivors.numbers), survivors.n_prompt_kept, n_decoded, n_new)
+
+    def _scores(self, choice: Choice, store: LayerStore, row: int, reading: Reading) -> Float[Tensor, " tokens"]:
+        """One for each token that is held, up to the last candidate."""
+        if choice.n_queries == 0:
+            return -torch.arange(choice.end, device=reading.query.device).float()
+        survivors = store.streams[row].survivors
+        assert survivors is not None
+        n_queries = min(choice.n_queries or survivors.n_seen, survivors.n_seen, reading.query.shape[2])
+        received = reading.received(store, row, n_queries)[:, : choice.end]
+        if choice.pooled:
+            received = pooled(received, self.eviction.pooling, self.eviction.kernel_tokens)
+        return received.mean(dim=0)
+
+
+def check_evictable(policy: CachePolicy, layers: Sequence[AttentionLayer]) -> None:
+    """A cache under the policy can drop tokens, if the policy asks for that.
+
+    Raises
+    ------
+    MismatchError
+        If every layer forgets by itself.
+    """
+    if policy.eviction is not None and all(layer.sliding_window is not None for layer in layers):
+        raise MismatchError(
+            f"eviction: all {len(layers)} layers of the model have a sliding window and forget by themselves. Use no "
+            "eviction."
+        )
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """Candidates that can be dropped: encoded tokens, in whole groups that share scales.
+
+    Parameters
+    ----------
+    first, n_groups, size : int
+        First token of the first group, how many there are, tokens of each.
+    n_kept : int
+        Groups that stay.
+    """
+
+    first: int
+    n_groups: int
+    size: int
+    n_kept: int
+
+
+def _groups(stream: Stream, choice: Choice) -> _Groups | None:
+    """The groups among the candidates; None if all stay. Candidates outside of them stay, and count as kept."""
+    stores = stream.stores()
+    sinks, size = stream.key.sink_tokens, math.lcm(*(store.quantizer.tokens_per_scale or 1 for store in stores))
+    first = sinks + -(-max(0, choice.start - sinks) // size) * size
+    n_groups = max(0, min(choice.end, *(store.encoded_end for store in stores)) - first) // size
+    n_outside = choice.end - choice.start - n_groups * size
+    n_kept = -(-max(0, choice.n_kept - n_outside) // size)
+    return _Groups(first, n_groups, size, n_kept) if n_kept < n_groups else None
+
+
+def _never_dropped(stream: Stream, scores: Float[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:
+    """Scores that are infinite for tokens whose keys have small norms."""
+    if stream.small is None:
+        return scores
+    assert stream.survivors is not None
+    return scores.masked_fill(torch.isin(stream.survivors.numbers[: len(scores)], stream.small.numbers), torch.inf)
+
+
+def _kept(stream: Stream, groups: _Groups, scores: Float[Tensor, " tokens"]) -> Bool[Tensor, " held"]:
+    """True at all tokens but those of the groups with the least scores; of equals the first stay, infinite ones all."""
+    kept = torch.ones(stream.key.n_tokens, dtype=torch.bool, device=scores.device)
+    candidates = slice(groups.first, groups.first + groups.n_groups * groups.size)
+    by_group = scores[candidates].view(groups.n_groups, groups.size).mean(dim=1)
+    order = by_group.sort(descending=True, stable=True).indices
+    n_kept = max(groups.n_kept, int(by_group.isinf().sum()))
+    kept[candidates].view(groups.n_groups, groups.size)[order[n_kept:]] = False
+    return kept

@@ -1,0 +1,1 @@
+"""Packed caches in files."""

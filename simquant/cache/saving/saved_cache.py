@@ -1,0 +1,152 @@
+"""A packed cache in a file, and back: `generate()` goes on where it stopped."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from artifacts.errors import ArtifactError, CorruptArtifactError, MismatchError
+from artifacts.manifest import tool_version
+from artifacts.model.fingerprint import model_fingerprint, quantizers_digest, weights_digest
+from artifacts.storage import Stored, read, write
+from simquant.cache.errors import CacheStateError
+from simquant.cache.saving.cache_record import CacheReader, layer_record, tables_record
+from simquant.cache.saving.tensor_pool import TensorPool
+from simquant.cache.transformers_cache import PackedCache
+
+FORMAT = "kvgauge.cache"
+VERSION = 2
+"""Under version 1 there are two cuts of mixed-radix words in use, and codes do not say which tokens share scales."""
+
+
+@torch.no_grad()
+def save_cache(cache: PackedCache, path: str | Path) -> None:
+    """Writes all that a packed cache holds to a file: codes, exact tokens, positions, what a policy remembers.
+
+    The tokens themselves are not in it, but their keys and values are, which tell as much to whoever has the model.
+
+    Parameters
+    ----------
+    cache : PackedCache
+        Between two steps.
+    path : str or Path
+        Ends in `.safetensors` or `.pkl`; written whole or not at all.
+
+    Raises
+    ------
+    CacheStateError
+        If a step stopped halfway.
+    ArtifactError
+        If the path ends otherwise.
+
+    Examples
+    --------
+    >>> from simquant import cache_argument
+    >>> def pause(model, quantizers, ids, path):
+    ...     with packed_cache(model, quantizers) as new_cache:
+    ...         cache = new_cache()
+    ...         ids = model.generate(ids, **cache_argument(model, cache))
+    ...         save_cache(cache, path)
+    ...         return ids
+    >>> def resume(model, quantizers, ids, path):
+    ...     with packed_cache(model, quantizers) as new_cache:
+    ...         cache = load_cache(path, new_cache())
+    ...         return model.generate(ids, **cache_argument(model, cache))
+    """
+    n_columns = {layer.store.n_columns for layer in cache.layers}
+    if len(n_columns) > 1 or any(layer.writing for layer in cache.layers):
+        raise CacheStateError(
+            "save_cache: a step stopped between or inside layers; such a cache cannot be gone on with"
+        )
+    pool = TensorPool()
+    header = {
+        **_made_for(cache),
+        "layers": [layer_record(layer.store, pool) for layer in cache.layers],
+        "tables": tables_record(cache.tables, pool),
+        "tool_version": tool_version(),
+    }
+    write(Path(path), Stored(format=FORMAT, version=VERSION, header=header, arrays=pool.arrays()))
+
+
+@torch.no_grad()
+def load_cache(path: str | Path, cache: PackedCache) -> PackedCache:
+    """Fills an empty cache with what a file holds, so that it goes on as the one that was saved.
+
+    Parameters
+    ----------
+    path : str or Path
+        What `save_cache` wrote.
+    cache : PackedCache
+        A new one, of a context with the same model, quantizers and policy.
+
+    Returns
+    -------
+    PackedCache
+        The same cache, to be passed as `cache_argument(model, cache)` with all tokens so far and at least one more.
+
+    Raises
+    ------
+    CorruptArtifactError
+        If the file is missing, foreign, truncated or altered.
+    UnsupportedVersionError
+        If another format version wrote it.
+    MismatchError
+        If it was saved with another model, dtype, quantizers or policy.
+    CacheStateError
+        If the cache is not empty.
+    """
+    if any(layer.store.streams for layer in cache.layers):
+        raise CacheStateError(f"load_cache: expected an empty cache; got one of {cache.get_seq_length()} tokens")
+    stored = read(Path(path), FORMAT, VERSION)
+    _check(path, stored.header, _made_for(cache))
+    try:
+        _fill(cache, stored)
+    except (ArtifactError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise CorruptArtifactError(f"{path}: the content is not that of a cache ({error})") from error
+    return cache
+
+
+def _fill(cache: PackedCache, stored: Stored) -> None:
+    readers = [CacheReader(stored.arrays, _device(layer.store.layer.module)) for layer in cache.layers]
+    records = stored.header["layers"]
+    streams = [
+        reader.streams(layer.store, record)
+        for reader, layer, record in zip(readers, cache.layers, records, strict=True)
+    ]
+    tables = readers[0].tables(stored.header["tables"])
+    n_columns = [int(record["n_columns"]) for record in records]
+    for layer, own, n in zip(cache.layers, streams, n_columns, strict=True):
+        layer.store.streams, layer.store.n_columns = own, n
+    cache.tables = tables
+
+
+def _made_for(cache: PackedCache) -> dict[str, Any]:
+    """What must be the same for a cache to be gone on with."""
+    stores = [layer.store for layer in cache.layers]
+    modules = nn.ModuleList([store.layer.module for store in stores])
+    quantizers = {site: quantizer for store in stores for site, quantizer in store.quantizers.items()}
+    return {
+        "model": model_fingerprint(modules[0], [store.layer for store in stores], None),
+        "weights": weights_digest(modules),
+        "dtype": str(next(modules.parameters()).dtype),
+        "quantizers": quantizers_digest(quantizers),
+        "policy": asdict(stores[0].policy),
+    }
+
+
+def _check(path: str | Path, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    for name, wanted in own.items():
+        if saved.get(name) != wanted:
+            raise MismatchError(
+                f"{path}: saved with other {name}; expected {wanted!r:.200}, got {saved.get(name)!r:.200}. Use the "
+                "model, the quantizers and the policy that the cache was saved with."
+            )
+
+
+def _device(module: nn.Module) -> torch.device:
+    """Where a layer computes; main memory where its weights are brought in by each step."""
+    weight: Tensor = next(module.parameters())
+    return torch.device("cpu") if weight.is_meta else weight.device

@@ -1,0 +1,1 @@
+"""What a packed cache keeps of each layer, sequence and site."""

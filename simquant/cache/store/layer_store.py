@@ -1,0 +1,237 @@
+"""What a packed cache keeps of one layer: a stream of keys and one of values for each sequence of the batch."""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from artifacts.errors import MismatchError
+from artifacts.model.attention import AttentionLayer
+from artifacts.model.layout import to_rows
+from artifacts.quantizer import Quantizer
+from artifacts.quantizers.running import first_state
+from artifacts.sites import Site
+from simquant.cache.attention.block_attention import BlockAttention, Scoring
+from simquant.cache.errors import CacheStateError
+from simquant.cache.store.decoded_sources import DecodedSources
+from simquant.cache.store.rotary_tables import RotaryTables
+from simquant.cache.store.small_norms import SmallNorms
+from simquant.cache.store.stream import Stream
+from simquant.cache.store.survivors import Survivors
+from simquant.cache.store.token_store import TokenStore
+from simquant.policy.checks import group_tokens
+from simquant.policy.policy import CachePolicy
+
+BLOCK_TOKENS = 1024
+"""Tokens that are decoded at a time, or the next whole number of groups: few enough to stay in a processor's cache."""
+
+
+class LayerStore:
+    """The streams of one layer; all sequences have the same number of columns.
+
+    Parameters
+    ----------
+    layer : AttentionLayer
+        Where keys and values come from.
+    quantizers : mapping from Site to Quantizer
+        Those of the layer's keys and values, among others.
+    policy : CachePolicy
+        Which tokens stay exact.
+    sources : DecodedSources
+        What sites are predicted from, shared by the layers of a cache.
+    """
+
+    def __init__(
+        self,
+        layer: AttentionLayer,
+        quantizers: Mapping[Site, Quantizer],
+        policy: CachePolicy,
+        sources: DecodedSources,
+    ) -> None:
+        self.layer, self.policy, self.sources = layer, policy, sources
+        [self.key_site] = (site for site in quantizers if (site.layer, site.tensor) == (layer.layer, "key"))
+        self.value_site = Site(layer.layer, "value")
+        self.quantizers = {site: quantizers[site] for site in (self.key_site, self.value_site)}
+        self.n_columns = 0
+        self.streams: list[Stream] = []
+
+    @property
+    def rotates(self) -> bool:
+        """Whether keys are rotated when they are read."""
+        return self.key_site.stage == "pre_rope" and self.layer.rotation != "none"
+
+    def empty_stream(self, device: torch.device) -> Stream:
+        """A sequence without tokens, whose tokens will be on the device."""
+        group = group_tokens(self.quantizers)
+        runs = any(first_state(quantizer) is not None for quantizer in self.quantizers.values())
+        block = group if runs and self._evicts else -(-BLOCK_TOKENS // group) * group  # a chunk's codes are one run
+        key, value = (
+            TokenStore(quantizer.to(device), self.policy, self.policy.window(site.tensor), block)
+            for site, quantizer in self.quantizers.items()
+        )
+        n_smallest = self.policy.keep_smallest_norm
+        small = SmallNorms.none(n_smallest, self.policy.sink_tokens, device) if n_smallest else None
+        return Stream(key, value, survivors=Survivors.none(device) if self._evicts else None, small=small)
+
+    def append(
+        self,
+        key: Float[Tensor, "batch kv_heads tokens head_dim"],
+        value: Float[Tensor, "batch kv_heads tokens head_dim"],
+        real: Bool[Tensor, "batch tokens"] | None,
+    ) -> None:
+        """Takes in the columns that follow; `real` says which are no padding, None that all are."""
+        batch, _, tokens, _ = key.shape
+        self.streams = self.streams or [self.empty_stream(key.device) for _ in range(batch)]
+        if len(self.streams) != batch:
+            raise MismatchError(
+                f"layers.{self.layer.layer}: the cache holds {len(self.streams)} sequences; got {batch}. Use a new "
+                "cache for other text."
+            )
+        self._forget()
+        rows = {site: to_rows(x).view(batch, tokens, -1) for site, x in zip(self.quantizers, (key, value), strict=True)}
+        for index, stream in enumerate(self.streams):
+            n_padding = 0 if real is None else self._padding(stream, real[index])
+            own = {site: x[index, n_padding:] for site, x in rows.items()}
+            grown = stream.appended(own, self.sources, index)
+            self.streams[index] = replace(grown, n_padding=stream.n_padding + n_padding)
+        self.n_columns += tokens
+
+    def attend(
+        self,
+        query: Float[Tensor, "batch q_heads queries head_dim"],
+        visible: Bool[Tensor, "#batch queries columns"],
+        scoring: Scoring,
+        tables: RotaryTables,
+    ) -> Float[Tensor, "batch queries q_heads head_dim"]:
+        """Attention of the last columns' queries, decoding one block at a time."""
+        rows = []
+        for row, stream in enumerate(self.streams):
+            attention = BlockAttention(query[row], self.layer.kv_heads, scoring)
+            seen = visible[min(row, len(visible) - 1)]
+            for start, end in stream.spans():
+                tokens = slice(start, end)
+                key = partial(self.key, stream, row, tokens, tables)
+                attention.add(key, partial(self.value, stream, tokens), seen[:, stream.columns(tokens)])
+            rows.append(attention.result())
+        return torch.stack(rows)
+
+    def end_step(self) -> None:
+        """Lets go what was decoded for this layer and for others before it."""
+        for _, store in self.stores():
+            store.forget_decoded()
+        self.sources.release(self.value_site)
+
+    def key(
+        self, stream: Stream, row: int, tokens: slice, tables: RotaryTables
+    ) -> Float[Tensor, "kv_heads tokens head_dim"]:
+        """Keys of some tokens of a sequence, as attention reads them."""
+        key = self._heads(stream.key.read(tokens.start, tokens.stop))
+        return tables.rotated(self.layer, key, row, stream.columns(tokens)) if self.rotates else key
+
+    def value(self, stream: Stream, tokens: slice) -> Float[Tensor, "kv_heads tokens head_dim"]:
+        """Values of some tokens of a sequence, as attention reads them."""
+        return self._heads(stream.value.read(tokens.start, tokens.stop))
+
+    def key_blocks(
+        self, row: int, visible: Bool[Tensor, "queries columns"], tables: RotaryTables
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The keys of a sequence block by block, and which of them are visible."""
+        stream = self.streams[row]
+        for start, end in stream.spans():
+            tokens = slice(start, end)
+            yield self.key(stream, row, tokens, tables), visible[:, stream.columns(tokens)]
+
+    def crop(self, n_columns: int) -> None:
+        """Keeps the first columns only.
+
+        Raises
+        ------
+        CacheStateError
+            If that would divide a group of tokens, or needs tokens that a sliding window has passed; nothing has
+            changed then.
+        """
+        self.streams = [self._cropped(stream, n_columns) for stream in self.streams]
+        self.n_columns = min(self.n_columns, n_columns)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keeps these sequences of the batch, in this order; repeated ones share what is stored so far."""
+        self.streams = [
+            replace(self.streams[row], key=self.streams[row].key.copy(), value=self.streams[row].value.copy())
+            for row in rows
+        ]
+
+    def copy(self, sources: DecodedSources) -> "LayerStore":
+        """A layer of another cache, which shares what is stored so far."""
+        other = copy.copy(self)
+        other.sources = sources
+        other.select(range(len(self.streams)))
+        return other
+
+    def to(self, device: torch.device) -> None:
+        """Moves everything to another device."""
+        self.streams = [stream.to(device) for stream in self.streams]
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        self.streams, self.n_columns = [], 0
+
+    def stores(self) -> Iterator[tuple[Site, TokenStore]]:
+        """The keys and values of every sequence."""
+        for stream in self.streams:
+            yield self.key_site, stream.key
+            yield self.value_site, stream.value
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Everything that is held."""
+        for stream in self.streams:
+            yield from stream.key.tensors()
+            yield from stream.value.tensors()
+            if stream.survivors is not None:
+                yield stream.survivors.numbers
+            if stream.small is not None:
+                yield from (stream.small.numbers, stream.small.norms)
+
+    @property
+    def _evicts(self) -> bool:
+        return self.policy.eviction is not None and self.layer.sliding_window is None
+
+    def _padding(self, stream: Stream, real: Bool[Tensor, " tokens"]) -> int:
+        """How many of the new columns come before the sequence's first token."""
+        n_padding = len(real) - int(real.sum())
+        if n_padding and (stream.key.n_tokens or not real[n_padding:].all()):
+            raise MismatchError(
+                f"layers.{self.layer.layer}: the attention mask hides {n_padding} tokens behind the first one of their "
+                "sequence; a packed cache takes padding on the left only (tokenizer.padding_side = 'left')."
+            )
+        return n_padding
+
+    def _heads(self, rows: Float[Tensor, "tokens channels"]) -> Float[Tensor, "kv_heads tokens head_dim"]:
+        return rows.view(len(rows), self.layer.kv_heads, self.layer.head_dim).transpose(0, 1)
+
+    def _forget(self) -> None:
+        """Drops what the next query cannot see by more than a block: that much can still be cropped."""
+        if self.layer.sliding_window is None or self.sources:  # other layers may still need the tokens
+            return
+        for _, store in self.stores():
+            store.forget_before(store.n_tokens - self.layer.sliding_window - store.block_tokens)
+
+    def _cropped(self, stream: Stream, n_columns: int) -> Stream:
+        n_tokens = max(0, n_columns - stream.n_padding)
+        survivors, small = stream.survivors, None if stream.small is None else stream.small.cropped(n_tokens)
+        if survivors is not None:
+            survivors = survivors.cropped(n_tokens, f"layers.{self.layer.layer}")
+            n_tokens = len(survivors.numbers)
+        for store in stream.stores():
+            needed = max(0, n_tokens - (self.layer.sliding_window or n_tokens))
+            if n_tokens and store.first_token > needed:
+                raise CacheStateError(
+                    f"layers.{self.layer.layer}: cropping to {n_tokens} tokens needs token {needed}, and the sliding "
+                    f"window has passed all before {store.first_token}. Crop {store.block_tokens} at most."
+                )
+        key, value = (store.cropped(n_tokens) for store in stream.stores())
+        n_padding = min(stream.n_padding, n_columns)
+        return replace(stream, key=key, value=value, n_padding=n_padding, survivors=survivors, small=small)

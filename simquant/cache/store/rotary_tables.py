@@ -1,0 +1,87 @@
+"""The cosines and sines of every position that a cache holds, kept once for all layers."""
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from artifacts.model.attention import AttentionLayer
+from artifacts.model.rope import rotate
+
+
+class RotaryTables:
+    """What keys before rotation need to be read: the model's own tables, column by column.
+
+    Layers that are handed the same tensors share them; models with several rotary embeddings have as many tables.
+    Sequences of a batch share a row while their positions are the same.
+
+    Parameters
+    ----------
+    tables : sequence of Float[Tensor, "2 batch tokens rotary_dim"]
+        Cosines and sines so far; the next step brings more.
+    of_layer : Mapping[int, int] or None
+        Which of them a layer reads.
+    """
+
+    def __init__(self, tables: Sequence[Tensor] = (), of_layer: Mapping[int, int] | None = None) -> None:
+        self._tables, self.of_layer = list(tables), dict(of_layer or {})
+        self._seen = [weakref.ref(torch.empty(0)) for _ in tables]  # dead from the start: those of no step
+
+    def note(self, layer: AttentionLayer, position_embeddings: tuple[Tensor, Tensor], n_columns: int) -> None:
+        """Takes down the tables of a step, if no other layer with the same ones has.
+
+        The cache holds `n_columns` before the step: a step that failed has left its tables behind them.
+        """
+        seen = [ref() is position_embeddings[0] for ref in self._seen]
+        index = self.of_layer.get(layer.layer)
+        if index is None:
+            index = self.of_layer[layer.layer] = seen.index(True) if True in seen else len(seen)
+        if index < len(seen) and seen[index]:
+            return
+        new = _same_rows_once(torch.stack(layer.tables(position_embeddings)))
+        if index == len(seen):
+            self._tables.append(new)
+            self._seen.append(weakref.ref(position_embeddings[0]))
+            return
+        held = self._tables[index][:, :, :n_columns]
+        rows = max(held.shape[1], new.shape[1])
+        self._tables[index] = torch.cat([x.expand(-1, rows, -1, -1) for x in (held, new)], dim=2)
+        self._seen[index] = weakref.ref(position_embeddings[0])
+
+    def rotated(
+        self,
+        layer: AttentionLayer,
+        key: Float[Tensor, "kv_heads tokens head_dim"],
+        row: int,
+        columns: slice | Int64[Tensor, " tokens"],
+    ) -> Float[Tensor, "kv_heads tokens head_dim"]:
+        """Keys of some columns of a sequence of the batch, as attention reads them."""
+        tables = self._tables[self.of_layer[layer.layer]]
+        row = min(row, tables.shape[1] - 1)
+        cos, sin = tables[:, row : row + 1, columns]
+        return rotate(key.unsqueeze(0), cos, sin, layer.rotation)[0]
+
+    def copy(self) -> "RotaryTables":
+        """Those of another cache, which shares the tables so far."""
+        return RotaryTables(self._tables, self.of_layer)
+
+    def crop(self, n_tokens: int) -> None:
+        """Keeps the first columns only."""
+        self._change(lambda table: table[:, :, :n_tokens].clone())
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps these sequences of the batch, in this order."""
+        self._change(lambda table: table if table.shape[1] == 1 else table[:, rows.to(table.device)])
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Everything that is held."""
+        yield from self._tables
+
+    def _change(self, change: Callable[[Tensor], Tensor]) -> None:
+        self._tables = [change(table) for table in self._tables]
+
+
+def _same_rows_once(tables: Float[Tensor, "2 batch tokens rotary_dim"]) -> Float[Tensor, "2 rows tokens rotary_dim"]:
+    return tables[:, :1].clone() if (tables == tables[:, :1]).all() else tables

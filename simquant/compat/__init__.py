@@ -1,0 +1,1 @@
+"""Other systems under the names that their users know: KIVI, SCOPE, fake-quantized caches."""

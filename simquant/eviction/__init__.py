@@ -1,1 +1,0 @@
-"""Tokens that a packed cache drops for good."""

@@ -1,1 +1,0 @@
-"""Any cache object with quantizers in front of it."""

@@ -1,1 +1,0 @@
-"""KIVI under the names that its users know."""

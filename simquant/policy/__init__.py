@@ -1,0 +1,1 @@
+"""What a cache keeps in full precision, when it encodes, and what it evicts."""

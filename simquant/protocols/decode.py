@@ -1,0 +1,171 @@
+"""One pass over a text in which every query sees what a packed cache would hold at its step."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from artifacts.artifact import Artifact
+from artifacts.coding.finite import answered_each_step
+from artifacts.errors import MismatchError
+from artifacts.model.attention import AttentionLayer, attention_layers, tapped
+from artifacts.model.hooks import intercept_cache
+from artifacts.quantizer import Quantizer
+from artifacts.sites import Site
+from simquant.cache.attention.block_attention import Scoring
+from simquant.cache.attention.replaced_attention import Handler, attention_replaced, check_handed
+from simquant.cache.attention.tokens import Tokens, watch_tokens
+from simquant.cache.store.decoded_sources import DecodedSources
+from simquant.cache.store.layer_store import LayerStore
+from simquant.cache.store.rotary_tables import RotaryTables
+from simquant.policy.checks import check_cacheable, check_fit, default_policy
+from simquant.policy.policy import TENSORS, CachePolicy
+from simquant.protocols.steps import Steps
+from simquant.protocols.two_sided_attention import encoded_tokens, two_sided_attention
+from simquant.usage import Usage, counted_passes
+
+_SCORES = 2**22
+"""Scores that are held at a time: queries are taken in parts."""
+
+
+@contextmanager
+def decode_exact(
+    model: nn.Module,
+    quantizers: Artifact | Mapping[Site, Quantizer],
+    *,
+    policy: CachePolicy | None = None,
+    steps: Steps | None = None,
+    layers: Sequence[AttentionLayer] | None = None,
+) -> Iterator[Usage]:
+    """Inside the context a forward pass over whole texts gives the logits of decoding them step by step.
+
+    Of two score matrices, one from exact and one from decoded keys, each query takes what its step would read: sinks
+    and the tokens of its window exact, older ones decoded. The texts have no padding, and no cache is used. The model
+    is as it was afterwards, also after an exception.
+
+    Parameters
+    ----------
+    model, quantizers, policy, layers
+        See `packed_cache`.
+    steps : Steps or None
+        How the text would enter the cache; None is token by token.
+
+    Yields
+    ------
+    Usage
+        Counts of what the caches would hold at the end of each text.
+
+    Raises
+    ------
+    MismatchError
+        As `packed_cache`; and if the model is called with padding or with a filled cache.
+    """
+    layers = attention_layers(model) if layers is None else layers
+    policy = policy or default_policy(quantizers)
+    check_fit(model, quantizers, layers)
+    check_cacheable(quantizers, policy)
+    if policy.eviction is not None:
+        raise MismatchError(
+            f"decode_exact: in one pass no query sees what earlier steps have evicted; got a policy with "
+            f"{policy.describe()}. Use packed_cache, or the protocol 'cache'."
+        )
+    with ExitStack() as stack:
+        stack.enter_context(answered_each_step(model))
+        decoding = _Decoding(quantizers, policy, steps or Steps(), stack.enter_context(watch_tokens(layers)))
+        stack.enter_context(attention_replaced(model, {layer.module: decoding.handler(layer) for layer in layers}))
+        for layer in layers:
+            hook = layer.module.register_forward_pre_hook(decoding.before(layer), with_kwargs=True)
+            stack.callback(hook.remove)
+            stack.callback(intercept_cache(layer.module, decoding.on_cached(layer)).remove)
+        taps = {site: decoding.on_key(site) for site in quantizers if site.stage == "pre_rope"}
+        stack.enter_context(tapped(layers, taps))
+        stack.enter_context(counted_passes(model, decoding.usage))
+        yield decoding.usage
+
+
+class _Decoding:
+    """What happens inside one `decode_exact` context."""
+
+    def __init__(self, quantizers: Mapping[Site, Quantizer], policy: CachePolicy, steps: Steps, tokens: Tokens) -> None:
+        self.usage = Usage(quantizers)
+        self._quantizers, self._policy, self._steps, self._tokens = quantizers, policy, steps, tokens
+        self._sources = DecodedSources(quantizers)
+        self._tables: dict[int, RotaryTables] = {}
+        self._keys: dict[int, Tensor] = {}
+        self._cached: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def before(self, layer: AttentionLayer) -> Callable[..., None]:
+        """A hook for the attention module that takes down how its keys are rotated."""
+
+        def note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            if self._tokens.padded or self._tokens.n_past:
+                raise MismatchError(
+                    f"layers.{layer.layer}: decode_exact reads whole texts without padding and without a filled cache. "
+                    "Pass them one at a time, or use packed_cache."
+                )
+            self._tables[layer.layer] = RotaryTables()
+            if kwargs.get("position_embeddings") is not None:
+                self._tables[layer.layer].note(layer, kwargs["position_embeddings"], 0)
+
+        return note
+
+    def on_key(self, site: Site) -> Callable[[Tensor], None]:
+        """A handler that keeps the keys before rotation until they are read."""
+
+        def handle(x: Float[Tensor, "batch kv_heads tokens head_dim"]) -> None:
+            self._keys[site.layer] = x
+
+        return handle
+
+    def on_cached(self, layer: AttentionLayer) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """A handler that keeps what is cached until attention has read it."""
+
+        def handle(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+            self._cached[layer.layer] = key, value
+            return key, value
+
+        return handle
+
+    def handler(self, layer: AttentionLayer) -> Handler:
+        """Attention of one layer."""
+
+        def attend(
+            query: Tensor, key: Tensor, value: Tensor, visible: Bool[Tensor, "batch queries tokens"], scoring: Scoring
+        ) -> Tensor:
+            check_handed(layer.module, self._cached.pop(layer.layer, None), (key, value))
+            store = LayerStore(layer, self._quantizers, self._policy, self._sources)
+            store.append(self._keys.pop(layer.layer, key), value, None)
+            for site, tokens in store.stores():
+                self.usage.add_store(site, tokens)
+            rows = []
+            for row, stream in enumerate(store.streams):
+                every = slice(0, key.shape[2])
+                decoded = store.key(stream, row, every, self._tables[layer.layer]), store.value(stream, every)
+                seen = visible[min(row, len(visible) - 1)]
+                rows.append(self._attend(query[row], (key[row], value[row]), decoded, seen, scoring))
+            store.end_step()
+            return torch.stack(rows)
+
+        return attend
+
+    def _attend(
+        self,
+        query: Float[Tensor, "q_heads tokens head_dim"],
+        exact: tuple[Tensor, Tensor],
+        decoded: tuple[Tensor, Tensor],
+        visible: Bool[Tensor, "tokens tokens"],
+        scoring: Scoring,
+    ) -> Float[Tensor, "tokens q_heads head_dim"]:
+        key, value = (self._encoded(tensor, query.shape[1]).to(query.device) for tensor in TENSORS)
+        part_tokens = max(1, _SCORES // (query.shape[0] * query.shape[1]))
+        parts = zip(
+            query.split(part_tokens, dim=1), *(x.split(part_tokens) for x in (key, value, visible)), strict=True
+        )
+        return torch.cat([two_sided_attention(part, exact, decoded, tuple(own), scoring) for part, *own in parts])
+
+    def _encoded(self, tensor: Literal["key", "value"], n_tokens: int) -> Bool[Tensor, "queries tokens"]:
+        """For each query, the tokens that its step reads decoded."""
+        return encoded_tokens(self._policy.window(tensor), self._policy, self._steps, n_tokens)

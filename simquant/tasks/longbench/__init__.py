@@ -1,0 +1,1 @@
+"""LongBench: its tasks, data and metrics."""

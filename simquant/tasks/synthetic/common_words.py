@@ -1,0 +1,74 @@
+"""A list in which some words come far more often than the others."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from random import Random
+from typing import ClassVar, final
+
+from simquant.tasks.answers import found_share
+from simquant.tasks.item import Item
+from simquant.tasks.options import TaskOptions
+from simquant.tasks.prediction import Prediction
+from simquant.tasks.synthetic.grid import Place, places
+from simquant.tasks.synthetic.lengths import lengths_of, longest_fit
+from simquant.tasks.synthetic.puzzles import sample
+from simquant.tasks.synthetic.words import THINGS
+from simquant.tasks.task import Task
+
+_COMMON = 3
+_RARE = 2
+"""Of each five words of the list three are the common ones, and two are others in turn."""
+_LEAST = 10
+"""Words of a list: in shorter ones others may be as common."""
+_OPENING = "Below is a list of words, some of which come again and again."
+_QUESTION = f"Question: Which {_COMMON} words are the most common in the list?\nAnswer: The words are"
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class CommonWords(Task):
+    """Which words of a list are the most common.
+
+    References
+    ----------
+    arXiv 2404.06654, section 3, for the idea; wording and sizes are ours.
+    """
+
+    name: str = "common_words"
+    metric: str = "share of the common words that the answer names"
+    max_new_tokens: ClassVar[int] = 16
+
+    def items(self, options: TaskOptions) -> Sequence[Item]:
+        """A list of each length in turn."""
+        lengths = lengths_of(self.name, options, self.max_new_tokens)
+        return [self._item(options, place) for place in places(lengths, (None,), options.limit or self.n_items)]
+
+    def score(self, text: str, item: Item | Prediction) -> float:
+        """Share of them that the answer names."""
+        return found_share(text, item.references)
+
+    def _item(self, options: TaskOptions, place: Place) -> Item:
+        seed = f"{self.name} {options.seed} {place.id}"
+        words = sample(Random(seed), THINGS, len(THINGS))
+        write = partial(_prompt, words, seed)
+        return Item(
+            task=self.name,
+            id=place.id,
+            prompt=longest_fit(write, place.length, options, self.name),
+            references=tuple(words[:_COMMON]),
+            cell=place.cell("length"),
+            max_new_tokens=self.max_new_tokens,
+            stop=("\n",),
+        )
+
+
+def _prompt(words: Sequence[str], seed: str, n_more: int) -> str:
+    """The first words of the sequence are the common ones of the list."""
+    draw, common, rare = Random(f"list {seed}"), words[:_COMMON], words[_COMMON:]
+    listed: list[str] = []
+    while len(listed) < _LEAST + n_more:
+        first = _RARE * len(listed) // (_COMMON + _RARE)
+        others = [rare[(first + i) % len(rare)] for i in range(_RARE)]
+        listed += sample(draw, [*common, *others], _COMMON + _RARE)
+    return f"{_OPENING}\n\nWords: {' '.join(listed[: _LEAST + n_more])}\n\n{_QUESTION}"

@@ -1,0 +1,84 @@
+"""Tasks whose answer is hidden in a text of a wanted length."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from random import Random
+from typing import final
+
+from simquant.tasks.item import Item
+from simquant.tasks.options import TaskOptions
+from simquant.tasks.prediction import Prediction
+from simquant.tasks.synthetic.grid import DEPTHS, Place, places
+from simquant.tasks.synthetic.lengths import lengths_of, longest_fit
+from simquant.tasks.synthetic.puzzles import Puzzle
+from simquant.tasks.synthetic.words import FILLER
+from simquant.tasks.task import Task
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Haystack(Task):
+    """Puzzles among sentences that have nothing to do with them.
+
+    A single needle stands at the depths that are asked for, several stand at random places in their order.
+
+    Parameters
+    ----------
+    name, metric : str
+        See `Task`.
+    draw : callable
+        A puzzle from a stream of random numbers.
+    compare : callable
+        The score of an answer against the references.
+    single : bool
+        Whether puzzles have one needle.
+    max_new_tokens : int
+        Of an answer; enough for tokenizers that take digits one by one.
+
+    References
+    ----------
+    arXiv 2305.16300 (passkey) and 2404.06654 (RULER), for the ideas; wording and sizes are ours.
+    """
+
+    name: str
+    metric: str
+    draw: Callable[[Random], Puzzle]
+    compare: Callable[[str, Sequence[str]], float]
+    single: bool = False
+    max_new_tokens: int = 16
+
+    def items(self, options: TaskOptions) -> Sequence[Item]:
+        """A puzzle for each length and depth in turn."""
+        lengths = lengths_of(self.name, options, self.max_new_tokens)
+        depths = (options.depths or DEPTHS) if self.single else (None,)
+        return [self._item(options, place) for place in places(lengths, depths, options.limit or self.n_items)]
+
+    def score(self, text: str, item: Item | Prediction) -> float:
+        """What `compare` says."""
+        return self.compare(text, item.references)
+
+    def _item(self, options: TaskOptions, place: Place) -> Item:
+        seed = f"{self.name} {options.seed} {place.id}"
+        draw = Random(seed)
+        puzzle = self.draw(draw)
+        depths = sorted(draw.random() for _ in puzzle.needles) if place.depth is None else [place.depth]
+        write = partial(_prompt, puzzle, depths, seed)
+        return Item(
+            task=self.name,
+            id=place.id,
+            prompt=longest_fit(write, place.length, options, self.name),
+            references=puzzle.references,
+            cell=place.cell("length"),
+            max_new_tokens=self.max_new_tokens,
+            stop=("\n",),
+        )
+
+
+def _prompt(puzzle: Puzzle, depths: Sequence[float], seed: str, n_fillers: int) -> str:
+    """The needles among other sentences; at depth 0 before all of them, at depth 1 behind."""
+    draw = Random(f"fillers {seed}")
+    sentences = [FILLER[int(draw.random() * len(FILLER))] for _ in range(n_fillers)]
+    for needle, depth in reversed(list(zip(puzzle.needles, depths, strict=True))):
+        sentences.insert(round(depth * n_fillers), needle)
+    return f"{puzzle.opening}\n\n{' '.join(sentences)}\n\n{puzzle.question}"

@@ -1,0 +1,119 @@
+"""What is hidden in a long text, what is asked, and the answer; all wording is ours."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from random import Random
+from string import ascii_uppercase
+from typing import TypeVar, final
+
+from simquant.tasks.synthetic.words import HIDING_PLACES, NAMES, THINGS, TOWNS
+
+T = TypeVar("T")
+
+_KEYS = 4
+_VALUES = 3
+_COPIES = 3
+_DECOYS = 2
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Puzzle:
+    """A question whose answer is spread over a text.
+
+    Parameters
+    ----------
+    opening : str
+        Stands before the text.
+    needles : tuple of str
+        Sentences of the text that matter, in their order.
+    question : str
+        Stands after the text, and ends where the answer begins.
+    references : tuple of str
+        All parts of the answer.
+    """
+
+    opening: str
+    needles: tuple[str, ...]
+    question: str
+    references: tuple[str, ...]
+
+
+def passkey(draw: Random) -> Puzzle:
+    """A number of five digits."""
+    key = str(_between(draw, 10_000, 99_999))
+    return Puzzle(
+        opening="Somewhere in the text below stands a pass key. Find it and remember it.",
+        needles=(f"The pass key is {key}. Remember it: {key} is the pass key.",),
+        question="Question: What is the pass key?\nAnswer: The pass key is",
+        references=(key,),
+    )
+
+
+def needle(draw: Random) -> Puzzle:
+    """A place, told in one sentence."""
+    (name,), (thing,), (town,), (place,) = (sample(draw, words, 1) for words in (NAMES, THINGS, TOWNS, HIDING_PLACES))
+    return Puzzle(
+        opening="Read the text below; a question about one of its sentences follows.",
+        needles=(f"The {thing} that {name} brought from {town} is hidden in the {place}.",),
+        question=f"Question: Where is the {thing} that {name} brought from {town}?\nAnswer: It is hidden in the",
+        references=(place,),
+    )
+
+
+def multi_key(draw: Random) -> Puzzle:
+    """Numbers of several things, of which one is asked."""
+    things = sample(draw, THINGS, _KEYS)
+    numbers = [str(_between(draw, 1000, 9999)) for _ in things]
+    asked = _between(draw, 0, _KEYS - 1)
+    return Puzzle(
+        opening="The text below gives numbers to some things. Remember all of them.",
+        needles=tuple(f"The number of the {thing} is {n}." for thing, n in zip(things, numbers, strict=True)),
+        question=f"Question: What is the number of the {things[asked]}?\nAnswer: The number of the {things[asked]} is",
+        references=(numbers[asked],),
+    )
+
+
+def multi_value(draw: Random) -> Puzzle:
+    """Several numbers of two things; all numbers of one of them are asked."""
+    asked, other = sample(draw, THINGS, 2)
+    numbers = [str(_between(draw, 1000, 9999)) for _ in range(2 * _VALUES)]
+    needles = [f"One of the numbers of the {(asked, other)[i % 2]} is {number}." for i, number in enumerate(numbers)]
+    return Puzzle(
+        opening="The text below gives several numbers to some things. Remember all of them.",
+        needles=tuple(sample(draw, needles, len(needles))),
+        question=f"Question: Which {_VALUES} numbers does the {asked} have?\nAnswer: The numbers of the {asked} are",
+        references=tuple(numbers[::2]),
+    )
+
+
+def variables(draw: Random) -> Puzzle:
+    """A variable that others copy, one from the next; all that hold its value are asked."""
+    letters = sample(draw, ascii_uppercase.replace("A", "").replace("I", ""), _COPIES + 1 + _DECOYS)
+    names = [f"{letter}{_between(draw, 10, 99)}" for letter in letters]
+    chain, decoys = names[: _COPIES + 1], names[_COPIES + 1 :]
+    value, *others = sample(draw, range(10_000, 99_999), 1 + _DECOYS)
+    told = [f"Variable {chain[0]} is set to {value}."]
+    told += [f"Variable {new} is set to {old}." for old, new in pairwise(chain)]
+    for name, number in zip(decoys, others, strict=True):
+        told.insert(_between(draw, 0, len(told)), f"Variable {name} is set to {number}.")
+    return Puzzle(
+        opening="The text below sets variables, some of them to the value of another one. Keep track of them.",
+        needles=tuple(told),
+        question=f"Question: Which {len(chain)} variables hold the value {value}?\nAnswer: They are",
+        references=tuple(chain),
+    )
+
+
+def sample(draw: Random, items: Sequence[T], n: int) -> list[T]:
+    """n different items in random order, by `random()` alone: the one method that Python promises never to change."""
+    pool = list(items)
+    for i in range(n):
+        j = _between(draw, i, len(pool) - 1)
+        pool[i], pool[j] = pool[j], pool[i]
+    return pool[:n]
+
+
+def _between(draw: Random, low: int, high: int) -> int:
+    return low + int(draw.random() * (high - low + 1))
