@@ -14,7 +14,7 @@ from calib.recipe.recipe import Recipe
 from kvgauge.loading.models import LoadedModel, load_model
 from simquant import CachePolicy, CacheStateError, PackedCache, packed_cache
 from simquant.policy.checks import group_tokens
-from simquant.stored import Stored
+from simquant.usage import Stored
 
 
 @final

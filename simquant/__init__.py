@@ -8,8 +8,7 @@ from simquant.cache.errors import CacheStateError
 from simquant.cache.packed import packed_cache
 from simquant.cache.saving.saved_cache import load_cache, save_cache
 from simquant.cache.transformers_cache import PackedCache
-from simquant.compat.fake_quant import fake_quant_cache
-from simquant.compat.fake_quant_cache import FakeQuantCache
+from simquant.compat.fake_quant_cache import FakeQuantCache, fake_quant_cache
 from simquant.compat.kivi import KIVISettings, memory_savings
 from simquant.compat.kivi_cache import KIVICache
 from simquant.compat.kivi_patch import patch_model, unpatch_model

@@ -25,7 +25,6 @@ from artifacts.quantizers.affine import Affine
 from artifacts.quantizers.block_float import BlockFloat
 from artifacts.quantizers.centred import Centred
 from artifacts.quantizers.codebook import Codebook, DynamicCodebook
-from artifacts.quantizers.compact_sparse import CompactSparse
 from artifacts.quantizers.dynamic_affine import DynamicAffine
 from artifacts.quantizers.entropy_coded import EntropyCoded
 from artifacts.quantizers.float8 import DynamicFloat8, Float8
@@ -36,7 +35,7 @@ from artifacts.quantizers.normalised import Normalised
 from artifacts.quantizers.predicted import Predicted
 from artifacts.quantizers.rotated import Rotated
 from artifacts.quantizers.signed_affine import SignedAffine
-from artifacts.quantizers.sparse import PercentileSparse, RankSparse, ThresholdSparse
+from artifacts.quantizers.sparse import CompactSparse, PercentileSparse, RankSparse, ThresholdSparse
 from artifacts.quantizers.streaming import Streaming
 from artifacts.sites import Site
 from artifacts.storage import Stored, read, write

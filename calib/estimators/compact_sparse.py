@@ -6,9 +6,8 @@ import torch
 from pydantic import Field
 
 from artifacts.quantizer import Quantizer
-from artifacts.quantizers.compact_sparse import CompactSparse
 from artifacts.quantizers.float8 import largest_float8
-from artifacts.quantizers.sparse import move_to_edge
+from artifacts.quantizers.sparse import CompactSparse, move_to_edge
 from calib.estimators.estimator import Fit
 from calib.estimators.wrapping import WrappingEstimator
 from calib.statistics.site_statistics import SiteShape, SiteStatistics

@@ -1,9 +1,12 @@
 """A codebook for every channel, of as many levels as it deserves."""
 
-from typing import Literal, final
+import math
+from bisect import bisect_left
+from typing import Literal, NamedTuple, final
 
+import numpy as np
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float64, Int64
 from pydantic import Field
 from torch import Tensor
 
@@ -19,9 +22,20 @@ from calib.estimators.normal_values import (
     rebin,
 )
 from calib.estimators.ranges import channel_ranges
-from calib.solvers.bit_allocation import LEVEL_COUNTS, allot, gains
+from calib.solvers.compiled import compiled
 from calib.solvers.kmeans import distortion_by_levels, kmeans_1d
 from calib.statistics.site_statistics import SiteShape, SiteStatistics
+
+_WORD_BITS, _TOO_LONG = 56, 2**62
+"""Longest word of mixed radix (`artifacts.coding.mixed_radix`), and more bits than any token has."""
+
+LEVEL_COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256)
+"""Numbers of levels that a component can get."""
+
+_BITS = np.array([math.log2(n) for n in LEVEL_COUNTS])
+
+_BUDGET_STEP = 0.25
+"""Bits of a token."""
 
 _LEAST_BITS, _MOST_BITS = 0.25, 8.0
 
@@ -30,6 +44,143 @@ _BINS = 256
 
 _EXACT_LEVELS = 32
 """Numbers of levels whose least distortion is computed; beyond, it is taken to fall with their square."""
+
+
+@compiled
+def find_hulls(
+    distortions: Float64[np.ndarray, "components counts"],
+    bits: Float64[np.ndarray, " counts"],
+    hulls: Int64[np.ndarray, "components counts"],
+    lengths: Int64[np.ndarray, " components"],
+) -> None:
+    """Writes the points of each lower convex hull, from the first on, and how many they are."""
+    for component in range(len(distortions)):
+        row, hull, n = distortions[component], hulls[component], 1
+        hull[0] = 0
+        for j in range(1, len(bits)):
+            if row[j] >= row[hull[n - 1]]:
+                continue
+            while n > 1 and _slope(bits, row, hull[n - 2], hull[n - 1]) >= _slope(bits, row, hull[n - 1], j):
+                n -= 1
+            hull[n] = j
+            n += 1
+        lengths[component] = n
+
+
+@compiled
+def take_steps(
+    component: Int64[np.ndarray, " steps"],
+    bits: Float64[np.ndarray, " steps"],
+    levels: Int64[np.ndarray, " steps"],
+    n_components: int,
+    budget: float,
+) -> Int64[np.ndarray, " components"]:
+    """Numbers of levels after all steps that fit, each component's until the first that does not."""
+    counts, stopped = np.ones(n_components, np.int64), np.zeros(n_components, np.bool_)
+    for step in range(len(component)):
+        owner = component[step]
+        if stopped[owner] or bits[step] > budget:
+            stopped[owner] = True
+            continue
+        counts[owner] = levels[step]
+        budget -= bits[step]
+    return counts
+
+
+@compiled
+def bytes_per_token(n_levels: Int64[np.ndarray, " channels"]) -> int:
+    """As `artifacts.coding.mixed_radix.bytes_per_token`."""
+    coded = n_levels[n_levels > 1]
+    bits = np.zeros(len(coded) + 1, np.int64)  # from each digit on
+    for start in range(len(coded) - 1, -1, -1):
+        product, width, least = 1, 0, _TOO_LONG
+        for stop in range(start, len(coded)):
+            if product > 2**_WORD_BITS // coded[stop]:
+                break
+            product *= coded[stop]
+            while product > 1 << width:
+                width += 1
+            least = min(least, bits[stop + 1] + width)
+        bits[start] = least
+    whole: int = (bits[0] + 7) // 8
+    return whole
+
+
+@compiled
+def _slope(bits: Float64[np.ndarray, " counts"], row: Float64[np.ndarray, " counts"], i: int, j: int) -> float:
+    slope: float = (row[j] - row[i]) / (bits[j] - bits[i])
+    return slope
+
+
+class _Steps(NamedTuple):
+    """From point to point of the components' hulls, in the order in which they are taken.
+
+    Parameters
+    ----------
+    slope : Float64[ndarray, "steps"]
+        Of distortion over bits: negative, and ascending.
+    component : Int64[ndarray, "steps"]
+        Whose step it is.
+    bits : Float64[ndarray, "steps"]
+        What it costs.
+    levels : Int64[ndarray, "steps"]
+        What the component has after it.
+    """
+
+    slope: Float64[np.ndarray, " steps"]
+    component: Int64[np.ndarray, " steps"]
+    bits: Float64[np.ndarray, " steps"]
+    levels: Int64[np.ndarray, " steps"]
+
+
+def allot(distortions: Float64[Tensor, "components counts"], bits: float) -> list[int]:
+    """A number of levels for each component, so that the sum of distortions is small and the bytes are within budget.
+
+    Distortion is not convex in log2 of the number of levels, so steps lead from each component's hull point to its
+    next; the steps of all components are taken from the steepest on. Where the next does not fit, later and smaller
+    ones of other components still may.
+
+    Parameters
+    ----------
+    distortions : Float64[Tensor, "components counts"]
+        Of each component with each number of levels in `LEVEL_COUNTS`.
+    bits : float
+        Mean bits per component; the bytes of a whole token, in mixed radix, take no more.
+
+    Returns
+    -------
+    list of int
+        Numbers of levels, some of them 1.
+    """
+    n_components, steps = len(distortions), _all_steps(distortions)
+    most_bytes = int(n_components * bits / 8 + 1e-9)
+    budgets = [8.0 * most_bytes - _BUDGET_STEP * n for n in range(1 + int(8 * most_bytes / _BUDGET_STEP))]
+
+    def taken(budget: float) -> Int64[np.ndarray, " components"]:
+        return take_steps(steps.component, steps.bits, steps.levels, n_components, budget)
+
+    chosen = budgets[bisect_left(budgets, True, key=lambda budget: bytes_per_token(taken(budget)) <= most_bytes)]
+    found: list[int] = taken(chosen).tolist()
+    return found
+
+
+def gains(distortions: Float64[Tensor, "components counts"]) -> tuple[tuple[float, float], ...]:
+    """(distortion saved per bit, bits) of all steps that `allot` chooses from, in its order."""
+    steps = _all_steps(distortions)
+    return tuple(zip((-steps.slope).tolist(), steps.bits.tolist(), strict=True))
+
+
+def _all_steps(distortions: Float64[Tensor, "components counts"]) -> _Steps:
+    rows = np.ascontiguousarray(distortions.numpy())
+    hulls, lengths = np.zeros(rows.shape, np.int64), np.zeros(len(rows), np.int64)
+    find_hulls(rows, _BITS, hulls, lengths)
+    component = np.arange(len(rows)).repeat(lengths - 1)
+    inside = np.arange(rows.shape[1] - 1) < lengths[:, None] - 1
+    left, right = hulls[:, :-1][inside], hulls[:, 1:][inside]
+    bits = _BITS[right] - _BITS[left]
+    slope = (rows[component, right] - rows[component, left]) / bits
+    order = slope.argsort(kind="stable")  # a component's own steps ascend
+    return _Steps(slope[order], component[order], bits[order], np.array(LEVEL_COUNTS)[right][order])
 
 
 @final

@@ -1,5 +1,6 @@
 """Uniform grids."""
 
+from collections.abc import Callable
 from typing import Literal, final
 
 import torch
@@ -12,11 +13,40 @@ from artifacts.quantizers.affine import Affine
 from artifacts.quantizers.dynamic_affine import DynamicAffine
 from calib.estimators.estimator import EXACT, Estimator, Fit
 from calib.estimators.outliers import Outliers
-from calib.estimators.range_search import best_ratios
 from calib.estimators.ranges import Ranges, ThresholdDtype, channel_ranges, constant_step
 from calib.statistics.site_statistics import SiteShape, SiteStatistics
 
+RATIOS = torch.linspace(1.0, 0.3, 36)
+"""Shares of the range that are tried: steps of 2 %."""
+
 _TINY = torch.finfo(torch.float32).tiny
+
+
+def best_ratios(
+    quantizer: Callable[[Float32[Tensor, " channels"]], Quantizer],
+    rows: Float32[Tensor, "rows channels"],
+    weights: Float32[Tensor, "rows channels"],
+    sharing: int,
+) -> Float32[Tensor, " channels"]:
+    """For every channel the ratio at which the weighted squared error over `rows` is least; of equals the largest.
+
+    Parameters
+    ----------
+    quantizer : callable
+        The quantizer whose ranges are shrunk by a ratio for each channel.
+    rows : Float32[Tensor, "rows channels"]
+        Tokens to try it on.
+    weights : Float32[Tensor, "rows channels"]
+        Of their squared errors.
+    sharing : int
+        Neighbouring channels that have one ratio; divides the channels.
+    """
+    errors = []
+    for ratio in RATIOS:
+        decoded = quantizer(ratio.expand(rows.shape[1])).simulate(rows)
+        errors.append((weights * (decoded - rows).square()).sum(dim=0, dtype=torch.float64))
+    shared = torch.stack(errors).unflatten(1, (-1, sharing)).sum(dim=2)
+    return RATIOS[shared.argmin(dim=0)].repeat_interleave(sharing)
 
 
 @final

@@ -10,7 +10,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 
 from artifacts.sites import Stage
 from calib.estimators import AnyEstimator, Estimator
-from calib.recipe.cache_entry import CacheEntry
 from calib.recipe.errors import Marks, RecipeError, mark, refusal
 from calib.recipe.modelslim import from_modelslim, is_modelslim
 from calib.recipe.override import CachedTensor, Override, merged
@@ -20,7 +19,39 @@ from calib.recipe.recipe_file import Document, read_document, shipped_recipes
 __all__ = ["Recipe", "RecipeError", "load_recipe", "shipped_recipes"]
 
 _ENTRY: TypeAdapter[Estimator] = TypeAdapter(AnyEstimator)
+
 _OVERRIDES = TypeAdapter(dict[Literal["overrides"], list[dict[CachedTensor, AnyEstimator]]])
+
+
+class _Window(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    residual_tokens: int = Field(default=0, ge=0)
+    block_tokens: int = Field(default=1, ge=1)
+
+
+@final
+class CacheEntry(_Window):
+    """How a method means its codes to be used: the fields of `simquant.CachePolicy`, which explains them.
+
+    The protocols `decode` and `cache` follow it, and so does a packed cache that is given no policy; `full`, which has
+    no window, does not.
+
+    Parameters
+    ----------
+    residual_tokens, block_tokens : int
+        Recent tokens that stay exact, and how many leave at once: a multiple of the quantizers' group.
+    values : window or None
+        Both of them for the values, where these have another window than the keys.
+    exact_prefill : bool
+        Whether the step that fills the cache reads exact keys and values.
+    keep_smallest_norm : int
+        How many smallest keys so far stay exact, with their values.
+    """
+
+    values: _Window | None = None
+    exact_prefill: bool = False
+    keep_smallest_norm: int = Field(default=0, ge=0)
 
 
 def _file_name(name: str) -> str:

@@ -1,7 +1,7 @@
 """Texts as token ids: the data sets of the papers, and local files."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -14,14 +14,48 @@ from torch import Tensor
 from calib.demo.pages import demo_text
 from calib.text.errors import CorpusError
 from calib.text.hub_datasets import HUB_DATASETS, KNOWN_DATASETS, hub_rows
-from calib.text.lazy_documents import LazyDocuments, Tokenizer
 from calib.text.local_files import check_file, is_token_ids, read_local_text, read_token_ids
 from calib.text.padding import PaddingIds
 from calib.text.records import Split
 
+Tokenizer = Callable[[str], Sequence[int]]
+"""Text to token ids."""
+
 __all__ = ["Corpus", "CorpusError", "LazyDocuments", "PaddingIds", "Split", "check_dataset", "load_corpus"]
 
 _NO_PADDING = PaddingIds()
+
+
+class LazyDocuments:
+    """Documents that are tokenised when taken: C4 has far more of them than a run draws.
+
+    Parameters
+    ----------
+    texts : Sequence of str
+        One text per document.
+    tokenizer : Callable
+        Text to token ids.
+    """
+
+    def __init__(self, texts: Sequence[str], tokenizer: Tokenizer) -> None:
+        self._texts = texts
+        self._tokenizer = tokenizer
+
+    def changed(self, change: Callable[[Int64[Tensor, "_"]], Int64[Tensor, "_"]]) -> "LazyDocuments":
+        """The same documents, with a change that is made when one is taken."""
+        return LazyDocuments(self._texts, lambda text: change(self._tokens(text)).tolist())
+
+    def _tokens(self, text: str) -> Int64[Tensor, "_"]:
+        return torch.as_tensor(self._tokenizer(text), dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def __getitem__(self, index: int) -> Int64[Tensor, "tokens"]:
+        return self._tokens(self._texts[index])
+
+    def __iter__(self) -> Iterator[Int64[Tensor, "_"]]:
+        return (self[index] for index in range(len(self)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """What each ingredient of a recipe is worth: one at a time is removed, and the loss compared on the same windows.
 
-Run it from the checkout: `kvgauge ablate RECIPE MODEL --dataset FILE`.
+Run it as `kvgauge ablate RECIPE MODEL --dataset FILE`.
 """
 
 import argparse
@@ -27,12 +27,12 @@ where they differ, the nats are the price or the gain of those bits too."""
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    return run("ablate", _main, argv)
+    return run("kvgauge ablate", _main, argv)
 
 
 def parser() -> argparse.ArgumentParser:
     """The options of `ablate`."""
-    parser = Parser("ablate", __doc__)
+    parser = Parser("kvgauge ablate", __doc__)
     parser.add_argument("recipe", metavar="RECIPE", help="name or .yaml file")
     options.add_model_options(parser)
     options.add_text_options(parser)
@@ -59,7 +59,7 @@ def _main(argv: list[str]) -> int:
     from kvgauge.comparing.ablation import Setup
     from kvgauge.comparing.ablation_run import ablate
     from kvgauge.loading.models import short_name
-    from kvgauge.terminal.text_files import replace_text
+    from kvgauge.terminal.outputs import replace_text
     from simquant.evaluation.figures import error_text
 
     recipe = load_recipe(args.recipe)

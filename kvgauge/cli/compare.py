@@ -1,6 +1,6 @@
 """All recipes on the same windows of one model: counted bits, losses, errors of single layers, and a Pareto plot.
 
-Run it from the checkout: `kvgauge compare MODEL --dataset FILE`. Statistics, fits, layers' errors and
+Run it as `kvgauge compare MODEL --dataset FILE`. Statistics, fits, layers' errors and
 scores are kept in the output folder as they are found; the same command goes on from them, with other recipes, too.
 """
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    return run("compare_recipes", _main, argv)
+    return run("kvgauge compare", _main, argv)
 
 
 def parser() -> argparse.ArgumentParser:
     """The options of `compare_recipes`."""
-    parser = Parser("compare_recipes", __doc__)
+    parser = Parser("kvgauge compare", __doc__)
     options.add_model_options(parser)
     options.add_text_options(parser)
     parser.add_argument("--calibration-dataset", metavar="NAME|FILE", help="text to calibrate on (default: --dataset)")

@@ -18,12 +18,12 @@ BITS = (4, 3, 2)
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    return run("demo", _main, argv)
+    return run("kvgauge demo", _main, argv)
 
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
-    parser = Parser("demo", __doc__)
+    parser = Parser("kvgauge demo", __doc__)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder (default: runs/demo)")
     parser.add_argument("--limit", type=int, default=32, help="windows to evaluate (default: 32)")
     return parser

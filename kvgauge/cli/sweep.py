@@ -1,6 +1,6 @@
 """Recipes on models for tasks: every cell is kept when it is finished, and a restart goes on with those that are not.
 
-Run it from the checkout: `kvgauge sweep grid.yaml`. The file names `models`, `recipes`, `tasks`, settings by
+Run it as `kvgauge sweep grid.yaml`. The file names `models`, `recipes`, `tasks`, settings by
 the names of the options of `calibrate` and `evaluate`, and for `--search N` what is looked for, under `search`; paths
 are relative to the folder where the program is started.
 """
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    return run("sweep", _main, argv)
+    return run("kvgauge sweep", _main, argv)
 
 
 def parser() -> argparse.ArgumentParser:
     """The options of `sweep`."""
-    parser = Parser("sweep", __doc__)
+    parser = Parser("kvgauge sweep", __doc__)
     parser.add_argument("grid", type=Path, metavar="GRID", help=".yaml file")
     parser.add_argument(
         "--output", type=Path, metavar="FOLDER", help="for cells and results (default: runs/sweep-GRID)"

@@ -12,7 +12,7 @@ from kvgauge.comparing.compared_recipe import LEGEND, ComparedRecipe, table
 from kvgauge.comparing.pareto import Point, save_pareto
 from kvgauge.loading.models import short_name
 from kvgauge.running.machine import hardware
-from kvgauge.terminal.text_files import replace_text
+from kvgauge.terminal.outputs import replace_text
 
 
 def write_report(folder: Path, about: dict[str, Any], rows: Sequence[ComparedRecipe]) -> None:

@@ -1,19 +1,105 @@
 """Everything that a report shows, as JSON values."""
 
+import hashlib
 import math
+import platform
 from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import version
 from typing import Any
 
+from artifacts.artifact import Artifact
+from artifacts.manifest import tool_version
+from artifacts.quantizer import Quantizer
+from artifacts.sites import Site
+from artifacts.storage import canonical_json
 from kvgauge.report.compared import compared
 from kvgauge.report.findings.site_findings import FIRST_POSITIONS, Seen, drift, look, site_rows
 from kvgauge.report.findings.value_views import value_views, worst_sites
-from kvgauge.report.memory import memory
-from kvgauge.report.origins import origins
 from kvgauge.report.reported_run import ReportedRun
 from kvgauge.report.verdict import verdict
+from kvgauge.running.machine import hardware
+
+_EXACT_BYTES = 2
 
 FORMAT = "kvgauge.report"
+
 VERSION = 2
+
+
+def origins(run: ReportedRun) -> dict[str, Any]:
+    """As JSON values; no path but what was typed."""
+    fingerprint = run.loaded.fingerprint(run.loaded.layers())
+    weight = next(run.loaded.model.parameters())
+    return {
+        "model": {
+            "name": run.model,
+            "fingerprint": hashlib.sha256(canonical_json(fingerprint).encode()).hexdigest(),
+            "dtype": str(weight.dtype).removeprefix("torch."),
+            "device": weight.device.type,
+            **{name: fingerprint[name] for name in ("model_type", "n_layers", "hidden_size", "vocab_size")},
+        },
+        "artifact": _artifact(run.quantizers) if isinstance(run.quantizers, Artifact) else None,
+        "error_windows": {"n_windows": len(run.windows), "n_tokens": run.windows.numel()},
+        "versions": {
+            "kvgauge": tool_version(),
+            "python": platform.python_version(),
+            "torch": version("torch"),
+            "transformers": version("transformers"),
+        },
+        "hardware": hardware(),
+        "written": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _artifact(artifact: Artifact) -> Mapping[str, Any]:
+    manifest = artifact.manifest
+    corpus = manifest.corpus
+    return {
+        "digest": artifact.digest,
+        "recipe": manifest.recipe.get("name"),
+        "source": manifest.recipe.get("source"),
+        "tool_version": manifest.tool_version,
+        "calibration": {
+            "text": corpus.name,
+            "digest": corpus.digest,
+            "n_windows": corpus.n_windows,
+            "n_tokens": corpus.n_tokens,
+            "seqlen": corpus.seqlen,
+            "seed": corpus.seed,
+        },
+    }
+
+
+def memory(result: Mapping[str, Any], quantizers: Mapping[Site, Quantizer]) -> list[dict[str, Any]]:
+    """Bytes of one sequence by context length: codes, exact tokens and static bytes, against 16 bits per element.
+
+    Parameters
+    ----------
+    result : mapping
+        `EvalResult.to_json`.
+    quantizers : mapping from Site to Quantizer
+        Those that were evaluated.
+    """
+    channels = {
+        tensor: sum(quantizer.channels for site, quantizer in quantizers.items() if site.tensor == tensor)
+        for tensor in ("key", "value")
+    }
+    return [_row(int(n), bits, channels, result["bits"]) for n, bits in result["bits"]["amortised"].items()]
+
+
+def _row(n_tokens: int, bits: Mapping[str, float], channels: Mapping[str, int], stored: Mapping[str, Any]) -> Any:
+    key, value = (round(bits[tensor] * n_tokens * channels[tensor] / 8) for tensor in ("key", "value"))
+    exact = _EXACT_BYTES * n_tokens * sum(channels.values())
+    return {
+        "context_tokens": n_tokens,
+        "key_bytes": key,
+        "value_bytes": value,
+        "static_bytes": sum(stored["static_bytes"].values()),
+        "total_bytes": key + value,
+        "exact_16_bit_bytes": exact,
+        "times_smaller": exact / (key + value),
+    }
 
 
 def gather(run: ReportedRun) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from kvgauge.report.sections import layers as layer_sections
 from kvgauge.report.sections import results as result_sections
 from kvgauge.report.sections import storage as storage_sections
 from kvgauge.report.sections import tasks as task_sections
-from kvgauge.terminal.text_files import replace_text
+from kvgauge.terminal.outputs import replace_text
 
 _HERE = Path(__file__).parent
 _SECTIONS = (

@@ -14,7 +14,7 @@ from kvgauge.cli.options.tasks import PERPLEXITY
 from kvgauge.loading.models import short_name
 from kvgauge.sweeping.settings import Settings
 from kvgauge.terminal.console import say
-from kvgauge.terminal.text_files import replace_text
+from kvgauge.terminal.outputs import replace_text
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from kvgauge.comparing.pareto import Point, save_pareto
 from kvgauge.sweeping.cell import Cell, readable
 from kvgauge.sweeping.run import Outcome
 from kvgauge.sweeping.tasks import TASKS
-from kvgauge.terminal.text_files import replace_text
+from kvgauge.terminal.outputs import replace_text
 from kvgauge.terminal.text_table import text_table
 
 Row = dict[str, Any]

@@ -5,7 +5,14 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from artifacts.whole_file import write_whole
 from kvgauge.terminal.console import UsageError
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all, replacing an earlier one."""
+    write_whole(path, text.encode())
+
 
 if TYPE_CHECKING:
     from calib.recipe.recipe import Recipe

@@ -14,14 +14,13 @@ from artifacts.model.attention import AttentionLayer, attention_layers, tapped
 from artifacts.model.transformers_release import named_arguments, parameters, passed_cache
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
-from simquant.cache.arrival import Arrival
 from simquant.cache.attention.block_attention import Scoring, attend
 from simquant.cache.attention.replaced_attention import Handler, attention_replaced, check_handed
 from simquant.cache.attention.tokens import Tokens, watch_tokens
 from simquant.cache.evictor import Evictor, Reading, check_evictable
 from simquant.cache.store.decoded_sources import DecodedSources
 from simquant.cache.store.layer_store import LayerStore
-from simquant.cache.transformers_cache import PackedCache
+from simquant.cache.transformers_cache import Arrival, PackedCache
 from simquant.policy.checks import check_cacheable, check_fit, default_policy
 from simquant.policy.policy import CachePolicy
 

@@ -2,18 +2,35 @@
 
 import copy
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from artifacts.errors import MismatchError
-from simquant.cache.arrival import Arrival
 from simquant.cache.errors import CacheStateError
 from simquant.cache.store.decoded_sources import DecodedSources
 from simquant.cache.store.layer_store import LayerStore
 from simquant.cache.store.rotary_tables import RotaryTables
+
+
+@dataclass(frozen=True, eq=False)
+class Arrival:
+    """What a layer has to know of a step besides what `update` gets.
+
+    Parameters
+    ----------
+    key : Tensor or None
+        The keys before rotation; None where the keys that `update` gets are stored.
+    real : Tensor or None
+        Which tokens are no padding; None if all are.
+    """
+
+    key: Tensor | None
+    real: Bool[Tensor, "batch tokens"] | None
 
 
 class PackedLayer(CacheLayerMixin):

@@ -13,7 +13,7 @@ from artifacts.quantizers.identity import Identity
 from artifacts.sites import Site
 from simquant.cache.store.token_store import TokenStore
 from simquant.policy.policy import CachePolicy
-from simquant.stored import Stored
+from simquant.usage import Stored
 
 
 @final

@@ -14,7 +14,7 @@ from simquant.cache.store.decoded_sources import DecodedSources
 from simquant.cache.store.layer_store import LayerStore
 from simquant.cache.transformers_cache import PackedCache
 from simquant.compat.kivi import KIVISettings
-from simquant.stored import Stored
+from simquant.usage import Stored
 
 
 class _Opened:

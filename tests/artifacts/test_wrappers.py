@@ -21,13 +21,12 @@ from artifacts.quantizer import Quantizer
 from artifacts.quantizers.affine import Affine
 from artifacts.quantizers.centred import Centred
 from artifacts.quantizers.codebook import Codebook
-from artifacts.quantizers.compact_sparse import CompactSparse
 from artifacts.quantizers.dynamic_affine import DynamicAffine
 from artifacts.quantizers.hadamard import Hadamard, hadamard
 from artifacts.quantizers.identity import Identity
 from artifacts.quantizers.normalised import Normalised
 from artifacts.quantizers.rotated import Rotated
-from artifacts.quantizers.sparse import RankSparse, move_to_edge
+from artifacts.quantizers.sparse import CompactSparse, RankSparse, move_to_edge
 from artifacts.sites import Site
 
 SITE = Site(3, "key", "pre_rope")

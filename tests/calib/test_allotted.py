@@ -11,10 +11,9 @@ from torch import Tensor
 from artifacts.coding.mixed_radix import MixedRadix, _cut, bytes_per_token
 from artifacts.quantizers.mixed_codebook import MixedCodebook
 from artifacts.sites import Site
-from calib.estimators import AllottedEstimator, CodebookEstimator, RotatedEstimator
+from calib.estimators import AllottedEstimator, CodebookEstimator, RotatedEstimator, mixed_codebook
 from calib.estimators.estimator import trial_statistics
-from calib.solvers import bit_allocation_kernel as allotment_kernel
-from calib.solvers.bit_allocation import LEVEL_COUNTS, allot
+from calib.estimators.mixed_codebook import LEVEL_COUNTS, allot
 from calib.statistics.readers import logit_metric
 from calib.statistics.site_statistics import SiteShape, SiteStatistics
 
@@ -63,8 +62,8 @@ def test_bytes_are_those_of_the_words(n_components: int) -> None:
     generator = torch.Generator().manual_seed(n_components)
     for _ in range(20):
         counts = torch.tensor(LEVEL_COUNTS)[torch.randint(len(LEVEL_COUNTS), (n_components,), generator=generator)]
-        assert allotment_kernel.bytes_per_token(counts.numpy()) == bytes_per_token(counts.tolist())
-    assert allotment_kernel.bytes_per_token(np.full(n_components, 256)) == n_components
+        assert mixed_codebook.bytes_per_token(counts.numpy()) == bytes_per_token(counts.tolist())
+    assert mixed_codebook.bytes_per_token(np.full(n_components, 256)) == n_components
 
 
 @pytest.mark.parametrize("bits", [0.25, 0.5, 1.0, 1.7, 2.5, 3.3, 4.0, 6.0])

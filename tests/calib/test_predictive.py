@@ -28,10 +28,10 @@ from calib.calibration import add_windows, calibrate, new_statistics
 from calib.estimators import Allowance, Fit, PredictedEstimator
 from calib.estimators import predicted as predicted_estimator
 from calib.estimators.estimator import trial_statistics
+from calib.estimators.predicted import NOTHING, NormalEquations, _without, fit_predictor, held_out_shrinkage
+from calib.fitting.budget import share_out
 from calib.fitting.fit import fit
-from calib.fitting.shares import share_out
 from calib.recipe.recipe import Recipe, RecipeError, load_recipe, shipped_recipes
-from calib.solvers.predictor import NOTHING, NormalEquations, _without, fit_predictor, held_out_shrinkage
 from calib.statistics.model_statistics import ModelStatistics
 from calib.statistics.site_statistics import SiteShape
 from calib.statistics.sources import Shrinkage, Sources

@@ -17,7 +17,7 @@ from scripts.bench import cache as bench_cache
 from scripts.bench import calibrate as bench_calibrate
 from scripts.bench import fit as bench_fit
 from scripts.bench import simulate as bench_simulate
-from scripts.bench.cache_quantizers import eigen, predictive
+from scripts.bench.cache import eigen, predictive
 from scripts.bench.ratio import HEADER, company, company_row, row, seconds
 from scripts.bench.synthetic import model_statistics
 from scripts.claims.tables import find_tables

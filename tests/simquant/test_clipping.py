@@ -22,7 +22,7 @@ from artifacts.quantizers.normalised import Normalised
 from artifacts.quantizers.sparse import RankSparse, ThresholdSparse
 from artifacts.sites import Site
 from calib import calibrate
-from calib.estimators.fixed_levels import fixed_levels
+from calib.estimators.codebook_levels import fixed_levels
 from simquant.evaluation.clipping import clipped_shares, drift_warning
 
 LOW, HIGH = -torch.linspace(0.5, 2, 8), torch.linspace(1, 4, 8)

@@ -30,8 +30,8 @@ from simquant import (
     simulate,
 )
 from simquant.cache.attention.block_attention import Scoring
-from simquant.cache.scores import attention_received, pooled
-from simquant.cache.store.survivors import Survivors
+from simquant.cache.evictor import attention_received, pooled
+from simquant.cache.store.stream import Survivors
 from simquant.cache.store.token_store import TokenStore
 from simquant.evaluation.attention_inputs import attention_inputs
 
@@ -130,7 +130,7 @@ def test_a_store_goes_on_with_what_it_kept(name: str) -> None:
 def test_scores_are_the_summed_attention_weights(
     sinks: bool, softcap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("simquant.cache.scores._SCORES", 150)  # so that queries come in parts
+    monkeypatch.setattr("simquant.cache.evictor._SCORES", 150)  # so that queries come in parts
     query, key, visible = torch.randn(6, 5, 8), torch.randn(2, 37, 8), torch.rand(5, 37) < 0.5
     visible[3] = False  # sees nothing
     logits = torch.randn(6) if sinks else None

@@ -11,7 +11,7 @@ from artifacts.quantizers.codebook import Codebook
 from artifacts.quantizers.sparse import AbstractSparse
 from artifacts.sites import Site
 from calib.estimators import UniformEstimator
-from calib.estimators.fixed_levels import fixed_levels, lloyd_max
+from calib.estimators.codebook_levels import fixed_levels, lloyd_max
 from calib.recipe.recipe import load_recipe
 from calib.statistics.row_sample import RowSample, priorities
 from calib.statistics.site_statistics import SiteShape, SiteStatistics

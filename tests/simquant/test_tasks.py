@@ -36,8 +36,7 @@ from simquant.tasks import (
 )
 from simquant.tasks.answers import first_number_fits, found_share
 from simquant.tasks.drift import first_divergence
-from simquant.tasks.gsm8k import flexible_match, strict_match
-from simquant.tasks.gsm8k_examples import EXAMPLES
+from simquant.tasks.gsm8k import EXAMPLES, flexible_match, strict_match
 
 GRIDS = ("passkey", "needle")
 SYNTHETIC = ("multi_key", "multi_value", "variables", "common_words")

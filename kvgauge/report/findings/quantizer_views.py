@@ -8,8 +8,7 @@ from torch import Tensor
 
 from artifacts.quantizer import Quantizer
 from artifacts.quantizers.codebook import DynamicCodebook
-from artifacts.quantizers.compact_sparse import CompactSparse
-from artifacts.quantizers.sparse import AbstractSparse, ThresholdSparse, move_to_edge
+from artifacts.quantizers.sparse import AbstractSparse, CompactSparse, ThresholdSparse, move_to_edge
 from artifacts.quantizers.wrapper import AbstractTransform, AbstractWrapper
 
 _FAR = 1e30

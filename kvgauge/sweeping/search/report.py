@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from kvgauge.sweeping.search.search import Found, Trial
-from kvgauge.terminal.text_files import replace_text
+from kvgauge.terminal.outputs import replace_text
 from kvgauge.terminal.text_table import text_table
 
 

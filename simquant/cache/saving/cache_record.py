@@ -15,8 +15,7 @@ from simquant.cache.saving.tensor_pool import TensorPool, take
 from simquant.cache.store.layer_store import LayerStore
 from simquant.cache.store.rotary_tables import RotaryTables
 from simquant.cache.store.small_norms import SmallNorms
-from simquant.cache.store.stream import Stream
-from simquant.cache.store.survivors import Survivors
+from simquant.cache.store.stream import Stream, Survivors
 from simquant.cache.store.token_state import TokenState
 
 Record = dict[str, Any]

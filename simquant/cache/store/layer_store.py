@@ -20,8 +20,7 @@ from simquant.cache.errors import CacheStateError
 from simquant.cache.store.decoded_sources import DecodedSources
 from simquant.cache.store.rotary_tables import RotaryTables
 from simquant.cache.store.small_norms import SmallNorms
-from simquant.cache.store.stream import Stream
-from simquant.cache.store.survivors import Survivors
+from simquant.cache.store.stream import Stream, Survivors
 from simquant.cache.store.token_store import TokenStore
 from simquant.policy.checks import group_tokens
 from simquant.policy.policy import CachePolicy

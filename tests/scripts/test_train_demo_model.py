@@ -8,13 +8,12 @@ import torch
 from safetensors.torch import load_file
 
 from scripts.demo_model import train as train_demo_model
-from scripts.demo_model import untrained as untrained_demo_model
 from scripts.demo_model.train import Phase, Training
 
 
 @pytest.fixture(autouse=True)
 def tiny_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(untrained_demo_model, "TOKENIZER_PAGES", 20)
+    monkeypatch.setattr(train_demo_model, "TOKENIZER_PAGES", 20)
     monkeypatch.setattr(train_demo_model, "PHASES", (Phase(16, 2, 3, 4, 0.5), Phase(32, 1, 2, 4, 0.5)))
     monkeypatch.setattr(train_demo_model, "REPORT_STEPS", 2)
     monkeypatch.setattr(train_demo_model, "LOG_STEPS", 1)
@@ -54,7 +53,7 @@ def test_what_is_logged_and_written(tmp_path: Path) -> None:
 
 
 def test_another_seed_gives_other_weights() -> None:
-    first, again, other = (untrained_demo_model.new_model(seed).lm_head.weight for seed in (0, 0, 1))
+    first, again, other = (train_demo_model.new_model(seed).lm_head.weight for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
