@@ -12,7 +12,7 @@ from artifacts.spec import QuantSpec
 
 
 @dataclass(frozen=True, kw_only=True)
-class Corpus:
+class CorpusRecord:
     """What was read during calibration.
 
     Parameters
@@ -57,7 +57,7 @@ class Manifest:
         Fingerprint of the model (see `artifacts.model.fingerprint`).
     model_id : str or None
         Hub id; None for a local folder, whose path is nobody else's business.
-    corpus : Corpus
+    corpus : CorpusRecord
         What it was calibrated on.
     recipe : Mapping[str, Any]
         The recipe as it was fitted, flags included.
@@ -72,7 +72,7 @@ class Manifest:
     specs: Mapping[Site, QuantSpec]
     model: Mapping[str, Any]
     model_id: str | None
-    corpus: Corpus
+    corpus: CorpusRecord
     recipe: Mapping[str, Any]
     sink_tokens: int = 0
     fit_sources: Mapping[str, str] = field(default_factory=dict)
@@ -103,7 +103,7 @@ class Manifest:
         """
         try:
             specs = {Site.parse(site): QuantSpec.from_json(spec) for site, spec in data["specs"].items()}
-            return cls(**{**data, "specs": specs, "corpus": Corpus(**data["corpus"])})
+            return cls(**{**data, "specs": specs, "corpus": CorpusRecord(**data["corpus"])})
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise CorruptArtifactError(f"manifest: {error}") from error
 
@@ -116,7 +116,7 @@ def tool_version() -> str:
         return "unknown"
 
 
-def _check_types(record: Manifest | Corpus) -> None:
+def _check_types(record: Manifest | CorpusRecord) -> None:
     for f in fields(record):
         wanted: Any = f.type if isinstance(f.type, UnionType) else get_origin(f.type) or f.type
         value = getattr(record, f.name)

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from artifacts.errors import UnsupportedModelError
-from artifacts.model.attention import AttentionLayer, tapped
+from artifacts.model.attention import AttentionLayer, hooked
 from artifacts.model.hooks import check_seen
 from artifacts.model.layout import to_rows
 from artifacts.sites import Site, Stage
@@ -74,7 +74,7 @@ def capture(
 
         return observe
 
-    with tapped(layers, {site: observer(site) for site in sites}):
+    with hooked(layers, {site: observer(site) for site in sites}):
         _run(model, input_ids, attention_mask)
     check_seen(model, [site for site in sites if site not in vectors])
     return vectors
@@ -121,7 +121,7 @@ def capture_with_gradients(
         return watch
 
     with _without_weight_gradients(model), torch.enable_grad():
-        with tapped(layers, {site: watcher(site) for site in sites}), _gradients_watched(model):
+        with hooked(layers, {site: watcher(site) for site in sites}), _gradients_watched(model):
             output = _run(model, input_ids, attention_mask)
         check_seen(model, [site for site in sites if site not in vectors])
         loss = _summed_loss(output, input_ids, attention_mask)

@@ -14,7 +14,7 @@ from calib.recipe.recipe import Recipe
 from kvgauge.loading.models import LoadedModel, load_model
 from simquant import CachePolicy, CacheStateError, PackedCache, packed_cache
 from simquant.policy.checks import group_tokens
-from simquant.usage import Stored
+from simquant.usage import StoredBytes
 
 
 @final
@@ -104,13 +104,13 @@ class CompressedModel:
 
     def reset_compression_state(self) -> None:
         """Begins to count anew."""
-        self._stored = {"key": Stored(), "value": Stored()}
+        self._stored = {"key": StoredBytes(), "value": StoredBytes()}
         self._n_promoted = self._n_scales = 0
 
     def _count(self, cache: PackedCache) -> None:
         for layer in cache.layers:
             for site, store in layer.store.stores():
-                self._stored[site.tensor] += Stored.of([store])
+                self._stored[site.tensor] += StoredBytes.of([store])
                 for codes in store.blocks:
                     n_promoted, n_scales = _promoted(codes)
                     self._n_promoted += n_promoted

@@ -19,9 +19,9 @@ from simquant.evaluation.result import EvalResult
 from simquant.evaluation.scored_targets import ScoredTargets, strided_windows
 from simquant.evaluation.window_log import WindowLog, WindowLogError
 from simquant.policy.eviction import Eviction
-from simquant.policy.policy import CachePolicy, Window
+from simquant.policy.policy import CachePolicy, ResidualWindow
+from simquant.protocols.chunking import Chunking
 from simquant.protocols.decode import decode_exact
-from simquant.protocols.steps import Steps
 from simquant.simulate import simulate
 from simquant.site_losses import SiteLoss, loss_shares, site_losses
 from simquant.usage import Usage
@@ -29,6 +29,7 @@ from simquant.usage import Usage
 __all__ = [
     "CachePolicy",
     "CacheStateError",
+    "Chunking",
     "EvalResult",
     "Eviction",
     "FakeQuantCache",
@@ -36,11 +37,10 @@ __all__ = [
     "KIVISettings",
     "NothingQuantizedError",
     "PackedCache",
+    "ResidualWindow",
     "ScoredTargets",
     "SiteLoss",
-    "Steps",
     "Usage",
-    "Window",
     "WindowLog",
     "WindowLogError",
     "cache_argument",

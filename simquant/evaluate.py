@@ -25,8 +25,8 @@ from simquant.evaluation.scoring import ScoredLogits, check_logits, window_logit
 from simquant.evaluation.window_log import WindowLog
 from simquant.policy.checks import check_coverage, default_policy
 from simquant.policy.policy import CachePolicy
+from simquant.protocols.chunking import Chunking
 from simquant.protocols.protocol import Protocol, ProtocolName
-from simquant.protocols.steps import Steps
 
 __all__ = ["NothingQuantizedError", "clustered_mean", "evaluate", "evaluate_each", "perplexity"]
 
@@ -78,7 +78,7 @@ def evaluate(
     *,
     policy: CachePolicy | None = None,
     protocol: ProtocolName = "full",
-    steps: Steps | None = None,
+    steps: Chunking | None = None,
     scored: ScoredTargets | None = None,
     batch_size: int = 1,
     normalization: Normalization = "targets",
@@ -100,7 +100,7 @@ def evaluate(
     protocol : {'full', 'decode', 'cache'}
         Every token quantized before it is read; each query sees what a cache holds at its step, in one pass; or step by
         step through a packed cache, the reference for 'decode'.
-    steps : Steps or None
+    steps : Chunking or None
         How the text enters the cache under 'decode' and 'cache'; None is token by token.
     scored : ScoredTargets or None
         Which targets count, where windows overlap (see `strided_windows`); None is all but the first of each window.
@@ -149,7 +149,7 @@ def evaluate_each(
     *,
     policy: CachePolicy | None = None,
     protocol: ProtocolName = "full",
-    steps: Steps | None = None,
+    steps: Chunking | None = None,
     scored: ScoredTargets | None = None,
     batch_size: int = 1,
     normalization: Normalization = "targets",
@@ -181,7 +181,7 @@ def evaluate_each(
     layers = attention_layers(model)
     policies = [policy or default_policy(own, sinks_alone=protocol == "full") for own in candidates]
     runs = [
-        EvaluationRun(own, Protocol(name=protocol, policy=rules, steps=steps or Steps()))
+        EvaluationRun(own, Protocol(name=protocol, policy=rules, steps=steps or Chunking()))
         for own, rules in zip(candidates, policies, strict=True)
     ]
     for run in runs:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from artifacts.artifact import Artifact
 from artifacts.coding.finite import answered_each_step
-from artifacts.model.attention import AttentionLayer, attention_layers, tapped
+from artifacts.model.attention import AttentionLayer, attention_layers, hooked
 from artifacts.model.layout import from_rows, to_rows
 from artifacts.quantizer import Context, Quantizer
 from artifacts.sites import Site
@@ -70,7 +70,7 @@ def simulate(
         handlers = {
             site: _handler(site, quantizer, (policy, tokens, usage), sources) for site, quantizer in quantizers.items()
         }
-        stack.enter_context(tapped(layers, handlers))
+        stack.enter_context(hooked(layers, handlers))
         stack.enter_context(counted_passes(model, usage))
         yield usage
 

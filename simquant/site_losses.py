@@ -15,8 +15,8 @@ from simquant.evaluate import Progress, evaluate_each
 from simquant.evaluation.result import EvalResult
 from simquant.policy.checks import default_policy
 from simquant.policy.policy import CachePolicy
+from simquant.protocols.chunking import Chunking
 from simquant.protocols.protocol import ProtocolName
-from simquant.protocols.steps import Steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ def site_losses(
     *,
     policy: CachePolicy | None = None,
     protocol: ProtocolName = "full",
-    steps: Steps | None = None,
+    steps: Chunking | None = None,
     batch_size: int = 1,
     progress: Progress = iter,
 ) -> dict[Site, SiteLoss]:

@@ -21,7 +21,7 @@ CONTEXT_TOKENS = (2048, 32768, 131072)
 
 @final
 @dataclass(frozen=True)
-class Stored:
+class StoredBytes:
     """The bytes of some keys and values, exact tokens included.
 
     Parameters
@@ -39,7 +39,7 @@ class Stored:
     plain_bytes: int = 0
 
     @classmethod
-    def of(cls, stores: Iterable[TokenStore]) -> "Stored":
+    def of(cls, stores: Iterable[TokenStore]) -> "StoredBytes":
         """What these hold; beams are counted each by itself, also where they share memory."""
         return sum((cls._of(store) for store in stores), start=cls())
 
@@ -53,15 +53,15 @@ class Stored:
         """Bytes over unquantized bytes; nan if nothing is held."""
         return self.size_bytes / self.plain_bytes if self.plain_bytes else float("nan")
 
-    def __add__(self, other: "Stored") -> "Stored":
-        return Stored(
+    def __add__(self, other: "StoredBytes") -> "StoredBytes":
+        return StoredBytes(
             self.n_elements + other.n_elements,
             self.size_bytes + other.size_bytes,
             self.plain_bytes + other.plain_bytes,
         )
 
     @classmethod
-    def _of(cls, store: TokenStore) -> "Stored":
+    def _of(cls, store: TokenStore) -> "StoredBytes":
         itemsize = next((codes.dtype.itemsize for codes in store.blocks), 0)
         n_channels = store.quantizer.channels
         return cls(
@@ -124,7 +124,7 @@ class Usage:
         """Counts what a cache holds for a sequence."""
         self.sites[site].n_encoded += store.n_encoded
         self.sites[site].encoded_bytes += store.encoded_bytes
-        self.sites[site].replaced_bytes += Stored.of([store]).plain_bytes - store.exact_bytes
+        self.sites[site].replaced_bytes += StoredBytes.of([store]).plain_bytes - store.exact_bytes
         self.sites[site].n_small += store.n_small
         self.add_exact(site, store.n_exact, store.exact_bytes)
 
@@ -144,14 +144,14 @@ class Usage:
         return lossy / total if total else 0.0
 
     def bits(self, tensor: str) -> float:
-        """Stored bits per element of the encoded keys or values, static bytes left out."""
+        """StoredBytes bits per element of the encoded keys or values, static bytes left out."""
         chosen = self._chosen(tensor)
         elements = sum(use.n_encoded * self.quantizers[site].channels for site, use in chosen.items())
         return 8 * sum(use.encoded_bytes for use in chosen.values()) / elements if elements else 0.0
 
     @property
     def average_bits(self) -> float:
-        """Stored bits per element over all keys and values, exact tokens included, static bytes left out."""
+        """StoredBytes bits per element over all keys and values, exact tokens included, static bytes left out."""
         stored = sum(use.encoded_bytes + use.exact_bytes for use in self.sites.values())
         elements = sum((use.n_encoded + use.n_exact) * self.quantizers[s].channels for s, use in self.sites.items())
         return 8 * stored / elements if elements else 0.0

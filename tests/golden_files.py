@@ -19,7 +19,7 @@ from torch import Tensor
 from artifacts.artifact import Artifact, load, save
 from artifacts.codes import Codes
 from artifacts.coding.mixed_radix import MixedRadix
-from artifacts.manifest import Corpus, Manifest
+from artifacts.manifest import CorpusRecord, Manifest
 from artifacts.quantizer import Quantizer
 from artifacts.quantizers.affine import Affine
 from artifacts.quantizers.block_float import BlockFloat
@@ -192,7 +192,7 @@ def artifact(family: str) -> Artifact:
         specs={site: quantizer.spec for site, quantizer in quantizers.items()},
         model={"model_type": "llama"},
         model_id=None,
-        corpus=Corpus(name="none", digest="", n_windows=0, n_tokens=0, seqlen=0),
+        corpus=CorpusRecord(name="none", digest="", n_windows=0, n_tokens=0, seqlen=0),
         recipe={"name": family},
         tool_version="0.0.0",
     )
@@ -316,8 +316,8 @@ def fill(cache: PackedCache, case: CacheCase) -> None:
         layer.store.end_step()
     if case.policy.eviction is not None:
         keep = torch.arange(11) % 3 != 1
-        streams = layer.store.streams
-        layer.store.streams = [stream.keep(keep[stream.n_padding :]).after_prompt() for stream in streams]
+        streams = layer.store.sequences
+        layer.store.sequences = [stream.keep(keep[stream.n_padding :]).after_prompt() for stream in streams]
     angles = (torch.arange(11 * 2) % 5 / 4).view(1, 11, 2).to(case.dtype)
     table = torch.stack([torch.cat([angles, angles], dim=-1), torch.cat([angles, -angles], dim=-1)])
     cache.tables = RotaryTables([table], {0: 0})
@@ -334,7 +334,7 @@ def what_is_read(cache: PackedCache) -> Stored:
     [layer] = cache.layers
     header = {
         f"{row}.{name}": pool.add(store.read(0, store.n_tokens).clone())
-        for row, stream in enumerate(layer.store.streams)
+        for row, stream in enumerate(layer.store.sequences)
         for name, store in (("key", stream.key), ("value", stream.value))
     }
     return Stored(format="kvgauge.golden.read", header=header, arrays=pool.arrays())

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 from artifacts.errors import NonFiniteError
 
-Refusal = Callable[[int, float], NonFiniteError]
+UnsupportedLayer = Callable[[int, float], NonFiniteError]
 """The error, given how many values are not finite, and the largest magnitude of what they come from."""
 
-_Question = tuple[Int64[Tensor, ""], Float[Tensor, ""], Refusal]
+_Question = tuple[Int64[Tensor, ""], Float[Tensor, ""], UnsupportedLayer]
 
 _ASKED: ContextVar[list[_Question] | None] = ContextVar("asked", default=None)
 
 
-def expect_finite(x: Float[Tensor, "..."], source: Float[Tensor, "..."], refusal: Refusal) -> None:
+def expect_finite(x: Float[Tensor, "..."], source: Float[Tensor, "..."], refusal: UnsupportedLayer) -> None:
     """Refuses values that are NaN or infinite: at once on the CPU, elsewhere when `answered_together` ends.
 
     Parameters

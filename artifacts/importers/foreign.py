@@ -9,7 +9,7 @@ from artifacts.errors import CorruptArtifactError
 from artifacts.importers import kvquant, llama3_simquant, msmodelslim
 from artifacts.importers.hints import Hints
 from artifacts.importers.restricted_pickle import read_pickle
-from artifacts.manifest import Corpus, Manifest, tool_version
+from artifacts.manifest import CorpusRecord, Manifest, tool_version
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
 
@@ -73,7 +73,7 @@ def _opened(path: Path, tool: str, quantizers: Mapping[Site, Quantizer], notices
         specs={site: quantizer.spec for site, quantizer in quantizers.items()},
         model={},
         model_id=None,
-        corpus=Corpus(name="unknown", digest="", n_windows=0, n_tokens=0, seqlen=0),
+        corpus=CorpusRecord(name="unknown", digest="", n_windows=0, n_tokens=0, seqlen=0),
         recipe={"name": "imported", "source": tool},
         sink_tokens=hints.sink_tokens,
         fit_sources={str(site): f"imported from {tool}" for site in quantizers},

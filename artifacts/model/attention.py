@@ -1,8 +1,8 @@
 """The attention layers of a transformers model, found by structure and verified by one small forward pass.
 
-With its helpers `probe`, `evidence` and `taps`, this is all that depends on how the models of transformers 5.17 to 5.24
-are laid out. Child modules are found by name; then their outputs are replaced with noise, and what arrives in the cache
-has to be that noise, rotated. No class name is looked at.
+With its helpers `probe`, `evidence` and `hooks`, this is all that depends on how the models of transformers 5.17 to
+5.24 are laid out. Child modules are found by name; then their outputs are replaced with noise, and what arrives in the
+cache has to be that noise, rotated. No class name is looked at.
 """
 
 import re
@@ -13,13 +13,13 @@ from typing import Literal
 from torch import nn
 
 from artifacts.errors import UnsupportedModelError
-from artifacts.model.evidence import Evidence, Refusal, projection, text_config, understand, why_nothing_cached
-from artifacts.model.hooks import AttentionLayer, Tap, tapped
+from artifacts.model.evidence import Evidence, UnsupportedLayer, projection, text_config, understand, why_nothing_cached
+from artifacts.model.hooks import AttentionLayer, Hook, hooked
 from artifacts.model.probe import probe
 from artifacts.model.rope import Rotation, rotate
 from artifacts.model.transformers_release import cache_keyword, check_release
 
-__all__ = ["AttentionLayer", "LayerReport", "Rotation", "Tap", "attention_layers", "rotate", "site_table", "tapped"]
+__all__ = ["AttentionLayer", "Hook", "LayerReport", "Rotation", "attention_layers", "hooked", "rotate", "site_table"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class LayerReport:
         The reason for 'skipped'; empty otherwise.
     kv_heads, head_dim : int or None
         Shape of keys and values; None for 'skipped'.
-    taps : tuple of str
+    hooks : tuple of str
         Child modules where key, value and query are taken, with its columns if one holds all three.
     """
 
@@ -48,7 +48,7 @@ class LayerReport:
     why: str = ""
     kv_heads: int | None = None
     head_dim: int | None = None
-    taps: tuple[str, ...] = ()
+    hooks: tuple[str, ...] = ()
 
 
 def attention_layers(model: nn.Module) -> tuple[AttentionLayer, ...]:
@@ -140,7 +140,7 @@ def _judge(
         name = next(name for name, module in modules.items() if module is seen.module)
         _refuse_keyless(seen)
         return understand(index, name, seen)
-    except Refusal as refusal:
+    except UnsupportedLayer as refusal:
         return LayerReport(index, name, "skipped", str(refusal))
 
 
@@ -149,22 +149,24 @@ def _only_one(modules: Mapping[str, nn.Module], evidence: Mapping[nn.Module, Evi
     seen = [evidence[module] for module in modules.values()]
     seen = seen if len(seen) == 1 else [each for each in seen if each.called or each.failure]
     if len(seen) != 1:
-        raise Refusal(f"expected one module that keeps a cache under this layer_idx; got {len(seen)}")
+        raise UnsupportedLayer(f"expected one module that keeps a cache under this layer_idx; got {len(seen)}")
     return seen[0]
 
 
 def _refuse_keyless(seen: Evidence) -> None:
     latent = _latent(seen.module)
     if latent is not None:
-        raise Refusal(f"multi-head latent attention ({latent}) caches latents, not keys and values")
+        raise UnsupportedLayer(f"multi-head latent attention ({latent}) caches latents, not keys and values")
     if projection(seen.module, "key"):
         return
     if projection(seen.module, "query"):
-        raise Refusal("projects queries but no keys: it reads the keys and values of another layer")
+        raise UnsupportedLayer("projects queries but no keys: it reads the keys and values of another layer")
     if seen.cached:
         children = ", ".join(name for name, _ in seen.module.named_children())
-        raise Refusal(f"no child is named as a projection of keys (k_proj, key, qkv_proj, c_attn); got {children}")
-    raise Refusal(seen.failure or why_nothing_cached(seen))
+        raise UnsupportedLayer(
+            f"no child is named as a projection of keys (k_proj, key, qkv_proj, c_attn); got {children}"
+        )
+    raise UnsupportedLayer(seen.failure or why_nothing_cached(seen))
 
 
 def _latent(module: nn.Module) -> str | None:
@@ -173,10 +175,10 @@ def _latent(module: nn.Module) -> str | None:
 
 def _report(layer: AttentionLayer) -> LayerReport:
     names = {child: name for name, child in layer.module.named_children()}
-    taps = tuple(_describe(tap, names[tap.module]) for tap in (layer.key, layer.value, layer.query))
-    return LayerReport(layer.layer, layer.name, "applied", "", layer.kv_heads, layer.head_dim, taps)
+    hooks = tuple(_describe(hook, names[hook.module]) for hook in (layer.key, layer.value, layer.query))
+    return LayerReport(layer.layer, layer.name, "applied", "", layer.kv_heads, layer.head_dim, hooks)
 
 
-def _describe(tap: Tap, name: str) -> str:
-    columns = [f"{columns.start}:{columns.stop}" for columns in tap.columns or ()]
+def _describe(hook: Hook, name: str) -> str:
+    columns = [f"{columns.start}:{columns.stop}" for columns in hook.columns or ()]
     return f"{name}[{', '.join(columns)}]" if columns else name

@@ -1,4 +1,4 @@
-"""Reading what an attention module did during the probe: its shape, its taps and its rotation, or why it is refused."""
+"""Reading what an attention module did during the probe: its shape, hooks and rotation, or why it is refused."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from artifacts.model.heads import Heads, nearest
-from artifacts.model.hooks import AttentionLayer, Tap
+from artifacts.model.hooks import AttentionLayer, Hook
 from artifacts.model.rope import Rotation, TableOrder, cos_sin, rotate, spread
 
 Role = Literal["key", "value", "query"]
@@ -26,7 +26,7 @@ _READINGS: tuple[tuple[Rotation, TableOrder], ...] = (
 )
 
 
-class Refusal(Exception):
+class UnsupportedLayer(Exception):
     """Why a layer cannot be handled."""
 
 
@@ -88,7 +88,7 @@ def understand(index: int, name: str, seen: Evidence) -> AttentionLayer:
 
     Raises
     ------
-    Refusal
+    UnsupportedLayer
         If what it caches is not what its projections or norms return, the keys rotated or not.
     """
     key, value = _cached(seen)
@@ -115,7 +115,7 @@ def understand(index: int, name: str, seen: Evidence) -> AttentionLayer:
         table_order=turning.order,
         copies=copies,
         mask_hides=_mask_hides(seen.mask),
-        **{role: _tap(seen, sources[role], held[role], chosen[role]) for role in ROLES},
+        **{role: _hook(seen, sources[role], held[role], chosen[role]) for role in ROLES},
     )
 
 
@@ -128,15 +128,15 @@ def _mask_hides(mask: object) -> bool:
 
 def _cached(seen: Evidence) -> tuple[Tensor, Tensor]:
     if not seen.cached:
-        raise Refusal(seen.failure or why_nothing_cached(seen))
+        raise UnsupportedLayer(seen.failure or why_nothing_cached(seen))
     key, value = seen.cached[0]
     if len(seen.cached) > 1 or key.ndim != 4 or key.shape != value.shape:
         shapes = [(tuple(key.shape), tuple(value.shape)) for key, value in seen.cached]
-        raise Refusal(
+        raise UnsupportedLayer(
             f"expected one cache.update with key and value, both batch kv_heads tokens head_dim; got {shapes}"
         )
     if not seen.handed:
-        raise Refusal("the model hands it no cache: it encodes whole texts, and never generates")
+        raise UnsupportedLayer("the model hands it no cache: it encodes whole texts, and never generates")
     return key, value
 
 
@@ -157,15 +157,17 @@ def _source(seen: Evidence, role: Role) -> str:
     raise _no_projection(role)
 
 
-def _no_projection(role: Role) -> Refusal:
-    return Refusal(f"its forward pass calls no {role} projection ({role[0]}_proj or qkv_proj) that returns a tensor")
+def _no_projection(role: Role) -> UnsupportedLayer:
+    return UnsupportedLayer(
+        f"its forward pass calls no {role} projection ({role[0]}_proj or qkv_proj) that returns a tensor"
+    )
 
 
 def _heads(child: str, output: Tensor, key: Tensor) -> Heads:
     _, _, n_tokens, head_dim = key.shape
     found = Heads.of(output, n_tokens, head_dim)
     if found is None:
-        raise Refusal(
+        raise UnsupportedLayer(
             f"{child} returns {tuple(output.shape)}; expected heads of {head_dim} channels for {n_tokens} tokens"
         )
     return found
@@ -174,7 +176,7 @@ def _heads(child: str, output: Tensor, key: Tensor) -> Heads:
 def _unchanged(heads: Tensor, value: Tensor, source: str) -> list[int]:
     chosen = nearest(value, heads)
     if not torch.equal(heads[:, chosen], value):
-        raise Refusal(f"the cached value is not what {source} returns")
+        raise UnsupportedLayer(f"the cached value is not what {source} returns")
     return chosen
 
 
@@ -183,7 +185,9 @@ def _copies(chosen: Mapping[Role, Sequence[int]]) -> int:
     copies = len(chosen["key"]) // len(set(chosen["key"]))
     for role, heads in chosen.items():
         if list(heads) != [head for head in dict.fromkeys(heads) for _ in range(copies)]:
-            raise Refusal(f"expected each {role} head {copies} times in the cache, in order; got heads {list(heads)}")
+            raise UnsupportedLayer(
+                f"expected each {role} head {copies} times in the cache, in order; got heads {list(heads)}"
+            )
     return copies
 
 
@@ -200,18 +204,20 @@ def _query(
     kv_heads = key.shape[1]
     groups = getattr(seen.module, "num_key_value_groups", max(1, len(heads) // kv_heads))
     if len(heads) != groups * kv_heads:
-        raise Refusal(
+        raise UnsupportedLayer(
             f"{child} returns {tuple(seen.sent[child].shape)}; expected {groups} query heads of {key.shape[-1]} "
             f"channels for each of {kv_heads} key heads, and nothing else but keys and values"
         )
     return child, held, heads
 
 
-def _tap(seen: Evidence, child: str, held: Heads, chosen: Sequence[int]) -> Tap:
-    tap = held.tap(seen.module.get_submodule(child), chosen)
-    if tap is None:
-        raise Refusal(f"{child} returns {len(held)} heads, of which {list(chosen)} are used; expected all of them")
-    return tap
+def _hook(seen: Evidence, child: str, held: Heads, chosen: Sequence[int]) -> Hook:
+    hook = held.hook(seen.module.get_submodule(child), chosen)
+    if hook is None:
+        raise UnsupportedLayer(
+            f"{child} returns {len(held)} heads, of which {list(chosen)} are used; expected all of them"
+        )
+    return hook
 
 
 def _refuse_late_norm(seen: Evidence, key: Tensor) -> None:
@@ -220,7 +226,7 @@ def _refuse_late_norm(seen: Evidence, key: Tensor) -> None:
         return
     left, arrived = _heads(before, seen.sent[before], key).x, _heads(after, seen.received[after], key).x
     if not torch.equal(left[:, nearest(arrived, left)], arrived):
-        raise Refusal(
+        raise UnsupportedLayer(
             "a norm follows the rotary embedding, so what is cached is not the rotation of any projection output"
         )
 
@@ -249,7 +255,7 @@ def _rotation(x: Tensor, cached: Tensor, position_embeddings: object, source: st
         heads = nearest(cached, turned)
         if _agree(cached, turned[:, heads], x[:, heads]):
             return _Turning(heads, rotation, order, 2 * pairs)
-    raise Refusal(
+    raise UnsupportedLayer(
         f"the cached key is not what {source} returns, rotated by the position_embeddings that the module gets or not"
     )
 
@@ -273,7 +279,7 @@ def _cos_sin(position_embeddings: object) -> tuple[Tensor, ...]:
             return ()
         case [Tensor(ndim=3) as cos, Tensor(ndim=3) as sin] if cos.is_floating_point():
             return cos, sin
-    raise Refusal("position_embeddings is not a pair (cos, sin) of tensors batch tokens rotary_dim")
+    raise UnsupportedLayer("position_embeddings is not a pair (cos, sin) of tensors batch tokens rotary_dim")
 
 
 def _agree(cached: Tensor, expected: Tensor, x: Tensor) -> bool:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from artifacts.model.hooks import Layout, Tap
+from artifacts.model.hooks import Hook, Layout
 
 if TYPE_CHECKING:
     from typing import Self
@@ -23,7 +23,7 @@ class Heads:
     x : Float[Tensor, "1 heads tokens head_dim"]
         The heads. The channels of a head are taken to be adjacent, which a comparison with the cache confirms.
     layout : {'flat', 'tokens_first', 'heads_first'}
-        See `Tap`.
+        See `Hook`.
     """
 
     x: Float[Tensor, "1 heads tokens head_dim"]
@@ -44,14 +44,14 @@ class Heads:
     def __len__(self) -> int:
         return self.x.shape[1]
 
-    def tap(self, module: nn.Module, chosen: Sequence[int]) -> Tap | None:
+    def hook(self, module: nn.Module, chosen: Sequence[int]) -> Hook | None:
         """Where the chosen heads leave a module; None if they are some of several heads that share no last axis."""
         head_dim = self.x.shape[-1]
         if list(chosen) == list(range(len(self))):
-            return Tap(module, None, len(chosen), head_dim, self.layout)
+            return Hook(module, None, len(chosen), head_dim, self.layout)
         if self.layout != "flat":
             return None
-        return Tap(module, _columns(chosen, head_dim), len(chosen), head_dim, "flat")
+        return Hook(module, _columns(chosen, head_dim), len(chosen), head_dim, "flat")
 
 
 def nearest(

@@ -20,7 +20,7 @@ Handler = Callable[[Tensor], Tensor | None]
 
 
 @dataclass(frozen=True, eq=False)
-class Tap:
+class Hook:
     """Where a tensor leaves a module.
 
     Parameters
@@ -81,7 +81,7 @@ class AttentionLayer:
         The attention module.
     q_heads, kv_heads, head_dim : int
         Number of query heads, of key and value heads, and channels of each.
-    query, key, value : Tap
+    query, key, value : Hook
         Where each is last seen before rotation.
     rotation : {'half', 'interleaved', 'none'}
         Which channels the rotary embedding pairs: (d, d + rotary_dim / 2), (2d, 2d + 1), or no rotation.
@@ -108,9 +108,9 @@ class AttentionLayer:
     q_heads: int
     kv_heads: int
     head_dim: int
-    query: Tap
-    key: Tap
-    value: Tap
+    query: Hook
+    key: Hook
+    value: Hook
     rotation: Rotation
     rotary_dim: int
     sliding_window: int | None
@@ -133,7 +133,7 @@ class AttentionLayer:
 
 
 @contextmanager
-def tapped(layers: Sequence[AttentionLayer], handlers: Mapping[Site, Handler]) -> Iterator[None]:
+def hooked(layers: Sequence[AttentionLayer], handlers: Mapping[Site, Handler]) -> Iterator[None]:
     """Call a handler with each site's tensor whenever the model runs inside the context.
 
     A handler gets "batch heads tokens head_dim". What it returns goes on in place of the tensor, both into the cache
@@ -246,8 +246,8 @@ def _register(layer: AttentionLayer, site: Site, handler: Handler) -> Iterator[R
         case "query", "post_rope":
             yield from _observe_rotated_query(layer, site, handler)
         case _:
-            taps = {"key": layer.key, "value": layer.value, "query": layer.query}
-            yield _on_tap(taps[site.tensor], site, handler)
+            hooks = {"key": layer.key, "value": layer.value, "query": layer.query}
+            yield _on_hook(hooks[site.tensor], site, handler)
 
 
 def _on_cached_key(layer: AttentionLayer, site: Site, handler: Handler) -> RemovableHandle:
@@ -258,12 +258,12 @@ def _on_cached_key(layer: AttentionLayer, site: Site, handler: Handler) -> Remov
     return intercept_cache(layer.module, replace)
 
 
-def _on_tap(tap: Tap, site: Site, handler: Handler) -> RemovableHandle:
-    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        replacement = _handled(site, handler, tap.read(output))
-        return None if replacement is None else tap.write(output, replacement)
+def _on_hook(hook: Hook, site: Site, handler: Handler) -> RemovableHandle:
+    def handle(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        replacement = _handled(site, handler, hook.read(output))
+        return None if replacement is None else hook.write(output, replacement)
 
-    return tap.module.register_forward_hook(hook)
+    return hook.module.register_forward_hook(handle)
 
 
 def _observe_rotated_query(layer: AttentionLayer, site: Site, handler: Handler) -> Iterator[RemovableHandle]:
@@ -278,7 +278,7 @@ def _observe_rotated_query(layer: AttentionLayer, site: Site, handler: Handler) 
             raise TypeError(f"{site}: a handler must return None here; got a value. Replace query.pre_rope instead")
 
     yield layer.module.register_forward_pre_hook(note, with_kwargs=True)
-    yield _on_tap(layer.query, site, observe)
+    yield _on_hook(layer.query, site, observe)
 
 
 def _handled(site: Site, handler: Handler, x: Tensor) -> Tensor | None:

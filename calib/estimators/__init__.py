@@ -12,21 +12,21 @@ from calib.estimators.estimator import Allowance, Estimator, Fit
 from calib.estimators.floats import BlockFloatEstimator, Float8Estimator
 from calib.estimators.hadamard import HadamardEstimator
 from calib.estimators.identity import IdentityEstimator
-from calib.estimators.mixed_codebook import AllottedEstimator
+from calib.estimators.mixed_codebook import MixedCodebookEstimator
 from calib.estimators.normalised import NormalisedEstimator
 from calib.estimators.outliers import Outliers
 from calib.estimators.predicted import PredictedEstimator
 from calib.estimators.rotated import RotatedEstimator
-from calib.estimators.signed_affine import SignedEstimator
+from calib.estimators.signed_affine import SignedAffineEstimator
 from calib.estimators.streaming import StreamingEstimator
 from calib.estimators.uniform import UniformEstimator
 
 AnyEstimator = Annotated[
     IdentityEstimator
     | UniformEstimator
-    | SignedEstimator
+    | SignedAffineEstimator
     | CodebookEstimator
-    | AllottedEstimator
+    | MixedCodebookEstimator
     | EntropyCodedEstimator
     | Float8Estimator
     | BlockFloatEstimator
@@ -51,7 +51,6 @@ for _wrapping in (
     _wrapping.model_rebuild(_types_namespace={"AnyEstimator": AnyEstimator})
 
 __all__ = [
-    "AllottedEstimator",
     "Allowance",
     "AnyEstimator",
     "BlockFloatEstimator",
@@ -64,11 +63,12 @@ __all__ = [
     "Float8Estimator",
     "HadamardEstimator",
     "IdentityEstimator",
+    "MixedCodebookEstimator",
     "NormalisedEstimator",
     "Outliers",
     "PredictedEstimator",
     "RotatedEstimator",
-    "SignedEstimator",
+    "SignedAffineEstimator",
     "StreamingEstimator",
     "UniformEstimator",
 ]

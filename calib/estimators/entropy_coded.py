@@ -37,7 +37,7 @@ class EntropyCodedEstimator(Estimator):
         of streams, and more time. None takes 64 for 512 channels and more, and up to 256 for fewer.
     """
 
-    method: Literal["entropy"] = "entropy"
+    method: Literal["entropy_coded"] = "entropy_coded"
     bits: float = Field(default=1.0, ge=_LEAST_BITS, le=_MOST_BITS)
     centroids: float = Field(default=0.5, ge=0, le=1)
     group_tokens: int | None = Field(default=None, ge=1)

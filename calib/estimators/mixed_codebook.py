@@ -184,7 +184,7 @@ def _all_steps(distortions: Float64[Tensor, "components counts"]) -> _Steps:
 
 
 @final
-class AllottedEstimator(Estimator):
+class MixedCodebookEstimator(Estimator):
     """Levels go where they save most: each channel gets its own number of them and its own exact table.
 
     What counts is the squared error of x summed over the channels; behind a weighting rotation that is the weighted
@@ -198,7 +198,7 @@ class AllottedEstimator(Estimator):
         Weight of the average histogram in each channel's own, where its table is fitted; the allotment does without.
     """
 
-    method: Literal["allotted"] = "allotted"
+    method: Literal["mixed_codebook"] = "mixed_codebook"
     bits: float = Field(default=2.5, ge=_LEAST_BITS, le=_MOST_BITS)
     pooling: float = Field(default=0.0, ge=0, le=1)
 

@@ -11,7 +11,7 @@ from calib.statistics.site_statistics import SiteShape, SiteStatistics
 
 
 @final
-class SignedEstimator(Estimator):
+class SignedAffineEstimator(Estimator):
     """Blocks of channels whose largest magnitude is hit exactly; nothing is fitted.
 
     Parameters
@@ -22,7 +22,7 @@ class SignedEstimator(Estimator):
         Channels of a block; divides the channels.
     """
 
-    method: Literal["signed"] = "signed"
+    method: Literal["signed_affine"] = "signed_affine"
     bits: int = Field(default=4, ge=2, le=8)
     group_size: int = Field(default=32, ge=1)
 

@@ -128,7 +128,7 @@ def _allowance(site: Site, estimator: Estimator, target_bits: float) -> Allowanc
     allowance = estimator.allowance
     if allowance is None:
         raise RecipeError(
-            f"{site}: target_bits is shared out among sites with method: allotted or entropy; this one has "
+            f"{site}: target_bits is shared out among sites with method: mixed_codebook or entropy_coded; this one has "
             f"{estimator!r:.80}"
         )
     if not allowance.least <= target_bits <= allowance.most:

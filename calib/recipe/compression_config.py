@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from calib.estimators.streaming import StreamingEstimator
-from calib.statistics.site_statistics import HEAD_POSITIONS
+from calib.statistics.site_statistics import FIRST_POSITIONS
 
 _FIELDS = {
     "chunk_size": (("key", "value"), "chunk_tokens"),
@@ -91,8 +91,8 @@ def _problem(name: str, value: object) -> str | None:
     if name in _FIELDS:
         return None
     if name == "attention_sink_size":
-        fits = type(value) is int and 0 <= value <= HEAD_POSITIONS
-        return None if fits else f"expected an integer from 0 to {HEAD_POSITIONS}; got {value!r:.60}"
+        fits = type(value) is int and 0 <= value <= FIRST_POSITIONS
+        return None if fits else f"expected an integer from 0 to {FIRST_POSITIONS}; got {value!r:.60}"
     if name == "quantize_pre_rope":
         return None if type(value) is bool else f"expected true or false; got {value!r:.60}"
     if name in _ONLY:

@@ -77,8 +77,8 @@ class Recipe(BaseModel):
     sink_tokens : int
         First positions of a sequence that stay exact and take no part in the fit, 0 to 8.
     target_bits : float or None
-        Mean bits over all keys and values, shared out among the sites, by method `allotted` or `entropy`; None leaves
-        every site its own.
+        Mean bits over all keys and values, shared out among the sites, by method `mixed_codebook` or `entropy_coded`;
+        None leaves every site its own.
     cache : CacheEntry or None
         Which other tokens a cache keeps exact, where the method says so.
     include, exclude : tuple of str
@@ -121,7 +121,9 @@ class Recipe(BaseModel):
         _OVERRIDES.validate_json(json.dumps({"overrides": entries}), strict=True)
         for tensor in ("key", "value"):
             if self.target_bits is not None and getattr(self, tensor).allowance is None:
-                raise ValueError(f"target_bits is shared out; {tensor} needs an entry with method: allotted or entropy")
+                raise ValueError(
+                    f"target_bits is shared out; {tensor} needs an entry with method: mixed_codebook or entropy_coded"
+                )
         return self
 
     def estimator(self, tensor: CachedTensor, overrides: Iterable[Override] = ()) -> Estimator:

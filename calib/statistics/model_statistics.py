@@ -12,7 +12,7 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from artifacts.errors import ArtifactError, CorruptArtifactError, MismatchError
-from artifacts.manifest import Corpus
+from artifacts.manifest import CorpusRecord
 from artifacts.sites import Site
 from artifacts.storage import Stored, read, write
 from calib.solvers.threads import for_each
@@ -22,7 +22,7 @@ from calib.statistics.origin import Origin
 from calib.statistics.readers import logit_metric, query_energy, query_moment, score_weights
 from calib.statistics.row_sample import RowSample
 from calib.statistics.site_statistics import (
-    HEAD_POSITIONS,
+    FIRST_POSITIONS,
     SAMPLE_TOKENS,
     SiteShape,
     SiteStatistics,
@@ -55,7 +55,7 @@ class ModelStatistics:
         self.sites = {shape.site: SiteStatistics(shape, tier, fisher=fisher) for shape in ordered}
         self.cross = _cross_moments(self.sites) if tier == "full" else {}
         self.sample = RowSample(SAMPLE_TOKENS[tier])
-        self.head = RowSample(SAMPLE_TOKENS[tier])
+        self.first = RowSample(SAMPLE_TOKENS[tier])
         self.windows: list[str] = []
         self.seqlen = self.n_tokens = 0
         self.ngrams = torch.empty(0, dtype=torch.int64)
@@ -85,15 +85,15 @@ class ModelStatistics:
         check_vectors("values", vectors, self.sites, batch.windows)
         check_vectors("gradients", gradients, weighted, batch.windows)
         self.is_whole = False
-        head = batch.positions < HEAD_POSITIONS
+        is_first = batch.positions < FIRST_POSITIONS
         rows = self.sample.choose(batch.token_priorities(), batch.positions)
-        head_rows = self.head.choose(batch.window_priorities()[head], batch.positions[head])
-        first, rest = head.nonzero()[:, 0], (~head).nonzero()[:, 0]
+        first_rows = self.first.choose(batch.window_priorities()[is_first], batch.positions[is_first])
+        first, rest = is_first.nonzero()[:, 0], (~is_first).nonzero()[:, 0]
 
         def take_in(site: Site) -> None:
             statistics, x, g = self.sites[site], vectors[site], gradients.get(site)
             statistics.update(_rows(x, rest), None if g is None else _rows(g, rest))
-            statistics.keep_head_rows(_rows(x, first), head_rows, None if g is None else _rows(g, first))
+            statistics.keep_first_rows(_rows(x, first), first_rows, None if g is None else _rows(g, first))
             if statistics.keeps_rows:
                 statistics.keep_rows(x, rows, g)
 
@@ -134,9 +134,9 @@ class ModelStatistics:
                 "Take shards of one run with --shard 1/4 ... 4/4."
             )
         self.is_whole = False
-        rows, head_rows = self.sample.merge(other.sample), self.head.merge(other.head)
+        rows, first_rows = self.sample.merge(other.sample), self.first.merge(other.first)
         for site, statistics in self.sites.items():
-            statistics.merge(other.sites[site], rows, head_rows)
+            statistics.merge(other.sites[site], rows, first_rows)
         for pair, moments in self.cross.items():
             moments.merge(other.cross[pair])
         self.windows += other.windows
@@ -159,11 +159,11 @@ class ModelStatistics:
                 f"{site}: the statistics do not hold this site; they hold {', '.join(map(str, self.sites))}. "
                 "Calibrate with the stage that the recipe asks for."
             )
-        if not 0 <= sink_tokens <= HEAD_POSITIONS:
+        if not 0 <= sink_tokens <= FIRST_POSITIONS:
             raise ValueError(
-                f"statistics: at most the first {HEAD_POSITIONS} positions can be left out of a fit; got {sink_tokens}"
+                f"statistics: at most the first {FIRST_POSITIONS} positions can be left out of a fit; got {sink_tokens}"
             )
-        chosen = self.sites[site].from_position(sink_tokens, self.sample, self.head)
+        chosen = self.sites[site].from_position(sink_tokens, self.sample, self.first)
         if not chosen.moments.n_tokens:
             raise ValueError(
                 f"{site}: a fit needs tokens from position {sink_tokens} on; the {len(self.windows)} windows hold "
@@ -184,8 +184,8 @@ class ModelStatistics:
             return self.cross_second(b, a, sink_tokens).mT
         if (a, b) not in self.cross:
             raise ValueError(f"{b}: the statistics lack moments with {a}. Take the tier full, and keys pre_rope.")
-        first = self.head.positions >= sink_tokens
-        left, right = (self.sites[site].head_rows[first].double() for site in (a, b))
+        first = self.first.positions >= sink_tokens
+        left, right = (self.sites[site].first_rows[first].double() for site in (a, b))
         n_tokens = int(self.sites[a].moments.n_tokens) + len(left)
         return (self.cross[a, b].products.cpu() + left.mT @ right) / max(1, n_tokens)
 
@@ -196,7 +196,7 @@ class ModelStatistics:
         query = next((site for site in layer if site.tensor == "query"), None)
         if key is None or query is None:
             return
-        queries = self.sites[query].from_position(sink_tokens, self.sample, self.head)
+        queries = self.sites[query].from_position(sink_tokens, self.sample, self.first)
         shape = self.sites[key].shape
         moment = query_moment(shape, queries)
         energy = query_energy(shape, moment)
@@ -207,10 +207,10 @@ class ModelStatistics:
             chosen.token_weights = score_weights(rows, energy)
 
     @property
-    def corpus(self) -> Corpus:
+    def corpus(self) -> CorpusRecord:
         """What was read, for the manifest."""
         digest = Stored(format="windows", header={"windows": sorted(self.windows)}, arrays={}).digest
-        return Corpus(
+        return CorpusRecord(
             name=self.origin.corpus,
             digest=digest,
             n_windows=len(self.windows),
@@ -223,7 +223,7 @@ class ModelStatistics:
     @property
     def exact_head(self) -> bool:
         """Whether the first positions of every window are at hand."""
-        return self.head.complete
+        return self.first.complete
 
     def estimated_bytes(self) -> int:
         """Memory that the statistics take when full."""
@@ -248,7 +248,7 @@ class ModelStatistics:
             "windows": sorted(self.windows),
             "seqlen": self.seqlen,
             "n_tokens": self.n_tokens,
-            "n_seen": [self.sample.n_seen, self.head.n_seen],
+            "n_seen": [self.sample.n_seen, self.first.n_seen],
         }
         arrays = {
             f"{site}/{name}": tensor.cpu().contiguous().numpy()
@@ -256,7 +256,7 @@ class ModelStatistics:
             for name, tensor in statistics.state().items()
         }
         arrays |= {f"cross/{a}/{b}": moments.products.cpu().numpy() for (a, b), moments in self.cross.items()}
-        for name, sample in (("sample", self.sample), ("head", self.head)):
+        for name, sample in (("sample", self.sample), ("first", self.first)):
             arrays[f"{name}/priorities"] = sample.priorities.numpy()
             arrays[f"{name}/positions"] = sample.positions.numpy()
         arrays["corpus/ngrams"] = self.ngrams.numpy()
@@ -290,7 +290,7 @@ class ModelStatistics:
         for (a, b), moments in statistics.cross.items():
             moments.products = tensors[f"cross/{a}/{b}"]
         for name, sample, seen in zip(
-            ("sample", "head"), (statistics.sample, statistics.head), header["n_seen"], strict=True
+            ("sample", "first"), (statistics.sample, statistics.first), header["n_seen"], strict=True
         ):
             sample.priorities, sample.positions = tensors[f"{name}/priorities"], tensors[f"{name}/positions"]
             sample.n_seen = seen

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Choice:
+class RowChoice:
     """Rows to keep of those held so far and of those that arrive, in the order of their priorities."""
 
     order: Int64[Tensor, " kept"]
@@ -34,16 +34,16 @@ class RowSample:
         self.priorities = torch.empty(0, dtype=torch.int64)
         self.positions = torch.empty(0, dtype=torch.int64)
 
-    def choose(self, priorities: Int64[Tensor, " tokens"], positions: Int64[Tensor, " tokens"]) -> Choice:
+    def choose(self, priorities: Int64[Tensor, " tokens"], positions: Int64[Tensor, " tokens"]) -> RowChoice:
         """Takes in tokens; says which rows every site has to keep."""
         both = torch.cat([self.priorities, priorities])
         where = torch.cat([self.positions, positions])
         order = torch.from_numpy(np.lexsort((where.numpy(), both.numpy())))[: self.capacity]
         self.priorities, self.positions = both[order], where[order]
         self.n_seen += len(priorities)
-        return Choice(order)
+        return RowChoice(order)
 
-    def merge(self, other: "RowSample") -> Choice:
+    def merge(self, other: "RowSample") -> RowChoice:
         """Takes in another sample; says which rows every site has to keep."""
         choice = self.choose(other.priorities, other.positions)
         self.n_seen += other.n_seen - len(other.priorities)

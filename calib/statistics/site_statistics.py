@@ -12,7 +12,7 @@ from artifacts.sites import Site
 from calib.statistics.channel_histogram import ChannelHistogram
 from calib.statistics.moments import Moments
 from calib.statistics.pair_norms import PairNorms, rotary_pairs
-from calib.statistics.row_sample import Choice, RowSample
+from calib.statistics.row_sample import RowChoice, RowSample
 from calib.statistics.sources import Sources
 from calib.statistics.statistic import Statistic
 from calib.statistics.tails import Tails
@@ -22,11 +22,11 @@ S = TypeVar("S", bound=Statistic)
 Gradients = Float[Tensor, "tokens channels"] | None
 Tier = Literal["basic", "full"]
 
-HEAD_POSITIONS = 8
+FIRST_POSITIONS = 8
 """First positions of each window that are kept apart, so that a fit can leave out any number of them."""
 
 SAMPLE_TOKENS = {"basic": 1024, "full": 4096}
-"""Capacity of the token reservoir, and of the sample of head positions, by tier."""
+"""Capacity of the token reservoir, and of the sample of first positions, by tier."""
 
 FISHER = ("gradient_moments", "fisher_histogram", "fisher_token_histogram")
 """Statistics that need gradients; the others are fed with vectors alone."""
@@ -99,7 +99,7 @@ class SiteStatistics:
     def __init__(self, shape: SiteShape, tier: Tier, *, fisher: bool = False) -> None:
         self.shape, self.tier = shape, tier
         self.fisher = fisher and self.keeps_rows
-        channels, sampled = shape.channels, ["head_rows"]
+        channels, sampled = shape.channels, ["first_rows"]
         self.statistics: dict[str, Statistic] = {"moments": Moments(channels, shape.heads)}
         if shape.site.tensor != "query":
             self.statistics["tails"] = Tails(channels)
@@ -115,7 +115,7 @@ class SiteStatistics:
             self.statistics["gradient_moments"] = Moments(channels, shape.heads)
             self.statistics["fisher_histogram"] = ChannelHistogram(channels, dtype=torch.float64)
             self.statistics["fisher_token_histogram"] = TokenHistogram(channels, dtype=torch.float64)
-            sampled += ["head_gradients", "row_gradients"]
+            sampled += ["first_gradients", "row_gradients"]
         self.query_energy: Float64[Tensor, " channels"] | None = None
         self.query_metric: Float64[Tensor, "heads head_dim head_dim"] | None = None
         self.token_weights: Float32[Tensor, " rows"] | None = None
@@ -182,39 +182,41 @@ class SiteStatistics:
         return self.samples["row_gradients"]
 
     @property
-    def head_rows(self) -> Float32[Tensor, "rows channels"]:
-        """Vectors of the sampled head positions."""
-        return self.samples["head_rows"]
+    def first_rows(self) -> Float32[Tensor, "rows channels"]:
+        """Vectors of the sampled first positions."""
+        return self.samples["first_rows"]
 
     def update(self, x: Float[Tensor, "tokens channels"], gradients: Gradients = None) -> None:
-        """Takes in tokens beyond the head positions."""
+        """Takes in tokens beyond the first positions."""
         self._n_changes += 1
         for name in self.statistics:
             self._read(name)
             self._update(name, x, gradients)
 
-    def keep_rows(self, x: Float[Tensor, "tokens channels"], choice: Choice, gradients: Gradients = None) -> None:
+    def keep_rows(self, x: Float[Tensor, "tokens channels"], choice: RowChoice, gradients: Gradients = None) -> None:
         """Takes part in the token reservoir."""
         self._keep(choice, rows=x, row_gradients=gradients)
 
-    def keep_head_rows(self, x: Float[Tensor, "tokens channels"], choice: Choice, gradients: Gradients = None) -> None:
-        """Takes part in the sample of head positions."""
-        self._keep(choice, head_rows=x, head_gradients=gradients)
+    def keep_first_rows(
+        self, x: Float[Tensor, "tokens channels"], choice: RowChoice, gradients: Gradients = None
+    ) -> None:
+        """Takes part in the sample of first positions."""
+        self._keep(choice, first_rows=x, first_gradients=gradients)
 
-    def merge(self, other: "SiteStatistics", rows: Choice, head_rows: Choice) -> None:
+    def merge(self, other: "SiteStatistics", rows: RowChoice, first_rows: RowChoice) -> None:
         """Takes in what another shard has seen."""
         self._n_changes += 1
         for name in self.statistics:
             self._read(name).merge(other._read(name))
         self._keep(rows, **{name: t for name, t in other.samples.items() if name in _RESERVOIR})
-        self._keep(head_rows, **{name: t for name, t in other.samples.items() if name not in _RESERVOIR})
+        self._keep(first_rows, **{name: t for name, t in other.samples.items() if name not in _RESERVOIR})
 
-    def from_position(self, sink_tokens: int, sample: RowSample, head: RowSample) -> "SiteStatistics":
+    def from_position(self, sink_tokens: int, sample: RowSample, first: RowSample) -> "SiteStatistics":
         """The statistics of all positions from `sink_tokens` on, each found when it is first read."""
         chosen = SiteStatistics(self.shape, self.tier, fisher=self.fisher)
-        first, device = head.positions >= sink_tokens, self.moments.sums.device
-        gradients = self.samples["head_gradients"][first].to(device) if self.fisher else None
-        rows = self.head_rows[first].to(device)
+        kept, device = first.positions >= sink_tokens, self.moments.sums.device
+        gradients = self.samples["first_gradients"][kept].to(device) if self.fisher else None
+        rows = self.first_rows[kept].to(device)
         chosen._unread = {name: _Unread(rows, gradients, self, self._n_changes) for name in self.statistics}
         chosen.samples |= self.samples
         for name in chosen.samples.keys() & set(_RESERVOIR):
@@ -271,7 +273,7 @@ class SiteStatistics:
         fixed = sum(statistic.nbytes for statistic in self.statistics.values())
         return fixed + len(self.samples) * SAMPLE_TOKENS[self.tier] * self.shape.channels * 4
 
-    def _keep(self, choice: Choice, **arriving: Gradients) -> None:
+    def _keep(self, choice: RowChoice, **arriving: Gradients) -> None:
         for name, rows in arriving.items():
             if rows is not None:
                 self.samples[name] = choice.apply(self.samples[name], rows.float().cpu())

@@ -141,7 +141,7 @@ def _list_sites(args: argparse.Namespace) -> int:
 
     for row in site_table(load_model(args).model):
         shape = f"{row.kv_heads} x {row.head_dim}" if row.kv_heads else "-"
-        print(f"{row.layer:5}  {row.status:8} {shape:10} {' '.join(row.taps) or '-':34} {row.why}".rstrip())
+        print(f"{row.layer:5}  {row.status:8} {shape:10} {' '.join(row.hooks) or '-':34} {row.why}".rstrip())
     return 0
 
 

@@ -78,7 +78,7 @@ def without_pooling(setup: Setup) -> Setup | None:
     """The table of a channel is fitted to nothing but the channel's own values."""
 
     def change(entry: Entry) -> Entry:
-        own_tables = entry.get("method") == "allotted" or (entry.get("tables") == "channel" and _is_fitted(entry))
+        own_tables = entry.get("method") == "mixed_codebook" or (entry.get("tables") == "channel" and _is_fitted(entry))
         return {**entry, "pooling": 0.0} if own_tables and entry.get("pooling") else entry
 
     return _everywhere(setup, change)
@@ -115,7 +115,7 @@ def without_allotment(setup: Setup) -> Setup | None:
     setup = without_budget(setup) or setup
 
     def change(entry: Entry) -> Entry:
-        if entry.get("method") != "allotted":
+        if entry.get("method") != "mixed_codebook":
             return entry
         alike = {"per": "channel", "tables": "channel", "weights": "none", "pooling": entry["pooling"]}
         return {"method": "codebook", "bits": math.ceil(entry["bits"]), **alike}
@@ -129,7 +129,9 @@ def without_budget(setup: Setup) -> Setup | None:
     if target is None:
         return None
     unshared = _edited(setup, {"target_bits": None})
-    return _everywhere(unshared, lambda e: {**e, "bits": target} if e.get("method") == "allotted" else e) or unshared
+    return (
+        _everywhere(unshared, lambda e: {**e, "bits": target} if e.get("method") == "mixed_codebook" else e) or unshared
+    )
 
 
 def without_prediction(setup: Setup) -> Setup | None:

@@ -102,7 +102,7 @@ class LoadedModel:
         return token if wanted else None
 
     def window_tokens(self, seqlen: int | None) -> int:
-        """Window length: as asked, else 2048 or the context.
+        """ResidualWindow length: as asked, else 2048 or the context.
 
         Raises
         ------

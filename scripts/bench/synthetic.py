@@ -34,7 +34,7 @@ def model_statistics(
     vectors = {s.site: site_values(tokens, s.channels, seed=n) for n, s in enumerate(shapes[:6])}
     gathered.update(batch, vectors, {site: x for site, x in vectors.items() if site.tensor != "query"})
     whole = ModelStatistics(shapes, tier, origin, fisher=True)
-    whole.sample, whole.head, whole.windows = gathered.sample, gathered.head, gathered.windows
+    whole.sample, whole.first, whole.windows = gathered.sample, gathered.first, gathered.windows
     whole.n_tokens, whole.seqlen = gathered.n_tokens, gathered.seqlen
     for site, statistics in whole.sites.items():
         state = gathered.sites[_gathered(site)].state()

@@ -13,9 +13,9 @@ from torch import Tensor
 from artifacts.errors import MismatchError
 from artifacts.model.attention import AttentionLayer
 from simquant.cache.attention.block_attention import Scoring, widened
+from simquant.cache.store.cached_sequence import CachedSequence
 from simquant.cache.store.layer_store import LayerStore
 from simquant.cache.store.rotary_tables import RotaryTables
-from simquant.cache.store.stream import Stream
 from simquant.policy.eviction import Choice, Eviction
 from simquant.policy.policy import CachePolicy
 
@@ -123,18 +123,18 @@ class Evictor:
 
     def after_step(self, store: LayerStore, reading: Reading) -> None:
         """Drops what exceeds the budgets of every sequence."""
-        for row, stream in enumerate(store.streams):
-            if stream.survivors is None or not stream.survivors.n_seen:  # nothing but padding so far
+        for row, sequence in enumerate(store.sequences):
+            if sequence.survivors is None or not sequence.survivors.n_seen:  # nothing but padding so far
                 continue
-            choice = self._choice(store.layer.layer, stream, reading.query.shape[2])
-            groups = None if choice is None else _groups(stream, choice)
+            choice = self._choice(store.layer.layer, sequence, reading.query.shape[2])
+            groups = None if choice is None else _groups(sequence, choice)
             if choice is not None and groups is not None:
-                scores = _never_dropped(stream, self._scores(choice, store, row, reading))
-                stream = stream.keep(_kept(stream, groups, scores))
-            store.streams[row] = stream.after_prompt()
+                scores = _never_dropped(sequence, self._scores(choice, store, row, reading))
+                sequence = sequence.keep(_kept(sequence, groups, scores))
+            store.sequences[row] = sequence.after_prompt()
 
-    def _choice(self, layer: int, stream: Stream, n_new: int) -> Choice | None:
-        survivors = stream.survivors
+    def _choice(self, layer: int, sequence: CachedSequence, n_new: int) -> Choice | None:
+        survivors = sequence.survivors
         assert survivors is not None
         if not survivors.n_prompt:
             return self.eviction.of_prompt(survivors.n_seen, layer, self.n_layers)
@@ -145,7 +145,7 @@ class Evictor:
         """One for each token that is held, up to the last candidate."""
         if choice.n_queries == 0:
             return -torch.arange(choice.end, device=reading.query.device).float()
-        survivors = store.streams[row].survivors
+        survivors = store.sequences[row].survivors
         assert survivors is not None
         n_queries = min(choice.n_queries or survivors.n_seen, survivors.n_seen, reading.query.shape[2])
         received = reading.received(store, row, n_queries)[:, : choice.end]
@@ -187,10 +187,10 @@ class _Groups:
     n_kept: int
 
 
-def _groups(stream: Stream, choice: Choice) -> _Groups | None:
+def _groups(sequence: CachedSequence, choice: Choice) -> _Groups | None:
     """The groups among the candidates; None if all stay. Candidates outside of them stay, and count as kept."""
-    stores = stream.stores()
-    sinks, size = stream.key.sink_tokens, math.lcm(*(store.quantizer.tokens_per_scale or 1 for store in stores))
+    stores = sequence.stores()
+    sinks, size = sequence.key.sink_tokens, math.lcm(*(store.quantizer.tokens_per_scale or 1 for store in stores))
     first = sinks + -(-max(0, choice.start - sinks) // size) * size
     n_groups = max(0, min(choice.end, *(store.encoded_end for store in stores)) - first) // size
     n_outside = choice.end - choice.start - n_groups * size
@@ -198,17 +198,17 @@ def _groups(stream: Stream, choice: Choice) -> _Groups | None:
     return _Groups(first, n_groups, size, n_kept) if n_kept < n_groups else None
 
 
-def _never_dropped(stream: Stream, scores: Float[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:
+def _never_dropped(sequence: CachedSequence, scores: Float[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:
     """Scores that are infinite for tokens whose keys have small norms."""
-    if stream.small is None:
+    if sequence.small is None:
         return scores
-    assert stream.survivors is not None
-    return scores.masked_fill(torch.isin(stream.survivors.numbers[: len(scores)], stream.small.numbers), torch.inf)
+    assert sequence.survivors is not None
+    return scores.masked_fill(torch.isin(sequence.survivors.numbers[: len(scores)], sequence.small.numbers), torch.inf)
 
 
-def _kept(stream: Stream, groups: _Groups, scores: Float[Tensor, " tokens"]) -> Bool[Tensor, " held"]:
+def _kept(sequence: CachedSequence, groups: _Groups, scores: Float[Tensor, " tokens"]) -> Bool[Tensor, " held"]:
     """True at all tokens but those of the groups with the least scores; of equals the first stay, infinite ones all."""
-    kept = torch.ones(stream.key.n_tokens, dtype=torch.bool, device=scores.device)
+    kept = torch.ones(sequence.key.n_tokens, dtype=torch.bool, device=scores.device)
     candidates = slice(groups.first, groups.first + groups.n_groups * groups.size)
     by_group = scores[candidates].view(groups.n_groups, groups.size).mean(dim=1)
     order = by_group.sort(descending=True, stable=True).indices

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from artifacts.artifact import Artifact
 from artifacts.coding.finite import answered_each_step
 from artifacts.errors import MismatchError
-from artifacts.model.attention import AttentionLayer, attention_layers, tapped
+from artifacts.model.attention import AttentionLayer, attention_layers, hooked
 from artifacts.model.transformers_release import named_arguments, parameters, passed_cache
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
@@ -81,8 +81,8 @@ def packed_cache(
         for layer in layers:
             stack.callback(layer.module.register_forward_pre_hook(session.before(layer), with_kwargs=True).remove)
             stack.callback(layer.module.register_forward_hook(session.after(layer), always_call=True).remove)
-        taps = {site: session.on_key(site) for site in quantizers if site.stage == "pre_rope"}
-        stack.enter_context(tapped(layers, taps))
+        hooks = {site: session.on_key(site) for site in quantizers if site.stage == "pre_rope"}
+        stack.enter_context(hooked(layers, hooks))
         yield session.new_cache
 
 

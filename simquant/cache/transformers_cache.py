@@ -49,7 +49,7 @@ class PackedLayer(CacheLayerMixin):
         self._home: torch.device | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing: streams are made when the first tokens come."""
+        """Nothing: sequences are made when the first tokens come."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Stores the tokens of a step, and hands them back: attention reads the rest from the store."""
@@ -86,11 +86,11 @@ class PackedLayer(CacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every sequence that many times."""
-        self.batch_select_indices(torch.arange(len(self.store.streams)).repeat_interleave(repeats))
+        self.batch_select_indices(torch.arange(len(self.store.sequences)).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """These sequences, in this order."""
-        self.store.select(torch.arange(len(self.store.streams))[indices.cpu()].tolist())
+        self.store.select(torch.arange(len(self.store.sequences))[indices.cpu()].tolist())
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """These sequences, in this order, for beam search."""
@@ -201,12 +201,12 @@ class PackedCache(Cache):
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Removes that many tokens if negative, keeps that many if positive; where a layer refuses, in no layer."""
         stores = [layer.store for layer in self.layers]
-        before = [(store.streams, store.n_columns) for store in stores]
+        before = [(store.sequences, store.n_columns) for store in stores]
         try:
             super().crop(int(tokens_to_remove))
         except CacheStateError:
             for store, held in zip(stores, before, strict=True):
-                store.streams, store.n_columns = held
+                store.sequences, store.n_columns = held
             raise
         self.tables.crop(self.get_seq_length())
 
@@ -217,7 +217,7 @@ class PackedCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every sequence that many times."""
-        self.batch_select_indices(torch.arange(len(self.layers[0].store.streams)).repeat_interleave(repeats))
+        self.batch_select_indices(torch.arange(len(self.layers[0].store.sequences)).repeat_interleave(repeats))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """These sequences, in this order, for beam search."""

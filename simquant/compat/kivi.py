@@ -13,7 +13,7 @@ from artifacts.quantizers.identity import Identity
 from artifacts.sites import Site
 from simquant.cache.store.token_store import TokenStore
 from simquant.policy.policy import CachePolicy
-from simquant.usage import Stored
+from simquant.usage import StoredBytes
 
 
 @final
@@ -126,7 +126,7 @@ def memory_savings(
         store = TokenStore(quantizer, kivi.policy, kivi.policy.window("key"), block_tokens)
         store.append(torch.zeros(seq_len, head_dim, dtype=dtype))
         stores.append(store)
-    stored = Stored.of(stores)
+    stored = StoredBytes.of(stores)
     return {
         "compression_ratio": 1 / stored.memory_ratio,
         "memory_ratio": stored.memory_ratio,

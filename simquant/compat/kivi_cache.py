@@ -14,7 +14,7 @@ from simquant.cache.store.decoded_sources import DecodedSources
 from simquant.cache.store.layer_store import LayerStore
 from simquant.cache.transformers_cache import PackedCache
 from simquant.compat.kivi import KIVISettings
-from simquant.usage import Stored
+from simquant.usage import StoredBytes
 
 
 class _Opened:
@@ -88,7 +88,7 @@ class KIVICache(PackedCache):
         longest = max(lossy or stores, key=lambda store: store.n_encoded + store.n_exact, default=None)
         n_held = longest.n_encoded + longest.n_exact if longest is not None else 0
         n_quantized = longest.n_encoded if longest is not None and lossy else 0
-        stored = Stored.of(stores)
+        stored = StoredBytes.of(stores)
         return {
             "num_layers": len(self.layers),
             "total_seq_len": self.get_seq_length(),

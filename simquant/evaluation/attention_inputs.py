@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from artifacts.model.attention import AttentionLayer, rotate, tapped
+from artifacts.model.attention import AttentionLayer, hooked, rotate
 from artifacts.model.hooks import evaluating
 from artifacts.model.layout import from_rows, to_rows
 from artifacts.model.rope import position_tables
@@ -141,7 +141,7 @@ def attention_inputs(
     handlers = {site: _keeper(site, seen) for layer in layers for site in _sites(layer)}
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
-        stack.enter_context(tapped(layers, handlers))
+        stack.enter_context(hooked(layers, handlers))
         for layer in layers:
             hook = layer.module.register_forward_pre_hook(_table_keeper(layer, tables), with_kwargs=True)
             stack.callback(hook.remove)

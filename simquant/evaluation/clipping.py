@@ -7,7 +7,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from artifacts.artifact import Artifact
-from artifacts.model.attention import AttentionLayer, attention_layers, tapped
+from artifacts.model.attention import AttentionLayer, attention_layers, hooked
 from artifacts.model.hooks import evaluating
 from artifacts.model.layout import to_rows
 from artifacts.quantizer import Quantizer
@@ -57,7 +57,7 @@ def clipped_shares(
     first = default_policy(quantizers, sinks_alone=True).sink_tokens if sink_tokens is None else sink_tokens
     counts: dict[Site, list[int]] = {}
     handlers = {site: _counter(site, quantizer, first, counts) for site, quantizer in quantizers.items()}
-    with evaluating(model), tapped(layers, handlers):
+    with evaluating(model), hooked(layers, handlers):
         for window in windows:
             window_logits(model, window[None])
     return {site: counts[site][0] / counts[site][1] for site in quantizers if site in counts}

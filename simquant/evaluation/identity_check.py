@@ -13,10 +13,10 @@ from artifacts.quantizers.identity import Identity
 from simquant.evaluation.evaluation_run import EvaluationRun
 from simquant.evaluation.scoring import window_logits
 from simquant.policy.policy import CachePolicy
-from simquant.protocols.steps import Steps
+from simquant.protocols.chunking import Chunking
 
 _TOKENS = 8
-_STEPS = Steps(prefill_tokens=4)
+_STEPS = Chunking(prefill_tokens=4)
 
 
 def check_identity(

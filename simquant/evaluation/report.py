@@ -10,8 +10,8 @@ from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
 from simquant.evaluation.scored_targets import ScoredTargets
 from simquant.policy.policy import TENSORS, CachePolicy
+from simquant.protocols.chunking import Chunking
 from simquant.protocols.protocol import Protocol
-from simquant.protocols.steps import Steps
 from simquant.usage import CONTEXT_TOKENS, Usage
 
 
@@ -63,7 +63,9 @@ def _is_causal(quantizers: Mapping[Site, Quantizer], protocol: Protocol) -> bool
     if not any(quantizer.looks_ahead for quantizer in quantizers.values()):
         return True
     steps = protocol.steps
-    return protocol.name != "full" and (steps == Steps() or (steps.chunk_tokens == 1 and protocol.policy.exact_prefill))
+    return protocol.name != "full" and (
+        steps == Chunking() or (steps.chunk_tokens == 1 and protocol.policy.exact_prefill)
+    )
 
 
 def worse_than_guessing(perplexity: float, vocab_size: int) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ TENSORS: tuple[Literal["key"], Literal["value"]] = ("key", "value")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Window:
+class ResidualWindow:
     """How the recent tokens of a sequence leave full precision.
 
     Parameters
@@ -44,10 +44,10 @@ class CachePolicy:
     sink_tokens : int
         First positions of each sequence that stay exact, counted from its first real token.
     residual_tokens, block_tokens : int
-        See `Window`: the recent tokens that stay exact, and how many leave at once.
-    values : Window or None
+        See `ResidualWindow`: the recent tokens that stay exact, and how many leave at once.
+    values : ResidualWindow or None
         Another window for the values; None is that of the keys. KIVI, which encodes after a step has read, keeps
-        keys by `residual_tokens=1, block_tokens=R` and values by `Window(residual_tokens=R + 1)`.
+        keys by `residual_tokens=1, block_tokens=R` and values by `ResidualWindow(residual_tokens=R + 1)`.
     exact_prefill : bool
         The step that fills an empty cache reads exact keys and values, whatever is stored; otherwise it reads what
         later steps will read.
@@ -61,7 +61,7 @@ class CachePolicy:
     sink_tokens: int = 0
     residual_tokens: int = 0
     block_tokens: int = 1
-    values: Window | None = None
+    values: ResidualWindow | None = None
     exact_prefill: bool = False
     eviction: Eviction | None = None
     keep_smallest_norm: int = 0
@@ -83,16 +83,16 @@ class CachePolicy:
             raise ValueError(f"{cls.__name__}: a recipe's cache entry does not say {', '.join(sorted(reserved))}")
         values = entry.get("values")
         try:
-            window = None if values is None else Window(**values)
+            window = None if values is None else ResidualWindow(**values)
             return cls(**{**entry, "values": window}, sink_tokens=sink_tokens)
         except TypeError as error:
             raise ValueError(f"{cls.__name__}: a recipe's cache entry has the fields of a policy; {error}") from error
 
-    def window(self, tensor: Literal["key", "value", "query"]) -> Window:
+    def window(self, tensor: Literal["key", "value", "query"]) -> ResidualWindow:
         """The window of keys or of values."""
         if tensor == "value" and self.values is not None:
             return self.values
-        return Window(residual_tokens=self.residual_tokens, block_tokens=self.block_tokens)
+        return ResidualWindow(residual_tokens=self.residual_tokens, block_tokens=self.block_tokens)
 
     def exact_tokens(self, tensor: Literal["key", "value"], n_tokens: int) -> int:
         """How many of `n_tokens` stay exact, those of small norm left out."""
@@ -103,7 +103,7 @@ class CachePolicy:
         """Whether every token but the sinks is encoded before any query reads it."""
         windows = {self.window("key"), self.window("value")}
         exempt = self.exact_prefill or self.keep_smallest_norm
-        return windows == {Window()} and not exempt and self.eviction is None
+        return windows == {ResidualWindow()} and not exempt and self.eviction is None
 
     def describe(self) -> str:
         """One phrase for reports."""
@@ -121,14 +121,14 @@ class CachePolicy:
         return "exact prefill attention" if self.exact_prefill else "quantized prefill"
 
     @staticmethod
-    def _describe(window: Window) -> str:
+    def _describe(window: ResidualWindow) -> str:
         n = window.residual_tokens
         recent = "last token exact" if n == 1 else f"last {n} tokens exact" if n else ""
         blocks = f"encoded in blocks of {window.block_tokens}" if window.block_tokens > 1 else ""
         return " and ".join(part for part in (recent, blocks) if part)
 
 
-def _check_fields(policy: CachePolicy | Window) -> None:
+def _check_fields(policy: CachePolicy | ResidualWindow) -> None:
     who = type(policy).__name__
     for field in fields(policy):
         value, least = getattr(policy, field.name), 1 if field.name == "block_tokens" else 0

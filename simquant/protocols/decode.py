@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from artifacts.artifact import Artifact
 from artifacts.coding.finite import answered_each_step
 from artifacts.errors import MismatchError
-from artifacts.model.attention import AttentionLayer, attention_layers, tapped
+from artifacts.model.attention import AttentionLayer, attention_layers, hooked
 from artifacts.model.hooks import intercept_cache
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
@@ -23,7 +23,7 @@ from simquant.cache.store.layer_store import LayerStore
 from simquant.cache.store.rotary_tables import RotaryTables
 from simquant.policy.checks import check_cacheable, check_fit, default_policy
 from simquant.policy.policy import TENSORS, CachePolicy
-from simquant.protocols.steps import Steps
+from simquant.protocols.chunking import Chunking
 from simquant.protocols.two_sided_attention import encoded_tokens, two_sided_attention
 from simquant.usage import Usage, counted_passes
 
@@ -37,7 +37,7 @@ def decode_exact(
     quantizers: Artifact | Mapping[Site, Quantizer],
     *,
     policy: CachePolicy | None = None,
-    steps: Steps | None = None,
+    steps: Chunking | None = None,
     layers: Sequence[AttentionLayer] | None = None,
 ) -> Iterator[Usage]:
     """Inside the context a forward pass over whole texts gives the logits of decoding them step by step.
@@ -50,7 +50,7 @@ def decode_exact(
     ----------
     model, quantizers, policy, layers
         See `packed_cache`.
-    steps : Steps or None
+    steps : Chunking or None
         How the text would enter the cache; None is token by token.
 
     Yields
@@ -74,14 +74,14 @@ def decode_exact(
         )
     with ExitStack() as stack:
         stack.enter_context(answered_each_step(model))
-        decoding = _Decoding(quantizers, policy, steps or Steps(), stack.enter_context(watch_tokens(layers)))
+        decoding = _Decoding(quantizers, policy, steps or Chunking(), stack.enter_context(watch_tokens(layers)))
         stack.enter_context(attention_replaced(model, {layer.module: decoding.handler(layer) for layer in layers}))
         for layer in layers:
             hook = layer.module.register_forward_pre_hook(decoding.before(layer), with_kwargs=True)
             stack.callback(hook.remove)
             stack.callback(intercept_cache(layer.module, decoding.on_cached(layer)).remove)
-        taps = {site: decoding.on_key(site) for site in quantizers if site.stage == "pre_rope"}
-        stack.enter_context(tapped(layers, taps))
+        hooks = {site: decoding.on_key(site) for site in quantizers if site.stage == "pre_rope"}
+        stack.enter_context(hooked(layers, hooks))
         stack.enter_context(counted_passes(model, decoding.usage))
         yield decoding.usage
 
@@ -89,7 +89,9 @@ def decode_exact(
 class _Decoding:
     """What happens inside one `decode_exact` context."""
 
-    def __init__(self, quantizers: Mapping[Site, Quantizer], policy: CachePolicy, steps: Steps, tokens: Tokens) -> None:
+    def __init__(
+        self, quantizers: Mapping[Site, Quantizer], policy: CachePolicy, steps: Chunking, tokens: Tokens
+    ) -> None:
         self.usage = Usage(quantizers)
         self._quantizers, self._policy, self._steps, self._tokens = quantizers, policy, steps, tokens
         self._sources = DecodedSources(quantizers)
@@ -141,9 +143,9 @@ class _Decoding:
             for site, tokens in store.stores():
                 self.usage.add_store(site, tokens)
             rows = []
-            for row, stream in enumerate(store.streams):
+            for row, sequence in enumerate(store.sequences):
                 every = slice(0, key.shape[2])
-                decoded = store.key(stream, row, every, self._tables[layer.layer]), store.value(stream, every)
+                decoded = store.key(sequence, row, every, self._tables[layer.layer]), store.value(sequence, every)
                 seen = visible[min(row, len(visible) - 1)]
                 rows.append(self._attend(query[row], (key[row], value[row]), decoded, seen, scoring))
             store.end_step()

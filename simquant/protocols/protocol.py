@@ -16,8 +16,8 @@ from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
 from simquant.cache.packed import packed_cache
 from simquant.policy.policy import CachePolicy
+from simquant.protocols.chunking import Chunking
 from simquant.protocols.decode import decode_exact
-from simquant.protocols.steps import Steps
 from simquant.protocols.two_sided_attention import encoded_ends
 from simquant.simulate import simulate
 from simquant.usage import Usage
@@ -36,18 +36,18 @@ class Protocol:
         step by step through a packed cache. The last two agree up to rounding.
     policy : CachePolicy
         Which tokens stay exact.
-    steps : Steps
+    steps : Chunking
         How the text enters the cache; 'full' has no steps.
     """
 
     name: ProtocolName
     policy: CachePolicy
-    steps: Steps = field(default_factory=Steps)
+    steps: Chunking = field(default_factory=Chunking)
 
     def __post_init__(self) -> None:
         if self.name not in get_args(ProtocolName):
             raise ValueError(f"protocol: expected one of {', '.join(get_args(ProtocolName))}; got {self.name!r}")
-        if self.name == "full" and not (self.policy.encodes_at_once and self.steps == Steps()):
+        if self.name == "full" and not (self.policy.encodes_at_once and self.steps == Chunking()):
             raise ValueError(
                 f"protocol: 'full' quantizes every token but the sinks in one pass; got {self.policy.describe()}, "
                 f"{self.steps.describe()}. Use the protocol 'decode', or drop windows and steps."

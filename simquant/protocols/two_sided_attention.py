@@ -5,11 +5,13 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from simquant.cache.attention.block_attention import Scoring, widened
-from simquant.policy.policy import CachePolicy, Window
-from simquant.protocols.steps import Steps
+from simquant.policy.policy import CachePolicy, ResidualWindow
+from simquant.protocols.chunking import Chunking
 
 
-def encoded_tokens(window: Window, policy: CachePolicy, steps: Steps, n_tokens: int) -> Bool[Tensor, "queries tokens"]:
+def encoded_tokens(
+    window: ResidualWindow, policy: CachePolicy, steps: Chunking, n_tokens: int
+) -> Bool[Tensor, "queries tokens"]:
     """Which tokens (columns) a cache has encoded when each token (row) is read: a band below the diagonal.
 
     Parameters
@@ -21,14 +23,16 @@ def encoded_tokens(window: Window, policy: CachePolicy, steps: Steps, n_tokens: 
     return (tokens >= policy.sink_tokens) & (tokens < encoded_ends(window, policy, steps, n_tokens)[:, None])
 
 
-def encoded_ends(window: Window, policy: CachePolicy, steps: Steps, n_tokens: int) -> Int64[Tensor, " tokens"]:
+def encoded_ends(
+    window: ResidualWindow, policy: CachePolicy, steps: Chunking, n_tokens: int
+) -> Int64[Tensor, " tokens"]:
     """Where the tokens end that a cache has encoded when each token is read; they begin after the sinks.
 
     Parameters
     ----------
-    window, policy : Window, CachePolicy
+    window, policy : ResidualWindow, CachePolicy
         The window of keys or of values; sinks, and whether the first step reads exact tokens, are the policy's.
-    steps : Steps
+    steps : Chunking
         How the text enters the cache.
     n_tokens : int
         Length of the text.

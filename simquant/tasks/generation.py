@@ -10,7 +10,7 @@ from torch import nn
 
 from artifacts.model.evidence import text_config
 from artifacts.model.transformers_release import cache_argument, returned_cache
-from simquant.protocols.steps import Steps
+from simquant.protocols.chunking import Chunking
 from simquant.tasks.errors import TaskError
 from simquant.tasks.item import Item
 
@@ -35,7 +35,7 @@ class Answer:
     n_prompt_tokens: int
 
 
-def answer(model: nn.Module, tokenizer: Any, item: Item, *, cache: Any = None, steps: Steps | None = None) -> Answer:
+def answer(model: nn.Module, tokenizer: Any, item: Item, *, cache: Any = None, steps: Chunking | None = None) -> Answer:
     """The likeliest token after the prompt, then after that, and so on.
 
     Parameters
@@ -48,7 +48,7 @@ def answer(model: nn.Module, tokenizer: Any, item: Item, *, cache: Any = None, s
         Prompt, stop strings and longest answer.
     cache : object
         An empty cache; None is the model's own, which keeps everything exact.
-    steps : Steps or None
+    steps : Chunking or None
         How the prompt enters the cache; None is all at once.
 
     Raises
@@ -78,7 +78,7 @@ def continue_greedily(
     max_new_tokens: int,
     is_over: Callable[[Sequence[int]], bool],
     cache: Any = None,
-    steps: Steps | None = None,
+    steps: Chunking | None = None,
 ) -> list[int]:
     """The tokens that a model adds to a prompt, until `is_over` says so of them."""
     device = next(model.parameters()).device

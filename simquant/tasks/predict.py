@@ -14,8 +14,8 @@ from artifacts.sites import Site
 from simquant.cache.packed import packed_cache
 from simquant.policy.checks import default_policy
 from simquant.policy.policy import CachePolicy
+from simquant.protocols.chunking import Chunking
 from simquant.protocols.protocol import Protocol
-from simquant.protocols.steps import Steps
 from simquant.tasks.errors import TaskError
 from simquant.tasks.generation import Answer, answer, prompt_tokens
 from simquant.tasks.item import Item
@@ -38,7 +38,7 @@ def predict(
     path: Path,
     *,
     policy: CachePolicy | None = None,
-    steps: Steps | None = None,
+    steps: Chunking | None = None,
     progress: Progress = iter,
 ) -> None:
     """Asks both models every item, and goes on where an earlier run stopped.
@@ -60,7 +60,7 @@ def predict(
         File of predictions; answers that it holds are not asked for again.
     policy : CachePolicy or None
         Which tokens stay exact; None takes what the artifact says.
-    steps : Steps or None
+    steps : Chunking or None
         How a prompt enters the cache; None is all at once. Answers are always token by token.
     progress : callable
         Wraps the items of a task, for a progress bar.
@@ -101,7 +101,7 @@ class _Speakers:
         tokenizer: Any,
         quantizers: Mapping[Site, Quantizer],
         policy: CachePolicy,
-        steps: Steps | None,
+        steps: Chunking | None,
     ) -> None:
         self._model, self._tokenizer, self._steps = model, tokenizer, steps
         self._quantizers, self._policy = quantizers, policy
@@ -146,7 +146,7 @@ class _Speakers:
 
     def _reads_codes(self, found: Answer) -> bool:
         """Whether a token of the answer is predicted from keys or values that have codes."""
-        steps = self._steps or Steps(prefill_tokens=found.n_prompt_tokens)
+        steps = self._steps or Chunking(prefill_tokens=found.n_prompt_tokens)
         protocol = Protocol(name="cache", policy=self._policy, steps=steps)
         windows = {layer.layer: layer.sliding_window for layer in self._layers}
         n_answer = len(found.tokens)

@@ -12,7 +12,7 @@ from artifacts.sites import Site
 from artifacts.storage import canonical_json
 from simquant.evaluation.report import cache_phrases
 from simquant.policy.policy import CachePolicy
-from simquant.protocols.steps import Steps
+from simquant.protocols.chunking import Chunking
 
 _SHOWN = 12
 """Hexadecimal digits of a digest: two runs meet by chance once in 10^14."""
@@ -33,7 +33,7 @@ def quantized_line(
     layers: tuple[AttentionLayer, ...],
     quantizers: Mapping[Site, Quantizer],
     policy: CachePolicy,
-    steps: Steps | None,
+    steps: Chunking | None,
 ) -> str:
     """Of a model that answers through a packed cache."""
     prompt = "the whole prompt in one step" if steps is None else f"the prompt {steps.describe()}"

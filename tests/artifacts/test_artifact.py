@@ -39,7 +39,7 @@ from artifacts.errors import (
     UnsupportedVersionError,
 )
 from artifacts.inspect import differences
-from artifacts.manifest import Corpus, Manifest
+from artifacts.manifest import CorpusRecord, Manifest
 from artifacts.quantizer import Quantizer
 from artifacts.quantizers.affine import Affine
 from artifacts.quantizers.codebook import Codebook, DynamicCodebook
@@ -62,7 +62,7 @@ def manifest(quantizers: dict[Site, Quantizer]) -> Manifest:
         specs={site: quantizer.spec for site, quantizer in quantizers.items()},
         model={"model_type": "llama", "n_layers": 3, "rope": {"theta": 10000.0}, "tokenizer": "ab12"},
         model_id="demo",
-        corpus=Corpus(name="text.txt", digest="cd34", n_windows=4, n_tokens=64, seqlen=16, seed=0),
+        corpus=CorpusRecord(name="text.txt", digest="cd34", n_windows=4, n_tokens=64, seqlen=16, seed=0),
         recipe={"name": "made-up", "source": "tests"},
         sink_tokens=1,
         fit_sources={str(site): "nothing" for site in quantizers},

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from artifacts.errors import MismatchError, UnsupportedModelError
-from artifacts.model.attention import AttentionLayer, Tap, attention_layers, rotate, site_table, tapped
+from artifacts.model.attention import AttentionLayer, Hook, attention_layers, hooked, rotate, site_table
 from artifacts.model.transformers_release import cache_argument, returned_cache
 from artifacts.sites import Site
 
@@ -111,7 +111,7 @@ def run(model: PreTrainedModel) -> tuple[Tensor, DynamicCache]:
 def observe(kind: str, *sites: Site) -> tuple[dict[Site, Tensor], DynamicCache]:
     model, layers = supported(kind)
     seen: dict[Site, Tensor] = {}
-    with tapped(layers, {site: lambda x, site=site: seen.update({site: x.clone()}) for site in sites}):
+    with hooked(layers, {site: lambda x, site=site: seen.update({site: x.clone()}) for site in sites}):
         _, stored = run(model)
     return seen, stored
 
@@ -153,7 +153,7 @@ def test_layers_describe_the_model(kind: str) -> None:
 def test_identity_is_bit_identical(kind: str, answer: Callable[[Tensor], Tensor | None]) -> None:
     model, layers = supported(kind)
     expected, _ = run(model)
-    with tapped(layers, dict.fromkeys((KEY, ROTATED, VALUE, QUERY), answer)):
+    with hooked(layers, dict.fromkeys((KEY, ROTATED, VALUE, QUERY), answer)):
         logits, _ = run(model)
     assert torch.equal(logits, expected)
 
@@ -163,7 +163,7 @@ def test_identity_is_bit_identical(kind: str, answer: Callable[[Tensor], Tensor 
 def test_a_replacement_is_what_is_stored_and_attended_to(kind: str, site: Site) -> None:
     model, layers = supported(kind)
     expected, before = run(model)
-    with tapped(layers, {site: torch.zeros_like}):
+    with hooked(layers, {site: torch.zeros_like}):
         logits, after = run(model)
     pairs = {
         tensor: (getattr(before.layers[1], tensor), getattr(after.layers[1], tensor)) for tensor in ("keys", "values")
@@ -181,7 +181,7 @@ def test_a_replacement_is_what_is_stored_and_attended_to(kind: str, site: Site) 
 def test_a_replacement_goes_on_unchanged(kind: str) -> None:
     model, layers = supported(kind)
     x = {site: torch.randn(2, 2, 7, layers[1].head_dim) for site in (KEY, VALUE)}
-    with tapped(layers, {site: lambda _, site=site: x[site] for site in x}):
+    with hooked(layers, {site: lambda _, site=site: x[site] for site in x}):
         _, stored = run(model)
     assert torch.equal(stored.layers[1].values, x[VALUE])
     turned = rotate(x[KEY], *tables(model, layers[1]), layers[1].rotation)
@@ -202,7 +202,7 @@ def test_generation(kind: str) -> None:
     options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "use_cache": True}
     expected = model.generate(IDS, attention_mask=torch.ones_like(IDS), **options)
     lengths: dict[Site, list[int]] = {site: [] for site in (KEY, ROTATED, VALUE)}
-    with tapped(layers, {site: lambda x, site=site: lengths[site].append(x.shape[2]) for site in lengths}):
+    with hooked(layers, {site: lambda x, site=site: lengths[site].append(x.shape[2]) for site in lengths}):
         tokens = model.generate(IDS, attention_mask=torch.ones_like(IDS), **options)
     assert torch.equal(tokens, expected)
     assert all(steps == [7, 1, 1] for steps in lengths.values())
@@ -215,9 +215,9 @@ def test_no_hook_survives_an_exception(site: Site) -> None:
     def fail(x: Tensor) -> None:
         raise ZeroDivisionError
 
-    with tapped(layers, {site: fail}):
+    with hooked(layers, {site: fail}):
         assert n_hooks(model) > 0
-    with pytest.raises(ZeroDivisionError), tapped(layers, {site: fail}):
+    with pytest.raises(ZeroDivisionError), hooked(layers, {site: fail}):
         run(model)
     assert n_hooks(model) == 0
 
@@ -227,7 +227,7 @@ def test_no_hook_survives_a_failed_registration() -> None:
     unknown = Site(7, "key", "pre_rope")
     with (
         pytest.raises(MismatchError, match=r"layers\.7\.key\.pre_rope: .*\[0, 1\]; got layer 7"),
-        tapped(layers, {KEY: torch.zeros_like, ROTATED: torch.zeros_like, unknown: torch.zeros_like}),
+        hooked(layers, {KEY: torch.zeros_like, ROTATED: torch.zeros_like, unknown: torch.zeros_like}),
     ):
         pass
     assert n_hooks(model) == 0
@@ -237,13 +237,13 @@ def test_no_hook_survives_a_failed_registration() -> None:
 @pytest.mark.parametrize("damage", [lambda x: x[..., :1], lambda x: x.double(), lambda x: x.transpose(1, 2)])
 def test_a_replacement_of_another_kind_is_refused(site: Site, damage: Callable[[Tensor], Tensor]) -> None:
     model, layers = supported("llama")
-    with pytest.raises(MismatchError, match=f"^{site}: "), tapped(layers, {site: damage}):
+    with pytest.raises(MismatchError, match=f"^{site}: "), hooked(layers, {site: damage}):
         run(model)
 
 
 def test_rotated_queries_cannot_be_replaced() -> None:
     model, layers = supported("llama")
-    with pytest.raises(TypeError, match=r"layers\.1\.query\.post_rope"), tapped(layers, {ROTATED_QUERY: lambda x: x}):
+    with pytest.raises(TypeError, match=r"layers\.1\.query\.post_rope"), hooked(layers, {ROTATED_QUERY: lambda x: x}):
         run(model)
 
 
@@ -252,9 +252,9 @@ def test_rotated_queries_cannot_be_replaced() -> None:
 def test_outer_contexts_come_first(kind: str, site: Site) -> None:
     model, layers = supported(kind)
     _, before = run(model)
-    with tapped(layers, {site: lambda x: x + 1}), tapped(layers, {site: torch.zeros_like}):
+    with hooked(layers, {site: lambda x: x + 1}), hooked(layers, {site: torch.zeros_like}):
         _, zeroed = run(model)
-    with tapped(layers, {site: torch.zeros_like}), tapped(layers, {site: lambda x: x + 1}):
+    with hooked(layers, {site: torch.zeros_like}), hooked(layers, {site: lambda x: x + 1}):
         _, ones = run(model)
     name = "values" if site == VALUE else "keys"
     assert not getattr(zeroed.layers[1], name).any()
@@ -265,7 +265,7 @@ def test_outer_contexts_come_first(kind: str, site: Site) -> None:
 
 def test_post_rope_without_a_cache() -> None:
     model, layers = supported("llama")
-    with torch.no_grad(), tapped(layers, {ROTATED: torch.zeros_like}):
+    with torch.no_grad(), hooked(layers, {ROTATED: torch.zeros_like}):
         bare = model(IDS, use_cache=False).logits
         assert torch.equal(bare, run(model)[0])
 
@@ -273,19 +273,19 @@ def test_post_rope_without_a_cache() -> None:
 @pytest.mark.parametrize("layout", ["flat", "tokens_first", "heads_first"])
 def test_write_then_read(layout: str) -> None:
     shape = {"flat": (2, 5, 12), "tokens_first": (2, 5, 3, 4), "heads_first": (2, 3, 5, 4)}[layout]
-    tap, output = Tap(nn.Identity(), None, 3, 4, layout), torch.randn(shape)
+    hook, output = Hook(nn.Identity(), None, 3, 4, layout), torch.randn(shape)
     x, untouched = torch.randn(2, 3, 5, 4), output.clone()
-    assert torch.equal(tap.read(tap.write(output, x)), x)
-    assert torch.equal(tap.write(output, tap.read(output)), output)
+    assert torch.equal(hook.read(hook.write(output, x)), x)
+    assert torch.equal(hook.write(output, hook.read(output)), output)
     assert torch.equal(output, untouched)
-    assert tap.read(output).data_ptr() == output.data_ptr()
+    assert hook.read(output).data_ptr() == output.data_ptr()
 
 
 def test_a_fused_projection_changes_in_its_columns_only() -> None:
-    tap, output = Tap(nn.Identity(), (slice(4, 10),), 2, 3, "flat"), torch.randn(2, 5, 16)
+    hook, output = Hook(nn.Identity(), (slice(4, 10),), 2, 3, "flat"), torch.randn(2, 5, 16)
     x, untouched = torch.randn(2, 2, 5, 3), output.clone()
-    written = tap.write(output, x)
-    assert torch.equal(tap.read(written), x)
+    written = hook.write(output, x)
+    assert torch.equal(hook.read(written), x)
     assert torch.equal(written[..., :4], output[..., :4])
     assert torch.equal(written[..., 10:], output[..., 10:])
     assert torch.equal(output, untouched)
@@ -317,7 +317,7 @@ def test_sliding_windows() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "taps"),
+    ("kind", "hooks"),
     [
         ("llama", ("k_proj", "v_proj", "q_proj")),
         ("qwen3", ("k_norm", "v_proj", "q_norm")),
@@ -325,13 +325,13 @@ def test_sliding_windows() -> None:
         ("stablelm", ("k_layernorm", "v_proj", "q_layernorm")),
     ],
 )
-def test_the_table_names_the_taps(kind: str, taps: tuple[str, ...]) -> None:
+def test_the_table_names_the_hooks(kind: str, hooks: tuple[str, ...]) -> None:
     model, layers = supported(kind)
     rows = site_table(model)
     assert [(row.layer, row.name, row.status, row.why) for row in rows] == [
         (i, layers[i].name, "applied", "") for i in (0, 1)
     ]
-    assert [row.taps for row in rows] == [taps, taps]
+    assert [row.hooks for row in rows] == [hooks, hooks]
     assert [(row.kv_heads, row.head_dim) for row in rows] == [(2, layers[0].head_dim)] * 2
 
 
@@ -345,7 +345,7 @@ def test_unsupported_architectures_are_refused_with_a_reason(kind: str) -> None:
     rows = site_table(model)
     skipped = [row for row in rows if row.status == "skipped"]
     assert [row.layer for row in rows] == [0, 1]
-    assert all(row.why and row.kv_heads is None and row.taps == () for row in skipped)
+    assert all(row.why and row.kv_heads is None and row.hooks == () for row in skipped)
     assert {row.layer for row in skipped} == PARTS.get(kind, {0, 1})
     assert n_hooks(model) == 0
 

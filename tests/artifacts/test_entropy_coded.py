@@ -220,7 +220,7 @@ def test_heads_that_repeat_each_other_are_fitted() -> None:
     """Half of the components of a layer hold rounding alone then."""
     x = falling(500)
     x[:, CHANNELS // 2 :] = x[:, : CHANNELS // 2]
-    estimator = RotatedEstimator(scope="layer", inner={"method": "entropy", "bits": 1.0})
+    estimator = RotatedEstimator(scope="layer", inner={"method": "entropy_coded", "bits": 1.0})
     quantizer = estimator.fit(trial_statistics(SHAPE).mapped(x)).quantizer
     assert 8 * quantizer.encode(x).nbytes / x.numel() == pytest.approx(1.0, rel=0.05)
 

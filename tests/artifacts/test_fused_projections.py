@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-from artifacts.model.attention import AttentionLayer, Tap, attention_layers, rotate, site_table, tapped
+from artifacts.model.attention import AttentionLayer, Hook, attention_layers, hooked, rotate, site_table
 from artifacts.model.rope import position_tables
 from artifacts.model.transformers_release import returned_cache
 from artifacts.quantizers.identity import Identity
@@ -91,7 +91,7 @@ def test_what_is_seen_is_what_the_cache_stores(name: str) -> None:
     handle = layers[1].module.register_forward_pre_hook(
         lambda module, args, kwargs: tables.append(position_tables(module, kwargs)), with_kwargs=True
     )
-    with tapped(layers, {s: lambda x, s=s: seen.update({s: x.clone()}) for s in (KEY, ROTATED, VALUE)}):
+    with hooked(layers, {s: lambda x, s=s: seen.update({s: x.clone()}) for s in (KEY, ROTATED, VALUE)}):
         _, keys, values = run(model)
     handle.remove()
     assert (layers[1].q_heads, layers[1].kv_heads, layers[1].head_dim) == (*FAMILIES[name][2], 8)
@@ -110,7 +110,7 @@ def test_what_is_seen_is_what_the_cache_stores(name: str) -> None:
 def test_identity_is_bit_identical(name: str, answer: Callable[[Tensor], Tensor | None]) -> None:
     model, layers = family(name)
     expected, _, _ = run(model)
-    with tapped(layers, dict.fromkeys((KEY, ROTATED, VALUE, QUERY), answer)):
+    with hooked(layers, dict.fromkeys((KEY, ROTATED, VALUE, QUERY), answer)):
         assert torch.equal(run(model)[0], expected)
 
 
@@ -132,7 +132,7 @@ def test_a_replacement_is_stored_and_changes_nothing_else(name: str, site: Site)
     model, layers = family(name)
     expected, keys, values = run(model)
     x = torch.randn(2, layers[1].kv_heads, keys.shape[2], layers[1].head_dim)
-    with tapped(layers, {site: lambda _: x}):
+    with hooked(layers, {site: lambda _: x}):
         logits, new_keys, new_values = run(model)
     (kept, old), new = ((new_values, values), new_keys) if site != VALUE else ((new_keys, keys), new_values)
     assert torch.equal(kept, old)
@@ -145,7 +145,7 @@ def test_a_replacement_is_stored_and_changes_nothing_else(name: str, site: Site)
 def test_what_keys_and_values_leave_of_a_projection_are_the_queries(name: str) -> None:
     model, layers = family(name)
     seen: list[Tensor] = []
-    with tapped(layers, {ROTATED_QUERY: lambda x: seen.append(x.clone())}), scaled_dot_product_queries() as queries:
+    with hooked(layers, {ROTATED_QUERY: lambda x: seen.append(x.clone())}), scaled_dot_product_queries() as queries:
         run(model)
     assert torch.equal(seen[0], queries[1])
 
@@ -153,18 +153,18 @@ def test_what_keys_and_values_leave_of_a_projection_are_the_queries(name: str) -
 def test_a_fused_projection_may_take_turns_between_the_three() -> None:
     shares = [[f"{start + first}:{start + first + 8}" for start in range(0, 96, 24)] for first in (8, 16, 0)]
     expected = tuple(f"query_key_value[{', '.join(share)}]" for share in shares)
-    assert {row.taps for row in site_table(family("gpt_neox")[0])} == {expected}
+    assert {row.hooks for row in site_table(family("gpt_neox")[0])} == {expected}
 
 
 def test_columns_in_several_places_are_read_and_written_in_the_order_of_the_heads() -> None:
-    tap, output = Tap(nn.Identity(), (slice(6, 9), slice(0, 3)), 2, 3, "flat"), torch.randn(2, 5, 12)
+    hook, output = Hook(nn.Identity(), (slice(6, 9), slice(0, 3)), 2, 3, "flat"), torch.randn(2, 5, 12)
     x, untouched = torch.randn(2, 2, 5, 3), output.clone()
-    assert torch.equal(tap.read(output)[:, 1], output[..., :3])
-    written = tap.write(output, x)
-    assert torch.equal(tap.read(written), x)
+    assert torch.equal(hook.read(output)[:, 1], output[..., :3])
+    written = hook.write(output, x)
+    assert torch.equal(hook.read(written), x)
     assert torch.equal(written[..., 3:6], output[..., 3:6])
     assert torch.equal(output, untouched)
-    assert torch.equal(tap.write(output, tap.read(output)), output)
+    assert torch.equal(hook.write(output, hook.read(output)), output)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

@@ -46,7 +46,7 @@ def half_up(x: float) -> np.float32:
 
 
 def naive(q: Streaming, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Steps, scales and widths of all values, chunk by chunk and group by group, from the published description."""
+    """Chunking, scales and widths of all values, chunk by chunk and group by group, from the published description."""
     steps, scales, widths = np.zeros_like(x), np.zeros_like(x), np.zeros(x.shape, int)
     relative, absolute = (t or np.inf for t in (q.outlier_threshold_relative, q.outlier_threshold_abs))
     for channels in np.split(np.arange(x.shape[1]), q.groups or x.shape[1]):

@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 import calib.capture
 from artifacts.artifact import Artifact
 from artifacts.errors import MismatchError, NonFiniteError, UnsupportedModelError
-from artifacts.model.attention import attention_layers, tapped
+from artifacts.model.attention import attention_layers, hooked
 from artifacts.model.layout import to_rows
 from artifacts.sites import Site, Stage
 from calib import calibrate
@@ -78,7 +78,7 @@ def assert_same_fisher(found: ModelStatistics, expected: ModelStatistics) -> Non
         for name in FISHER:
             for key, tensor in other.statistics[name].state().items():
                 assert_close(own.statistics[name].state()[key].double(), tensor.double())
-        for name in ("rows", "head_rows", "row_gradients", "head_gradients"):
+        for name in ("rows", "first_rows", "row_gradients", "first_gradients"):
             assert torch.equal(own.samples[name], other.samples[name]), name
 
 
@@ -102,7 +102,7 @@ def test_gradients_are_finite_differences_of_the_summed_loss(
             moved.view(-1)[entry] += step
             return moved.transpose(1, 2)
 
-        with torch.no_grad(), tapped(layers, {site: nudged}):
+        with torch.no_grad(), hooked(layers, {site: nudged}):
             likelihoods = model(input_ids=ids).logits.log_softmax(-1)
         return -float(likelihoods[:, :-1].gather(2, ids[:, 1:, None]).sum())
 
@@ -123,15 +123,18 @@ def test_norms_and_fused_projections_have_the_gradients_of_a_bare_backward_pass(
     layers, ids, outputs = attention_layers(model), windows_of(2, n_tokens=12), {}
     _, gradients = capture_with_gradients(model, layers, cached(), ids)
     for layer in layers:
-        for tap in (layer.key, layer.value):
-            tap.module.register_forward_hook(lambda module, _, output: outputs.update({module: output}))
+        for hook in (layer.key, layer.value):
+            hook.module.register_forward_hook(lambda module, _, output: outputs.update({module: output}))
     output = model(input_ids=ids, use_cache=False)
     for tensor in outputs.values():
         tensor.retain_grad()
     nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").backward()
     for layer in layers:
-        for tap, site in ((layer.key, Site(layer.layer, "key", "pre_rope")), (layer.value, Site(layer.layer, "value"))):
-            assert_close(gradients[site], to_rows(tap.read(outputs[tap.module].grad)), rtol=1e-5)
+        for hook, site in (
+            (layer.key, Site(layer.layer, "key", "pre_rope")),
+            (layer.value, Site(layer.layer, "value")),
+        ):
+            assert_close(gradients[site], to_rows(hook.read(outputs[hook.module].grad)), rtol=1e-5)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])  # in eager, padding on the left reads what comes after it

@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 from artifacts.artifact import Artifact, load, save
 from artifacts.codes import Codes
 from artifacts.errors import MismatchError, NonFiniteError
-from artifacts.model.attention import attention_layers, tapped
+from artifacts.model.attention import attention_layers, hooked
 from artifacts.model.layout import to_rows
 from artifacts.quantizer import Quantizer
 from artifacts.quantizers.affine import Affine
@@ -40,7 +40,7 @@ from kvgauge.cli.options.recipe import recipe_changes
 from simquant.cache.packed import packed_cache
 from simquant.evaluation.attention_inputs import attention_inputs
 from simquant.evaluation.site_errors import attention_errors
-from simquant.policy.policy import CachePolicy, Window
+from simquant.policy.policy import CachePolicy, ResidualWindow
 from simquant.simulate import simulate
 
 KEY0, VALUE0, KEY1, VALUE1 = (
@@ -295,7 +295,7 @@ def test_two_tokens_predict_nothing() -> None:
 
 # ---- the estimator
 
-INNER = {"method": "allotted", "bits": 2.0}
+INNER = {"method": "mixed_codebook", "bits": 2.0}
 
 
 def fitted(estimator: PredictedEstimator, u: Tensor, x: Tensor) -> Fit:
@@ -433,9 +433,9 @@ def test_a_model_reads_what_the_chain_decodes(model: LlamaForCausalLM, artifact:
     policy = CachePolicy(sink_tokens=3)
     with (
         torch.no_grad(),
-        tapped(layers, {site: keeper(given, site) for site in artifact}),
+        hooked(layers, {site: keeper(given, site) for site in artifact}),
         simulate(model, artifact, policy=policy, layers=layers) as usage,
-        tapped(layers, {site: keeper(read, site) for site in artifact}),
+        hooked(layers, {site: keeper(read, site) for site in artifact}),
     ):
         model(windows[:2])
     decoded: dict[Site, Tensor] = {}
@@ -510,7 +510,7 @@ def test_moments_between_sites_are_missed_by_name(model: LlamaForCausalLM, windo
 def test_a_cache_refuses_what_it_cannot_keep(model: LlamaForCausalLM, artifact: Artifact, windows: Tensor) -> None:
     with (
         pytest.raises(MismatchError, match="Use one window for keys and values"),
-        packed_cache(model, artifact, policy=CachePolicy(values=Window(residual_tokens=3))),
+        packed_cache(model, artifact, policy=CachePolicy(values=ResidualWindow(residual_tokens=3))),
     ):
         pass
 
@@ -535,7 +535,7 @@ def test_a_budget_is_met_in_stored_bytes(
 
 
 def test_a_budget_is_for_sites_that_allot_levels(statistics: ModelStatistics) -> None:
-    with pytest.raises(RecipeError, match="target_bits is shared out; key needs an entry with method: allotted or"):
+    with pytest.raises(RecipeError, match="target_bits is shared out; key needs an entry with method: mixed_codebook"):
         load_recipe("kvquant-3").edited({"target_bits": 2.0})
     exact = load_recipe("predictive").edited({"target_bits": 2.0, "exclude": ["layers.0.key*"]})
     with pytest.raises(RecipeError, match=r"layers\.0\.key\.pre_rope: target_bits"):
@@ -546,7 +546,7 @@ def test_a_budget_is_for_sites_that_allot_levels(statistics: ModelStatistics) ->
 
 def test_streams_share_a_budget_by_nearly_one_step(statistics: ModelStatistics) -> None:
     """As wide for every site, in shares of what its tokens vary by: then the last bit saves as much anywhere."""
-    coded = {"inner": {"inner": {"method": "entropy", "bits": 1.0}}}
+    coded = {"inner": {"inner": {"method": "entropy_coded", "bits": 1.0}}}
     artifact = fit(statistics, load_recipe("predictive").edited({"key": coded, "value": coded, "target_bits": 1.5}))
     bits = torch.tensor([q.spec.bits for q in artifact.values()])
     assert float(bits.mean()) == pytest.approx(1.5, abs=0.15)
@@ -585,7 +585,7 @@ def test_few_windows_never_make_it_worse_than_no_prediction(model: LlamaForCausa
         {tensor: getattr(recipe, tensor).inner.model_dump(mode="json") for tensor in ("key", "value")}
     )
     artifacts = [fit(few, one) for one in (recipe, plain)]
-    with torch.no_grad(), tapped(layers, {site: keeper(rows, site) for site in artifacts[0]}):
+    with torch.no_grad(), hooked(layers, {site: keeper(rows, site) for site in artifacts[0]}):
         model(windows[1:])
     with_prediction, without = (total_error(artifact, rows) for artifact in artifacts)
     assert with_prediction < 1.05 * without

@@ -465,7 +465,7 @@ def test_the_reservoir_overflows_alike_in_any_order(
     merged = gathered(tiny_llama, windows[1::2])
     merged.merge(gathered(tiny_llama, windows[::2]))
     assert_same_model(merged, whole)
-    assert len(whole.sites[Site(0, "value")].rows) == len(whole.sites[Site(0, "value")].head_rows) == 30
+    assert len(whole.sites[Site(0, "value")].rows) == len(whole.sites[Site(0, "value")].first_rows) == 30
     assert not whole.exact_head
 
 
@@ -540,11 +540,11 @@ def test_padding_never_enters(tiny_llama: LlamaForCausalLM, side: str) -> None:
     collect(tiny_llama, layers, padded, [(ids, mask)])
     assert (padded.n_tokens, padded.seqlen, padded.windows) == (52, 30, alone.windows)
     assert torch.equal(padded.sample.priorities, alone.sample.priorities)
-    assert torch.equal(padded.head.positions, alone.head.positions)
+    assert torch.equal(padded.first.positions, alone.first.positions)
     for site, own in padded.sites.items():
         other = alone.sites[site]
         assert torch.equal(own.moments.n_tokens, other.moments.n_tokens)
-        for name in ("rows", "head_rows"):
+        for name in ("rows", "first_rows"):
             torch.testing.assert_close(getattr(own, name), getattr(other, name), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(own.moments.products, other.moments.products, rtol=1e-4, atol=1e-4)
         if site.tensor != "query":
@@ -777,7 +777,7 @@ def test_statistics_that_were_stopped_within_a_window_are_not_saved(
     def stop(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("calib.statistics.site_statistics.SiteStatistics.keep_head_rows", stop)
+    monkeypatch.setattr("calib.statistics.site_statistics.SiteStatistics.keep_first_rows", stop)
     with pytest.raises(KeyboardInterrupt):
         add_windows(tiny_llama, attention_layers(tiny_llama), statistics, windows_of(2)[1:])
     assert not statistics.is_whole

@@ -68,7 +68,7 @@ def values(recipe: Recipe, name: str) -> set[Any]:
         ("correction", "turboquant-2", "correct", "true"),
         ("correction", "kvquant-2-1pct-qnorm", "qnorm", "true"),
         ("clipping", "quarot-4", "clip_ratio", "0.95"),
-        ("allotment", "eigen", "method", '"allotted"'),
+        ("allotment", "eigen", "method", '"mixed_codebook"'),
         ("prediction", "predictive", "method", '"predicted"'),
     ],
 )

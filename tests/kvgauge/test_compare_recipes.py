@@ -359,7 +359,7 @@ def test_the_first_line_tells_how_to_mend_it(
 ) -> None:
     found, out, err = compare(more)
     assert (found, out) == (status, "")
-    [line] = [line for line in err.splitlines() if line.startswith("compare_recipes: ")]
+    [line] = [line for line in err.splitlines() if line.startswith("kvgauge compare: ")]
     assert said in line
 
 

@@ -14,11 +14,13 @@ from calib.recipe.recipe import Recipe, RecipeError, load_recipe
 from kvgauge.cli import evaluate as evaluate_program
 from kvgauge.cli.options.protocol import add_protocol_options, protocol_settings
 from kvgauge.terminal.console import UsageError
-from simquant import CachePolicy, Eviction, Window, decode_exact, packed_cache
+from simquant import CachePolicy, Eviction, ResidualWindow, decode_exact, packed_cache
 from simquant.policy.checks import default_policy
 
 KIVI = {"residual_tokens": 1, "block_tokens": 8, "values": {"residual_tokens": 9}, "exact_prefill": True}
-KIVI_POLICY = CachePolicy(residual_tokens=1, block_tokens=8, values=Window(residual_tokens=9), exact_prefill=True)
+KIVI_POLICY = CachePolicy(
+    residual_tokens=1, block_tokens=8, values=ResidualWindow(residual_tokens=9), exact_prefill=True
+)
 IDS = torch.randint(3, 64, (1, 30), generator=torch.Generator().manual_seed(1))
 
 
@@ -118,7 +120,7 @@ def test_a_recipe_says_how_its_codes_are_meant_to_be_used() -> None:
     assert recipe.cache is not None
     found = CachePolicy.from_entry(recipe.cache.model_dump(), 0)
     assert found == CachePolicy(
-        residual_tokens=1, block_tokens=128, values=Window(residual_tokens=129), exact_prefill=True
+        residual_tokens=1, block_tokens=128, values=ResidualWindow(residual_tokens=129), exact_prefill=True
     )
     with pytest.raises(RecipeError, match=r"cache\.block_tokens"):
         recipe.edited({"cache": {"block_tokens": 0}})
@@ -137,7 +139,7 @@ def test_an_artifact_carries_its_policy(tiny_llama: LlamaForCausalLM) -> None:
     with packed_cache(tiny_llama, artifact) as new:
         cache = new()
         first = step(tiny_llama, cache, IDS)
-        key, value = cache.layers[0].store.streams[0].stores()
+        key, value = cache.layers[0].store.sequences[0].stores()
         assert (key.n_encoded, value.n_encoded) == (24, 21)
     torch.testing.assert_close(first, tiny_llama(IDS).logits.detach(), rtol=1e-4, atol=1e-5)  # exact prefill
     with decode_exact(tiny_llama, artifact) as usage:

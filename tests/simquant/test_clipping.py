@@ -9,7 +9,7 @@ from test_quantizers import every_quantizer, make, tokens
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from artifacts.model.attention import attention_layers, tapped
+from artifacts.model.attention import attention_layers, hooked
 from artifacts.model.layout import to_rows
 from artifacts.quantizer import Quantizer
 from artifacts.quantizers.affine import Affine
@@ -105,7 +105,7 @@ def ends(model: LlamaForCausalLM, windows: Tensor, sink_tokens: int) -> dict[Sit
     seen: dict[Site, Tensor] = {}
     sites = list(everywhere(per_token))
     layers = attention_layers(model)
-    with tapped(layers, {s: lambda x, s=s: seen.update({s: to_rows(x[:, :, sink_tokens:])}) for s in sites}):
+    with hooked(layers, {s: lambda x, s=s: seen.update({s: to_rows(x[:, :, sink_tokens:])}) for s in sites}):
         model(windows)
     found: dict[Site, Quantizer] = {}
     for site, x in seen.items():

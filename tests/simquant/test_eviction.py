@@ -23,7 +23,7 @@ from simquant import (
     CacheStateError,
     Eviction,
     PackedCache,
-    Window,
+    ResidualWindow,
     decode_exact,
     from_scope_options,
     packed_cache,
@@ -31,7 +31,7 @@ from simquant import (
 )
 from simquant.cache.attention.block_attention import Scoring
 from simquant.cache.evictor import attention_received, pooled
-from simquant.cache.store.stream import Survivors
+from simquant.cache.store.cached_sequence import Survivors
 from simquant.cache.store.token_store import TokenStore
 from simquant.evaluation.attention_inputs import attention_inputs
 
@@ -57,7 +57,7 @@ def policy(**options: Any) -> CachePolicy:
 
 
 def survivors(cache: PackedCache, layer: int = 0, row: int = 0) -> Survivors:
-    found = cache.layers[layer].store.streams[row].survivors
+    found = cache.layers[layer].store.sequences[row].survivors
     assert found is not None
     return found
 
@@ -214,7 +214,7 @@ def test_budgets_are_kept_at_every_step(method: Any, later: Any, tiny_llama: Lla
                 assert len(numbers) == expected[layer]
                 assert numbers[-3:] == [37 + n_decoded, 38 + n_decoded, 39 + n_decoded]
                 assert later == "h2o" or sum(number < 40 for number in numbers) == cap
-                [stream] = cache.layers[layer].store.streams
+                [stream] = cache.layers[layer].store.sequences
                 assert {store.n_tokens for store in stream.stores()} == {len(numbers)}
 
 
@@ -258,7 +258,7 @@ def test_tokens_that_the_policy_keeps_exact_are_never_dropped(tiny_llama: LlamaF
             assert numbers[:3] == [0, 1, 2]
             assert numbers[-10:] == list(range(30 + n_decoded, 40 + n_decoded))
             assert len(numbers) == 16 + min(4, n_decoded)
-            [stream] = cache.layers[0].store.streams
+            [stream] = cache.layers[0].store.sequences
             assert (stream.key.n_exact, stream.value.n_exact) == (13, 13)
 
 
@@ -269,13 +269,13 @@ def test_tokens_that_share_scales_go_together(tiny_llama: LlamaForCausalLM) -> N
         sink_tokens=1,
         residual_tokens=1,
         block_tokens=8,
-        values=Window(residual_tokens=9),
+        values=ResidualWindow(residual_tokens=9),
         eviction=eviction(prefill="snapkv", prefill_tokens=18, decoding="slide", decoding_tokens=10),
     )
     with packed_cache(tiny_llama, quantizers, policy=rules) as new:
         cache, lengths = new(), []
         for _ in decoding(tiny_llama, cache):
-            [stream] = cache.layers[1].store.streams
+            [stream] = cache.layers[1].store.sequences
             numbers, end = held(cache, 1), stream.key.encoded_end
             groups = [numbers[i : i + 4] for i in range(1, end, 4)]
             assert all(group == list(range(group[0], group[0] + 4)) for group in groups)
@@ -305,7 +305,7 @@ def test_running_scales_lose_whole_chunks_and_go_on(wrapped: bool, stage: Any, t
         numbers = held(cache)
         groups = [numbers[i : i + 4] for i in range(1, len(numbers) - 3, 4)]
         assert all(group == list(range(group[0], group[0] + 4)) and group[0] % 4 == 1 for group in groups)
-        [before], [after] = full.layers[0].store.streams, cache.layers[0].store.streams
+        [before], [after] = full.layers[0].store.sequences, cache.layers[0].store.sequences
         assert 16 <= len(numbers) < 20
         assert torch.equal(after.value.read(0, len(numbers)), before.value.read(0, 40)[numbers])
         assert cache.nbytes < full.nbytes
@@ -329,7 +329,7 @@ def test_kept_tokens_are_as_they_were(method: Any, stage: Any, tiny_llama: Llama
         cache = new()
         step(tiny_llama, cache, PROMPT)
     for layer in range(2):
-        [before], [after] = full.layers[layer].store.streams, cache.layers[layer].store.streams
+        [before], [after] = full.layers[layer].store.sequences, cache.layers[layer].store.sequences
         every, numbers = slice(0, 40), held(cache, layer)
         one, other = full.layers[layer].store, cache.layers[layer].store
         rest = slice(0, len(numbers))
@@ -468,8 +468,8 @@ def test_layers_with_a_sliding_window_forget_by_themselves() -> None:
     with packed_cache(model, everywhere(per_token), policy=policy(prefill="streaming_llm")) as new:
         cache = new()
         step(model, cache, PROMPT)
-        assert cache.layers[0].store.streams[0].survivors is None
-        assert cache.layers[0].store.streams[0].key.n_tokens == 40
+        assert cache.layers[0].store.sequences[0].survivors is None
+        assert cache.layers[0].store.sequences[0].key.n_tokens == 40
         assert len(held(cache, 1)) == 16
     model = build("gemma3_text", layer_types=["sliding_attention", "sliding_attention"])
     with (

@@ -33,7 +33,7 @@ def chosen(keys: Tensor, n_smallest: int, sink_tokens: int) -> list[int]:
 
 
 def small(cache: PackedCache, layer: int = 0, row: int = 0) -> list[int]:
-    found = cache.layers[layer].store.streams[row].small
+    found = cache.layers[layer].store.sequences[row].small
     assert found is not None
     return found.numbers.tolist()
 
@@ -209,7 +209,7 @@ def test_a_sliding_window_forgets_kept_tokens_too(monkeypatch: pytest.MonkeyPatc
         cache = new()
         for chunk in IDS.split(1, dim=1):
             assert step(model, cache, chunk).isfinite().all()
-        sliding, full = (layer.store.streams[0].key for layer in cache.layers)
+        sliding, full = (layer.store.sequences[0].key for layer in cache.layers)
         assert sliding.n_small < full.n_small == len(small(cache, 1))
 
 
@@ -223,7 +223,7 @@ def test_eviction_never_drops_a_kept_token(make_one: Callable[[], Quantizer], ti
         for later in IDS[1:, :6].split(1, dim=1):
             step(tiny_llama, cache, later)
     for layer in range(2):
-        [stream] = cache.layers[layer].store.streams
+        [stream] = cache.layers[layer].store.sequences
         assert stream.survivors is not None
         numbers = stream.survivors.numbers.tolist()
         assert set(small(cache, layer)) <= set(numbers)

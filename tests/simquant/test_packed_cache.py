@@ -22,7 +22,7 @@ from artifacts.quantizers.dynamic_affine import DynamicAffine
 from artifacts.quantizers.identity import Identity
 from artifacts.quantizers.streaming import Streaming
 from artifacts.sites import Site, Stage
-from simquant import CachePolicy, CacheStateError, Window, packed_cache
+from simquant import CachePolicy, CacheStateError, ResidualWindow, packed_cache
 from simquant.cache.attention.block_attention import BlockAttention, Scoring
 from simquant.cache.store.token_store import TokenStore
 from simquant.policy.checks import check_cacheable, group_tokens
@@ -220,7 +220,7 @@ def test_sites_that_are_predicted_need_one_policy_for_all() -> None:
     quantizers = {Site(1, "value"): Predicting(channels=CHANNELS)}
     check_cacheable(quantizers, CachePolicy(block_tokens=4))
     with pytest.raises(MismatchError, match=r"predicted from layers\.0\.value, whose tokens must be encoded when"):
-        check_cacheable(quantizers, CachePolicy(values=Window(residual_tokens=1)))
+        check_cacheable(quantizers, CachePolicy(values=ResidualWindow(residual_tokens=1)))
 
 
 def test_the_group_of_several_quantizers_is_whole_for_each() -> None:
@@ -316,8 +316,8 @@ def test_a_left_padded_batch_gives_each_sequence_what_it_gets_alone(
         torch.testing.assert_close(batched[row][mask[row]], own[0], rtol=1e-4, atol=1e-4)
     for layer in range(2):
         for row, cache in enumerate(singles):
-            [stream] = cache.layers[layer].store.streams
-            other = together.layers[layer].store.streams[row]
+            [stream] = cache.layers[layer].store.sequences
+            other = together.layers[layer].store.sequences[row]
             assert (other.key.n_tokens, other.value.n_exact) == (stream.key.n_tokens, stream.value.n_exact)
             assert other.n_padding == 10 - stream.key.n_tokens
 
@@ -353,7 +353,7 @@ def test_a_sliding_window_forgets_what_it_has_passed(monkeypatch: pytest.MonkeyP
         cache = new()
         found = torch.cat([step(model, cache, chunk) for chunk in ids.split(1, dim=1)], 1)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-        sliding, full = (layer.store.streams[0].key for layer in cache.layers)
+        sliding, full = (layer.store.sequences[0].key for layer in cache.layers)
         assert sliding.n_tokens == full.n_tokens == full.n_encoded == 40
         assert sliding.n_encoded <= 4 + 3 * 4  # the window, and less than two blocks before it
         cache.crop(-4)
@@ -373,7 +373,7 @@ def test_exact_prefill_reads_exact_keys_and_values(stage: Stage, tiny_llama: Lla
             second = step(tiny_llama, cache, IDS[:, :1])
         assert torch.allclose(first, exact, atol=1e-5) == exact_prefill
         assert second.isfinite().all()
-        assert cache.layers[0].store.streams[0].key.n_encoded == 13
+        assert cache.layers[0].store.sequences[0].key.n_encoded == 13
 
 
 def test_exact_prefill_and_quantized_prefill_store_the_same_codes_in_the_first_layer(
@@ -384,7 +384,7 @@ def test_exact_prefill_and_quantized_prefill_store_the_same_codes_in_the_first_l
         with packed_cache(tiny_llama, everywhere(per_token), policy=CachePolicy(exact_prefill=exact_prefill)) as new:
             cache = new()
             step(tiny_llama, cache, IDS)
-            codes.append(cache.layers[0].store.streams[0].key.codes())
+            codes.append(cache.layers[0].store.sequences[0].key.codes())
     assert_same(all_codes(codes[0]), all_codes(codes[1]))
 
 
@@ -692,8 +692,8 @@ def test_a_policy_wants_counts(field: str) -> None:
     for value in (-1, True):
         with pytest.raises(ValueError, match=f"CachePolicy: {field} must be an integer from"):
             CachePolicy(**{field: value})
-    with pytest.raises(ValueError, match="Window: block_tokens must be an integer from 1; got 0"):
-        Window(block_tokens=0)
+    with pytest.raises(ValueError, match="ResidualWindow: block_tokens must be an integer from 1; got 0"):
+        ResidualWindow(block_tokens=0)
 
 
 @pytest.mark.parametrize("value", ["no", 1, None])
@@ -707,7 +707,7 @@ def test_an_exact_prefill_is_true_or_false(value: object) -> None:
 def test_a_policy_describes_itself() -> None:
     assert CachePolicy().describe() == "no token exempt"
     assert CachePolicy(sink_tokens=1, residual_tokens=8).describe() == "first token exact, last 8 tokens exact"
-    kivi = CachePolicy(residual_tokens=1, block_tokens=32, values=Window(residual_tokens=33))
+    kivi = CachePolicy(residual_tokens=1, block_tokens=32, values=ResidualWindow(residual_tokens=33))
     assert kivi.describe() == ("keys: last token exact and encoded in blocks of 32, values: last 33 tokens exact")
     assert [kivi.exact_tokens("key", n) for n in (32, 33, 64, 65)] == [32, 1, 32, 1]
     assert [kivi.exact_tokens("value", n) for n in (32, 33, 34)] == [32, 33, 33]

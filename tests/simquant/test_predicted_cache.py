@@ -14,7 +14,7 @@ from artifacts.errors import MismatchError
 from artifacts.model.attention import AttentionLayer, attention_layers
 from artifacts.model.transformers_release import cache_argument
 from calib import calibrate
-from simquant import CachePolicy, PackedCache, Steps, Window, packed_cache, simulate
+from simquant import CachePolicy, Chunking, PackedCache, ResidualWindow, packed_cache, simulate
 from simquant.policy.eviction import Eviction
 from simquant.protocols.decode import decode_exact
 
@@ -52,7 +52,7 @@ def logits(model: LlamaForCausalLM, cache: PackedCache, ids: Tensor, chunk: int 
 
 
 def codes_of(cache: PackedCache, row: int) -> list[Codes]:
-    found = [store.codes() for layer in cache.layers for store in layer.store.streams[row].stores()]
+    found = [store.codes() for layer in cache.layers for store in layer.store.sequences[row].stores()]
     return [codes for codes in found if codes is not None]
 
 
@@ -68,7 +68,7 @@ def test_every_protocol_reads_the_same(model: LlamaForCausalLM, artifact: Artifa
     with simulate(model, artifact, policy=AT_ONCE):
         full = model(IDS).logits
     for policy, expected in ((AT_ONCE, full), (POLICY, None)):
-        with decode_exact(model, artifact, policy=policy, steps=Steps()):
+        with decode_exact(model, artifact, policy=policy, steps=Chunking()):
             decoded = model(IDS).logits
         with packed_cache(model, artifact, policy=policy) as new_cache:
             stepwise = logits(model, new_cache(), IDS)
@@ -131,7 +131,7 @@ def test_beams_share_what_is_stored(model: LlamaForCausalLM, artifact: Artifact)
 @pytest.mark.parametrize(
     "policy",
     [
-        CachePolicy(values=Window(residual_tokens=3)),
+        CachePolicy(values=ResidualWindow(residual_tokens=3)),
         CachePolicy(keep_smallest_norm=2),
         CachePolicy(eviction=Eviction(decoding="slide")),
     ],

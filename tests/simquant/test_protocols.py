@@ -14,13 +14,22 @@ from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerB
 
 from artifacts.codes import Codes
 from artifacts.errors import MismatchError
-from artifacts.model.attention import AttentionLayer, attention_layers, tapped
+from artifacts.model.attention import AttentionLayer, attention_layers, hooked
 from artifacts.model.layout import to_rows
 from artifacts.model.transformers_release import cache_argument, returned_cache
 from artifacts.quantizer import Quantizer
 from artifacts.quantizers.sparse import PercentileSparse
 from artifacts.sites import Site, Stage
-from simquant import CachePolicy, NothingQuantizedError, Steps, Window, decode_exact, evaluate, packed_cache, simulate
+from simquant import (
+    CachePolicy,
+    Chunking,
+    NothingQuantizedError,
+    ResidualWindow,
+    decode_exact,
+    evaluate,
+    packed_cache,
+    simulate,
+)
 from simquant.cache.attention.block_attention import Scoring
 from simquant.policy.eviction import Eviction
 from simquant.policy.policy import TENSORS
@@ -31,13 +40,15 @@ POLICIES = {
     "all": CachePolicy(),
     "window": CachePolicy(sink_tokens=1, residual_tokens=5),
     "blocks": CachePolicy(sink_tokens=2, residual_tokens=3, block_tokens=8),
-    "kivi": CachePolicy(residual_tokens=1, block_tokens=8, values=Window(residual_tokens=9), exact_prefill=True),
+    "kivi": CachePolicy(
+        residual_tokens=1, block_tokens=8, values=ResidualWindow(residual_tokens=9), exact_prefill=True
+    ),
 }
 STEPS = {
-    "decoding": Steps(),
-    "chunks": Steps(prefill_tokens=4, chunk_tokens=4),
-    "prefill": Steps(prefill_tokens=21, chunk_tokens=1),
-    "whole": Steps(prefill_tokens=99),
+    "decoding": Chunking(),
+    "chunks": Chunking(prefill_tokens=4, chunk_tokens=4),
+    "prefill": Chunking(prefill_tokens=21, chunk_tokens=1),
+    "whole": Chunking(prefill_tokens=99),
 }
 IDS = torch.randint(3, 64, (2, 40), generator=torch.Generator().manual_seed(3))
 
@@ -54,7 +65,7 @@ def through_the_cache(
     model: nn.Module,
     quantizers: dict[Site, Quantizer],
     policy: CachePolicy,
-    steps: Steps,
+    steps: Chunking,
     ids: Tensor = IDS,
     layers: Sequence[AttentionLayer] | None = None,
 ) -> tuple[Tensor, dict[tuple[Site, int], Codes | None]]:
@@ -69,7 +80,7 @@ def through_the_cache(
 
 
 def both_ways(
-    model: nn.Module, quantizers: dict[Site, Quantizer], policy: CachePolicy, steps: Steps
+    model: nn.Module, quantizers: dict[Site, Quantizer], policy: CachePolicy, steps: Chunking
 ) -> tuple[Tensor, Tensor]:
     """Logits step by step and of one pass; in float64, so that rounding hardly ever moves a value to another code."""
     layers = attention_layers(model)
@@ -80,7 +91,7 @@ def both_ways(
 
 
 def streams(cache: object) -> list[tuple[object, int, object]]:
-    return [(layer.store, row, stream) for layer in cache.layers for row, stream in enumerate(layer.store.streams)]
+    return [(layer.store, row, stream) for layer in cache.layers for row, stream in enumerate(layer.store.sequences)]
 
 
 def equal_fraction(one: Codes | None, other: Codes | None) -> tuple[int, int]:
@@ -159,7 +170,7 @@ def test_the_first_layer_stores_the_codes_of_what_its_projections_return(
     quantizers, policy = everywhere(sparse_per_token, stage), POLICIES["window"]
     seen: dict[Site, Tensor] = {}
     sites = [site for site in quantizers if site.layer == 0]
-    with tapped(attention_layers(tiny_llama), {site: lambda x, site=site: seen.update({site: x}) for site in sites}):
+    with hooked(attention_layers(tiny_llama), {site: lambda x, site=site: seen.update({site: x}) for site in sites}):
         logits(tiny_llama, IDS[:1])
     _, codes = through_the_cache(tiny_llama, quantizers, policy, STEPS["whole"], IDS[:1])
     for site in sites:
@@ -170,8 +181,8 @@ def test_the_first_layer_stores_the_codes_of_what_its_projections_return(
 
 
 @both_stages
-@pytest.mark.parametrize("steps", [STEPS["decoding"], STEPS["prefill"], Steps(prefill_tokens=10, chunk_tokens=7)])
-def test_hardly_a_code_depends_on_the_chunking(steps: Steps, stage: Stage, tiny_llama: LlamaForCausalLM) -> None:
+@pytest.mark.parametrize("steps", [STEPS["decoding"], STEPS["prefill"], Chunking(prefill_tokens=10, chunk_tokens=7)])
+def test_hardly_a_code_depends_on_the_chunking(steps: Chunking, stage: Stage, tiny_llama: LlamaForCausalLM) -> None:
     """Products of other shapes round differently, which moves a value across a boundary now and then."""
     quantizers, policy = everywhere(sparse_per_token, stage), CachePolicy(sink_tokens=1)
     found = [through_the_cache(tiny_llama, quantizers, policy, each)[1] for each in (STEPS["whole"], steps)]
@@ -192,9 +203,9 @@ def test_a_trained_model_decodes_as_one_pass_says(
     for layer in layers:
         for site in (Site(layer.layer, "key", stage), Site(layer.layer, "value")):
             quantizers[site] = type(per_token())(channels=layer.channels, bits=4)
-    policy, steps = CachePolicy(sink_tokens=1, residual_tokens=8), Steps(prefill_tokens=32)
+    policy, steps = CachePolicy(sink_tokens=1, residual_tokens=8), Chunking(prefill_tokens=32)
     stepwise, codes = through_the_cache(model, quantizers, policy, steps, ids)
-    _, other = through_the_cache(model, quantizers, policy, Steps(prefill_tokens=96), ids)
+    _, other = through_the_cache(model, quantizers, policy, Chunking(prefill_tokens=96), ids)
     with decode_exact(model, quantizers, policy=policy, steps=steps):
         once = logits(model, ids)
     torch.testing.assert_close(once.log_softmax(-1), stepwise.log_softmax(-1), rtol=0, atol=1e-6)
@@ -206,7 +217,7 @@ def test_a_trained_model_decodes_as_one_pass_says(
 
 @every_policy
 @every_steps
-def test_the_band_is_what_a_cache_would_have_encoded(policy: CachePolicy, steps: Steps) -> None:
+def test_the_band_is_what_a_cache_would_have_encoded(policy: CachePolicy, steps: Chunking) -> None:
     for tensor in TENSORS:
         band = encoded_tokens(policy.window(tensor), policy, steps, 40)
         for start, end in steps.spans(40):
@@ -240,15 +251,15 @@ def test_each_query_reads_its_own_mixture(sinks: bool) -> None:
 
 
 def test_steps_cut_a_text() -> None:
-    assert Steps().spans(3) == [(0, 1), (1, 2), (2, 3)]
-    assert Steps(prefill_tokens=9).spans(3) == [(0, 3)]
+    assert Chunking().spans(3) == [(0, 1), (1, 2), (2, 3)]
+    assert Chunking(prefill_tokens=9).spans(3) == [(0, 3)]
     for steps in STEPS.values():
         spans = steps.spans(40)
         assert [token for start, end in spans for token in range(start, end)] == list(range(40))
         assert steps.held(40).tolist() == [end for start, end in spans for _ in range(start, end)]
     for field in ("prefill_tokens", "chunk_tokens"):
-        with pytest.raises(ValueError, match=f"Steps: {field} must be an integer from 1; got 0"):
-            Steps(**{field: 0})
+        with pytest.raises(ValueError, match=f"Chunking: {field} must be an integer from 1; got 0"):
+            Chunking(**{field: 0})
 
 
 # --- evaluation
@@ -257,7 +268,7 @@ def test_steps_cut_a_text() -> None:
 @pytest.mark.parametrize("protocol", ["decode", "cache"])
 def test_evaluation_agrees_and_names_its_protocol(protocol: str, tiny_llama: LlamaForCausalLM) -> None:
     quantizers, policy = everywhere(per_token), CachePolicy(sink_tokens=1, residual_tokens=4, exact_prefill=True)
-    steps = Steps(prefill_tokens=16)
+    steps = Chunking(prefill_tokens=16)
     found = evaluate(tiny_llama, IDS, quantizers, policy=policy, protocol=protocol, steps=steps, batch_size=2)
     with decode_exact(tiny_llama, quantizers, policy=policy, steps=steps):
         scores = logits(tiny_llama, IDS)[:, :-1]
@@ -295,10 +306,10 @@ def test_targets_that_an_exact_prefill_predicts_are_refused(protocol: str, tiny_
     settings = {"policy": CachePolicy(exact_prefill=True), "protocol": protocol}
     for prefill_tokens in (39, 40):  # the last token's query predicts no target
         with pytest.raises(NothingQuantizedError, match=rf"a scored target reads .*prefill of {prefill_tokens} tokens"):
-            evaluate(tiny_llama, IDS, everywhere(per_token), steps=Steps(prefill_tokens=prefill_tokens), **settings)
-    found = evaluate(tiny_llama, IDS, everywhere(per_token), steps=Steps(prefill_tokens=38), **settings)
+            evaluate(tiny_llama, IDS, everywhere(per_token), steps=Chunking(prefill_tokens=prefill_tokens), **settings)
+    found = evaluate(tiny_llama, IDS, everywhere(per_token), steps=Chunking(prefill_tokens=38), **settings)
     assert found.kl_mean > 0
-    sixteen = evaluate(tiny_llama, IDS, everywhere(identity), steps=Steps(prefill_tokens=40), **settings)
+    sixteen = evaluate(tiny_llama, IDS, everywhere(identity), steps=Chunking(prefill_tokens=40), **settings)
     assert sixteen.quantized_fraction == 0
 
 
@@ -308,7 +319,7 @@ SLIDING = [None, 4, 8, 40]
 @pytest.mark.parametrize("protocol", ["decode", "cache"])
 def test_a_layer_that_sees_exact_tokens_alone_is_refused(protocol: str) -> None:
     """A residual window as long as the sliding window: the loss was +0.000000, and nothing was said."""
-    model, settings = build("gemma3_text"), {"protocol": protocol, "steps": Steps(chunk_tokens=8)}
+    model, settings = build("gemma3_text"), {"protocol": protocol, "steps": Chunking(chunk_tokens=8)}
     policy = CachePolicy(sink_tokens=1, residual_tokens=4)
     with pytest.raises(NothingQuantizedError, match=r"last 4 tokens exact.* layer 0 sees 4 tokens back"):
         evaluate(model, IDS, everywhere(per_token), policy=policy, protocol=protocol)
@@ -321,7 +332,9 @@ def test_a_layer_that_sees_exact_tokens_alone_is_refused(protocol: str) -> None:
 @every_policy
 @every_steps
 @pytest.mark.parametrize("window", SLIDING)
-def test_codes_are_read_where_the_sliding_window_reaches(window: int | None, policy: CachePolicy, steps: Steps) -> None:
+def test_codes_are_read_where_the_sliding_window_reaches(
+    window: int | None, policy: CachePolicy, steps: Chunking
+) -> None:
     protocol = Protocol(name="decode", policy=policy, steps=steps)
     for tensor in TENSORS:
         for n_tokens, n_scored in ((9, 3), (23, 22), (40, 1)):
@@ -332,7 +345,7 @@ def test_codes_are_read_where_the_sliding_window_reaches(window: int | None, pol
 
 @every_policy
 @every_steps
-def test_codes_are_read_where_the_band_says_so(policy: CachePolicy, steps: Steps) -> None:
+def test_codes_are_read_where_the_band_says_so(policy: CachePolicy, steps: Chunking) -> None:
     protocol = Protocol(name="decode", policy=policy, steps=steps)
     for tensor in TENSORS:
         for n_tokens in (2, 9, 10, 11, 22, 23, 40):
@@ -343,14 +356,14 @@ def test_codes_are_read_where_the_band_says_so(policy: CachePolicy, steps: Steps
 @pytest.mark.parametrize(
     ("policy", "steps", "causal"),
     [
-        (CachePolicy(block_tokens=4), Steps(), True),
-        (CachePolicy(block_tokens=4), Steps(prefill_tokens=16), False),
-        (CachePolicy(block_tokens=4, exact_prefill=True), Steps(prefill_tokens=16), True),
-        (CachePolicy(block_tokens=4, exact_prefill=True), Steps(prefill_tokens=16, chunk_tokens=4), False),
+        (CachePolicy(block_tokens=4), Chunking(), True),
+        (CachePolicy(block_tokens=4), Chunking(prefill_tokens=16), False),
+        (CachePolicy(block_tokens=4, exact_prefill=True), Chunking(prefill_tokens=16), True),
+        (CachePolicy(block_tokens=4, exact_prefill=True), Chunking(prefill_tokens=16, chunk_tokens=4), False),
     ],
 )
 def test_what_reads_scales_of_later_tokens_is_labelled(
-    policy: CachePolicy, steps: Steps, causal: bool, tiny_llama: LlamaForCausalLM
+    policy: CachePolicy, steps: Chunking, causal: bool, tiny_llama: LlamaForCausalLM
 ) -> None:
     settings = {"policy": policy, "steps": steps}
     line = evaluate(tiny_llama, IDS, everywhere(per_group), protocol="decode", **settings).protocol
@@ -369,7 +382,7 @@ def test_what_reads_scales_of_later_tokens_is_labelled(
 
 def test_bits_by_context_length_say_that_eviction_is_left_out(tiny_llama: LlamaForCausalLM) -> None:
     eviction = Eviction(prefill="streaming_llm", prefill_tokens=8, prefill_recent_tokens=2)
-    settings = {"protocol": "cache", "steps": Steps(prefill_tokens=16)}
+    settings = {"protocol": "cache", "steps": Chunking(prefill_tokens=16)}
     phrase = "bits by context length count evicted tokens, too"
     for policy in (CachePolicy(eviction=eviction), CachePolicy()):
         line = evaluate(tiny_llama, IDS, everywhere(per_token), policy=policy, **settings).protocol
@@ -396,7 +409,7 @@ def test_exact_tokens_cost_what_they_take_though_no_window_holds_any(tiny_llama:
             "'full' quantizes every token .* last token exact",
         ),
         ({"name": "full", "policy": CachePolicy(exact_prefill=True)}, "Use the protocol 'decode'"),
-        ({"name": "full", "policy": CachePolicy(), "steps": Steps(prefill_tokens=3)}, "prefill of 3 tokens"),
+        ({"name": "full", "policy": CachePolicy(), "steps": Chunking(prefill_tokens=3)}, "prefill of 3 tokens"),
     ],
 )
 def test_what_a_protocol_cannot_do_is_refused(settings: dict[str, object], message: str) -> None:

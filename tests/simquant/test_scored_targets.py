@@ -8,7 +8,7 @@ from test_evaluate import everywhere, per_token
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from simquant import CachePolicy, Steps, decode_exact, evaluate, perplexity, simulate
+from simquant import CachePolicy, Chunking, decode_exact, evaluate, perplexity, simulate
 from simquant.evaluation.figures import clustered_mean
 from simquant.evaluation.scored_targets import ScoredTargets, strided_windows
 from simquant.evaluation.scoring import Scores
@@ -46,7 +46,7 @@ def test_strided_perplexity_is_that_of_the_documented_loop(
     [
         {},
         {"protocol": "decode", "policy": CachePolicy(residual_tokens=4)},
-        {"protocol": "cache", "policy": CachePolicy(residual_tokens=4), "steps": Steps(prefill_tokens=24)},
+        {"protocol": "cache", "policy": CachePolicy(residual_tokens=4), "steps": Chunking(prefill_tokens=24)},
     ],
     ids=["full", "decode", "cache"],
 )
@@ -54,7 +54,7 @@ def test_every_protocol_scores_the_same_targets(settings: dict[str, object], tin
     quantizers = everywhere(per_token)
     windows, scored = strided_windows([TEXT], seqlen=24, stride=9)
     found = evaluate(tiny_llama, windows, quantizers, scored=scored, batch_size=2, **settings)
-    policy, steps = settings.get("policy"), settings.get("steps", Steps())
+    policy, steps = settings.get("policy"), settings.get("steps", Chunking())
     context = (
         simulate(tiny_llama, quantizers)
         if policy is None

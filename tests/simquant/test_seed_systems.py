@@ -84,7 +84,7 @@ def test_keys_are_grouped_over_tokens_and_values_over_channels(make: Callable[[]
     step(model, plain, ONE)
     with KIVICache(model, **{**SMALL, "k_bits": bits, "v_bits": bits}) as cache:
         step(model, cache, ONE)
-    stream = cache.layers[0].store.streams[0]
+    stream = cache.layers[0].store.sequences[0]
     for store, exact, dim in ((stream.key, plain.layers[0].keys, 1), (stream.value, plain.layers[0].values, 2)):
         rows = to_rows(exact)
         groups = rows[:n_quantized].reshape((-1, 4, CHANNELS) if dim == 1 else (n_quantized, -1, 4))
@@ -153,9 +153,9 @@ def test_beams_are_reordered(tiny_llama: LlamaForCausalLM) -> None:
         assert torch.equal(generate(tiny_llama, IDS, **cache_argument(tiny_llama, cache), **beams), expected)
     with KIVICache(tiny_llama, **SMALL) as cache:
         step(tiny_llama, cache, IDS)
-        before = [stream.key.read(0, 20) for stream in cache.layers[1].store.streams]
+        before = [stream.key.read(0, 20) for stream in cache.layers[1].store.sequences]
         cache.reorder_cache(torch.tensor([1, 0, 1]))
-        after = [stream.key.read(0, 20) for stream in cache.layers[1].store.streams]
+        after = [stream.key.read(0, 20) for stream in cache.layers[1].store.sequences]
         assert all(torch.equal(after[row], before[old]) for row, old in enumerate([1, 0, 1]))
         cache.reset()
         assert generate(tiny_llama, IDS, **cache_argument(tiny_llama, cache), **beams).shape == expected.shape
@@ -473,7 +473,7 @@ def test_sinks_are_exact_by_position_and_every_decoded_token_is_quantized(
                 options = {"attention_mask": now.long(), "position_ids": positions}
                 with torch.no_grad():
                     tiny_llama(own, **cache_argument(tiny_llama, cache), use_cache=True, **options)
-        held.append([stream.value for stream in cache.layers[0].store.streams])
+        held.append([stream.value for stream in cache.layers[0].store.sequences])
     for exact, stored, n_tokens in zip(*held, (15, 10), strict=True):
         rows = exact.read(0, n_tokens)
         assert (stored.n_exact, stored.n_encoded) == (2, n_tokens - 2)

@@ -11,7 +11,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, Lla
 
 from artifacts.artifact import Artifact
 from artifacts.errors import MismatchError, NonFiniteError
-from artifacts.model.attention import attention_layers, rotate, tapped
+from artifacts.model.attention import attention_layers, hooked, rotate
 from artifacts.model.layout import to_rows
 from artifacts.model.transformers_release import cache_argument
 from artifacts.quantizer import Quantizer
@@ -98,9 +98,9 @@ def before_and_after(
     after: dict[Site, list[Tensor]] = {}
     layers = attention_layers(model)
     with (
-        tapped(layers, observers(quantizers, before)),
+        hooked(layers, observers(quantizers, before)),
         simulate(model, quantizers, policy=CachePolicy(sink_tokens=sink_tokens), layers=layers),
-        tapped(layers, observers(quantizers, after)),
+        hooked(layers, observers(quantizers, after)),
     ):
         run()
     return {site: (torch.cat(before[site], dim=2), torch.cat(after[site], dim=2)) for site in quantizers}
@@ -156,7 +156,7 @@ def test_nested_contexts_apply_the_outer_quantizers_first(stage: Stage, tiny_lla
     with (
         simulate(tiny_llama, everywhere(lambda: outer, stage), layers=layers) as first,
         simulate(tiny_llama, everywhere(lambda: inner, stage), layers=layers) as second,
-        tapped(layers, observers([site], read)),
+        hooked(layers, observers([site], read)),
     ):
         logits(tiny_llama)
     assert torch.equal(to_rows(read[site][0]), inner.simulate(outer.simulate(captured)))

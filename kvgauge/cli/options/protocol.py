@@ -74,7 +74,7 @@ def protocol_settings(
     UsageError
         If windows, steps or eviction are asked for under a protocol that has none, or two windows.
     """
-    from simquant import CachePolicy, Steps
+    from simquant import CachePolicy, Chunking
     from simquant.policy.checks import default_policy
 
     args = argparse.Namespace(**dict.fromkeys((*_OF_STEPS, *EVICTION_OPTIONS)) | vars(args))
@@ -90,7 +90,7 @@ def protocol_settings(
         if getattr(args, name) is not None:
             changes[name] = getattr(args, name)
     policy = replace(default_policy(quantizers, entry=cache), sink_tokens=sink_tokens, eviction=eviction, **changes)
-    steps = Steps(prefill_tokens=args.prefill_tokens or 1, chunk_tokens=args.chunk_tokens or 1)
+    steps = Chunking(prefill_tokens=args.prefill_tokens or 1, chunk_tokens=args.chunk_tokens or 1)
     return {"policy": policy, "protocol": args.protocol, "steps": steps}
 
 
@@ -120,12 +120,12 @@ def _add_window_options(group: Any) -> None:
 def _window(args: argparse.Namespace, quantizers: "Mapping[Site, Quantizer]") -> dict[str, Any]:
     """The windows that are asked for, which replace those of the recipe; nothing where none are."""
     from simquant.policy.checks import group_tokens
-    from simquant.policy.policy import Window
+    from simquant.policy.policy import ResidualWindow
 
     if args.residual_length is not None:
         if args.residual_tokens is not None or args.block_tokens is not None:
             raise UsageError("--residual-length stands for both windows; drop --residual-tokens and --block-tokens")
-        values = Window(residual_tokens=args.residual_length + 1)
+        values = ResidualWindow(residual_tokens=args.residual_length + 1)
         return {"residual_tokens": 1, "block_tokens": args.residual_length, "values": values}
     if args.residual_tokens is None and args.block_tokens is None:
         return {}

@@ -13,7 +13,7 @@ class Markup(str):
 
 
 @dataclass(frozen=True)
-class Cell:
+class TableCell:
     """A cell of a table.
 
     Parameters
@@ -28,7 +28,7 @@ class Cell:
     heat: float | None = None
 
 
-Row = Sequence[str | Cell]
+Row = Sequence[str | TableCell]
 """A row of a table; the first cell names it."""
 
 
@@ -77,11 +77,11 @@ def heat(value: float | None, largest: float) -> float | None:
     return None if value is None or largest <= 0 else min(1.0, max(0.0, value / largest))
 
 
-def _text(cell: str | Cell) -> str:
-    return cell.text if isinstance(cell, Cell) else cell
+def _text(cell: str | TableCell) -> str:
+    return cell.text if isinstance(cell, TableCell) else cell
 
 
-def _cell(cell: str | Cell) -> Markup:
-    if isinstance(cell, Cell) and cell.heat is not None:
+def _cell(cell: str | TableCell) -> Markup:
+    if isinstance(cell, TableCell) and cell.heat is not None:
         return element("td", cell.text, class_="heat", style=f"--heat:{round(100 * cell.heat)}%")
     return element("td", _text(cell))

@@ -6,7 +6,7 @@ from typing import Any
 
 from artifacts.sites import Site
 from kvgauge.report.drawing import drawings
-from kvgauge.report.drawing.markup import Cell, Markup, Row, element, figure, heat, paragraphs, section, table
+from kvgauge.report.drawing.markup import Markup, Row, TableCell, element, figure, heat, paragraphs, section, table
 from kvgauge.report.drawing.numbers import percent, plain, with_error
 from kvgauge.report.drawing.picture import picture
 from kvgauge.report.verdict import site_name
@@ -91,7 +91,7 @@ def drift(found: Found) -> Markup:
 def _error_table(found: Found) -> Markup:
     by_layer = _by_layer(found["sites"])
     columns = [[pair[tensor][key] for pair in by_layer.values()] for _, tensor, key in _ERRORS]
-    cells = [[Cell(percent(value), heat(value, _largest(column))) for value in column] for column in columns]
+    cells = [[TableCell(percent(value), heat(value, _largest(column))) for value in column] for column in columns]
     rows: list[Row] = [[f"layer {layer}", *row] for layer, row in zip(by_layer, zip(*cells, strict=True), strict=True)]
     return table("Relative squared errors; colour by column", ("", *(name for name, _, _ in _ERRORS)), rows)
 
@@ -106,10 +106,10 @@ def _loss_table(found: Found) -> Markup:
     return table("Losses of sites quantized alone; colour by share", head, rows)
 
 
-def _loss_cells(row: Found) -> Iterator[Cell]:
-    yield Cell(with_error(row["loss_nats"], row["loss_nats_stderr"]))
-    yield Cell(percent(row["loss_share"]), row["loss_share"])
-    yield Cell(plain(row["kl_mean"], 2))
+def _loss_cells(row: Found) -> Iterator[TableCell]:
+    yield TableCell(with_error(row["loss_nats"], row["loss_nats_stderr"]))
+    yield TableCell(percent(row["loss_share"]), row["loss_share"])
+    yield TableCell(plain(row["kl_mean"], 2))
 
 
 def _by_layer(sites: Mapping[str, Found]) -> dict[int, dict[str, Found]]:
@@ -165,10 +165,10 @@ def _norms(found: Found, tensor: str) -> Markup:
     return table(f"Norms of {tensor}s at the first positions, times the median of later ones", head, rows)
 
 
-def _norm(ratio: float) -> Cell:
+def _norm(ratio: float) -> TableCell:
     """Coloured by how many times smaller or larger than usual."""
     unusual = max(ratio, 1 / ratio) - 1 if ratio else 1.0
-    return Cell(f"{ratio:.2f}", heat(unusual, 4.0))
+    return TableCell(f"{ratio:.2f}", heat(unusual, 4.0))
 
 
 def _row_name(name: str) -> str:

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from kvgauge.report.drawing import drawings
-from kvgauge.report.drawing.markup import Cell, Markup, Row, element, figure, heat, paragraphs, section, table
+from kvgauge.report.drawing.markup import Markup, Row, TableCell, element, figure, heat, paragraphs, section, table
 from kvgauge.report.drawing.numbers import plain, with_error
 from kvgauge.report.drawing.picture import picture
 
@@ -84,5 +84,9 @@ def _grid(task: Found, side: str, name: str) -> Markup:
     )
 
 
-def _grid_cell(cell: Found | None, side: str) -> Cell:
-    return Cell("none") if cell is None else Cell(f"{cell[side]:.2f}, n = {cell['n']}", heat(1 - cell[side], 1.0))
+def _grid_cell(cell: Found | None, side: str) -> TableCell:
+    return (
+        TableCell("none")
+        if cell is None
+        else TableCell(f"{cell[side]:.2f}, n = {cell['n']}", heat(1 - cell[side], 1.0))
+    )

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kvgauge.sweeping.search.search import Found, Trial
+from kvgauge.sweeping.search.search import Found, SearchTrial
 from kvgauge.terminal.outputs import replace_text
 from kvgauge.terminal.text_table import text_table
 
@@ -65,11 +65,11 @@ def _table(found: Found) -> str:
     return text_table(head, rows, n_words=3) + ("\n\nFailed:\n" + "".join(failed) if failed else "")
 
 
-def _words(trial: Trial) -> str:
+def _words(trial: SearchTrial) -> str:
     return ", ".join(f"{name} {value}" for name, value in trial.values.items()) or "as it is"
 
 
-def _figure(trial: Trial, found: Found) -> str:
+def _figure(trial: SearchTrial, found: Found) -> str:
     """The objective with its standard error, where that is known."""
     if trial.result is None:
         return "-"
@@ -87,6 +87,6 @@ def _json(found: Found) -> dict[str, Any]:
     }
 
 
-def _trial_json(trial: Trial, found: Found) -> dict[str, Any]:
+def _trial_json(trial: SearchTrial, found: Found) -> dict[str, Any]:
     within = trial.bits <= found.search.budget_bits
     return {"values": trial.values, "within_budget": within, "result": trial.result, "error": trial.error}

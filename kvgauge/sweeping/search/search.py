@@ -16,7 +16,7 @@ from kvgauge.terminal.console import UsageError
 
 
 @dataclass(frozen=True)
-class Trial:
+class SearchTrial:
     """A setting, the recipe that it makes, and the figures of `evaluate`; or the error that stands in their place."""
 
     values: Values
@@ -50,19 +50,19 @@ class Found:
         What was looked for.
     n_windows : int
         That chose, and as many that were held out.
-    trials : sequence of Trial
+    trials : sequence of SearchTrial
         The recipe as it is, then all that was tried, in order; on the windows that choose.
-    best : Trial or None
+    best : SearchTrial or None
         The least objective within the budget.
-    held_out : mapping from str to Trial
+    held_out : mapping from str to SearchTrial
         The recipe as it is, and the best, on the windows that were held out.
     """
 
     search: Search
     n_windows: int
-    trials: Sequence[Trial]
-    best: Trial | None
-    held_out: dict[str, Trial]
+    trials: Sequence[SearchTrial]
+    best: SearchTrial | None
+    held_out: dict[str, SearchTrial]
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,13 @@ class _Bench:
     runner: Runner
     first_window: int = 0
 
-    def run(self, settings: Sequence[Values]) -> list[Trial]:
+    def run(self, settings: Sequence[Values]) -> list[SearchTrial]:
         assert self.grid.search is not None
         recipes = [_changed(self.grid.search, values) for values in settings]
         possible = [recipe for recipe in recipes if isinstance(recipe, Recipe)]
         outcomes = iter(self.runner.run([self._cell(recipe) for recipe in possible]) if possible else [])
         return [
-            _trial(values, next(outcomes)) if isinstance(recipe, Recipe) else Trial(values, None, None, recipe)
+            _trial(values, next(outcomes)) if isinstance(recipe, Recipe) else SearchTrial(values, None, None, recipe)
             for values, recipe in zip(settings, recipes, strict=True)
         ]
 
@@ -146,10 +146,10 @@ def _changed(wanted: Search, values: Values) -> Recipe | str:
         return str(error)
 
 
-def _trial(values: Values, outcome: Outcome) -> Trial:
-    return Trial(values, outcome.cell.recipe, outcome.result, outcome.error)
+def _trial(values: Values, outcome: Outcome) -> SearchTrial:
+    return SearchTrial(values, outcome.cell.recipe, outcome.result, outcome.error)
 
 
-def _best(trials: Sequence[Trial], wanted: Search) -> Trial | None:
+def _best(trials: Sequence[SearchTrial], wanted: Search) -> SearchTrial | None:
     within = [trial for trial in trials if trial.bits <= wanted.budget_bits and trial.score(wanted) is not None]
     return min(within, key=lambda trial: (trial.objective(wanted), trial.bits), default=None)

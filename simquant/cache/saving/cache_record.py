@@ -12,10 +12,10 @@ from artifacts.coding.span import Span
 from artifacts.quantizers.streaming import StreamingState
 from artifacts.storage import Array
 from simquant.cache.saving.tensor_pool import TensorPool, take
+from simquant.cache.store.cached_sequence import CachedSequence, Survivors
 from simquant.cache.store.layer_store import LayerStore
 from simquant.cache.store.rotary_tables import RotaryTables
 from simquant.cache.store.small_norms import SmallNorms
-from simquant.cache.store.stream import Stream, Survivors
 from simquant.cache.store.token_state import TokenState
 
 Record = dict[str, Any]
@@ -24,7 +24,7 @@ State = TypeVar("State", Survivors, SmallNorms, StreamingState)
 
 def layer_record(store: LayerStore, pool: TensorPool) -> Record:
     """What one layer holds."""
-    return {"n_columns": store.n_columns, "streams": [_stream_record(stream, pool) for stream in store.streams]}
+    return {"n_columns": store.n_columns, "streams": [_sequence_record(sequence, pool) for sequence in store.sequences]}
 
 
 def tables_record(tables: RotaryTables, pool: TensorPool) -> Record:
@@ -65,9 +65,9 @@ class CacheReader:
     arrays: Mapping[str, Array]
     device: torch.device
 
-    def streams(self, store: LayerStore, record: Record) -> list[Stream]:
-        """The streams of a layer, for an empty store of it."""
-        return [self._stream(store.empty_stream(self.device), stream) for stream in record["streams"]]
+    def sequences(self, store: LayerStore, record: Record) -> list[CachedSequence]:
+        """The sequences of a layer, for an empty store of it."""
+        return [self._sequence(store.empty_sequence(self.device), sequence) for sequence in record["streams"]]
 
     def tables(self, record: Record) -> RotaryTables:
         """The rotary tables."""
@@ -90,7 +90,7 @@ class CacheReader:
         codes.check()
         return codes
 
-    def _stream(self, empty: Stream, record: Record) -> Stream:
+    def _sequence(self, empty: CachedSequence, record: Record) -> CachedSequence:
         for store, stored in zip(empty.stores(), (record["key"], record["value"]), strict=True):
             store.restore(self._tokens(store.state(), stored))
         survivors, small = self._state(Survivors, record["survivors"]), self._state(SmallNorms, record["small"])
@@ -119,13 +119,13 @@ _DTYPES = {str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.f
 """Of what is encoded: all that a model computes in."""
 
 
-def _stream_record(stream: Stream, pool: TensorPool) -> Record:
+def _sequence_record(sequence: CachedSequence, pool: TensorPool) -> Record:
     return {
-        "n_padding": stream.n_padding,
-        "survivors": _state_record(stream.survivors, pool),
-        "small": _state_record(stream.small, pool),
-        "key": _tokens_record(stream.key.state(), pool),
-        "value": _tokens_record(stream.value.state(), pool),
+        "n_padding": sequence.n_padding,
+        "survivors": _state_record(sequence.survivors, pool),
+        "small": _state_record(sequence.small, pool),
+        "key": _tokens_record(sequence.key.state(), pool),
+        "value": _tokens_record(sequence.value.state(), pool),
     }
 
 

@@ -98,7 +98,7 @@ def load_cache(path: str | Path, cache: PackedCache) -> PackedCache:
     CacheStateError
         If the cache is not empty.
     """
-    if any(layer.store.streams for layer in cache.layers):
+    if any(layer.store.sequences for layer in cache.layers):
         raise CacheStateError(f"load_cache: expected an empty cache; got one of {cache.get_seq_length()} tokens")
     stored = read(Path(path), FORMAT, VERSION)
     _check(path, stored.header, _made_for(cache))
@@ -112,14 +112,14 @@ def load_cache(path: str | Path, cache: PackedCache) -> PackedCache:
 def _fill(cache: PackedCache, stored: Stored) -> None:
     readers = [CacheReader(stored.arrays, _device(layer.store.layer.module)) for layer in cache.layers]
     records = stored.header["layers"]
-    streams = [
-        reader.streams(layer.store, record)
+    sequences = [
+        reader.sequences(layer.store, record)
         for reader, layer, record in zip(readers, cache.layers, records, strict=True)
     ]
     tables = readers[0].tables(stored.header["tables"])
     n_columns = [int(record["n_columns"]) for record in records]
-    for layer, own, n in zip(cache.layers, streams, n_columns, strict=True):
-        layer.store.streams, layer.store.n_columns = own, n
+    for layer, own, n in zip(cache.layers, sequences, n_columns, strict=True):
+        layer.store.sequences, layer.store.n_columns = own, n
     cache.tables = tables
 
 

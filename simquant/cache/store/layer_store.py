@@ -1,4 +1,4 @@
-"""What a packed cache keeps of one layer: a stream of keys and one of values for each sequence of the batch."""
+"""What a packed cache keeps of one layer: a sequence of keys and one of values for each sequence of the batch."""
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,10 +17,10 @@ from artifacts.quantizers.running import first_state
 from artifacts.sites import Site
 from simquant.cache.attention.block_attention import BlockAttention, Scoring
 from simquant.cache.errors import CacheStateError
+from simquant.cache.store.cached_sequence import CachedSequence, Survivors
 from simquant.cache.store.decoded_sources import DecodedSources
 from simquant.cache.store.rotary_tables import RotaryTables
 from simquant.cache.store.small_norms import SmallNorms
-from simquant.cache.store.stream import Stream, Survivors
 from simquant.cache.store.token_store import TokenStore
 from simquant.policy.checks import group_tokens
 from simquant.policy.policy import CachePolicy
@@ -30,7 +30,7 @@ BLOCK_TOKENS = 1024
 
 
 class LayerStore:
-    """The streams of one layer; all sequences have the same number of columns.
+    """The sequences of one layer; all sequences have the same number of columns.
 
     Parameters
     ----------
@@ -56,14 +56,14 @@ class LayerStore:
         self.value_site = Site(layer.layer, "value")
         self.quantizers = {site: quantizers[site] for site in (self.key_site, self.value_site)}
         self.n_columns = 0
-        self.streams: list[Stream] = []
+        self.sequences: list[CachedSequence] = []
 
     @property
     def rotates(self) -> bool:
         """Whether keys are rotated when they are read."""
         return self.key_site.stage == "pre_rope" and self.layer.rotation != "none"
 
-    def empty_stream(self, device: torch.device) -> Stream:
+    def empty_sequence(self, device: torch.device) -> CachedSequence:
         """A sequence without tokens, whose tokens will be on the device."""
         group = group_tokens(self.quantizers)
         runs = any(first_state(quantizer) is not None for quantizer in self.quantizers.values())
@@ -74,7 +74,7 @@ class LayerStore:
         )
         n_smallest = self.policy.keep_smallest_norm
         small = SmallNorms.none(n_smallest, self.policy.sink_tokens, device) if n_smallest else None
-        return Stream(key, value, survivors=Survivors.none(device) if self._evicts else None, small=small)
+        return CachedSequence(key, value, survivors=Survivors.none(device) if self._evicts else None, small=small)
 
     def append(
         self,
@@ -84,19 +84,19 @@ class LayerStore:
     ) -> None:
         """Takes in the columns that follow; `real` says which are no padding, None that all are."""
         batch, _, tokens, _ = key.shape
-        self.streams = self.streams or [self.empty_stream(key.device) for _ in range(batch)]
-        if len(self.streams) != batch:
+        self.sequences = self.sequences or [self.empty_sequence(key.device) for _ in range(batch)]
+        if len(self.sequences) != batch:
             raise MismatchError(
-                f"layers.{self.layer.layer}: the cache holds {len(self.streams)} sequences; got {batch}. Use a new "
+                f"layers.{self.layer.layer}: the cache holds {len(self.sequences)} sequences; got {batch}. Use a new "
                 "cache for other text."
             )
         self._forget()
         rows = {site: to_rows(x).view(batch, tokens, -1) for site, x in zip(self.quantizers, (key, value), strict=True)}
-        for index, stream in enumerate(self.streams):
-            n_padding = 0 if real is None else self._padding(stream, real[index])
+        for index, sequence in enumerate(self.sequences):
+            n_padding = 0 if real is None else self._padding(sequence, real[index])
             own = {site: x[index, n_padding:] for site, x in rows.items()}
-            grown = stream.appended(own, self.sources, index)
-            self.streams[index] = replace(grown, n_padding=stream.n_padding + n_padding)
+            grown = sequence.appended(own, self.sources, index)
+            self.sequences[index] = replace(grown, n_padding=sequence.n_padding + n_padding)
         self.n_columns += tokens
 
     def attend(
@@ -108,13 +108,13 @@ class LayerStore:
     ) -> Float[Tensor, "batch queries q_heads head_dim"]:
         """Attention of the last columns' queries, decoding one block at a time."""
         rows = []
-        for row, stream in enumerate(self.streams):
+        for row, sequence in enumerate(self.sequences):
             attention = BlockAttention(query[row], self.layer.kv_heads, scoring)
             seen = visible[min(row, len(visible) - 1)]
-            for start, end in stream.spans():
+            for start, end in sequence.spans():
                 tokens = slice(start, end)
-                key = partial(self.key, stream, row, tokens, tables)
-                attention.add(key, partial(self.value, stream, tokens), seen[:, stream.columns(tokens)])
+                key = partial(self.key, sequence, row, tokens, tables)
+                attention.add(key, partial(self.value, sequence, tokens), seen[:, sequence.columns(tokens)])
             rows.append(attention.result())
         return torch.stack(rows)
 
@@ -125,24 +125,24 @@ class LayerStore:
         self.sources.release(self.value_site)
 
     def key(
-        self, stream: Stream, row: int, tokens: slice, tables: RotaryTables
+        self, sequence: CachedSequence, row: int, tokens: slice, tables: RotaryTables
     ) -> Float[Tensor, "kv_heads tokens head_dim"]:
         """Keys of some tokens of a sequence, as attention reads them."""
-        key = self._heads(stream.key.read(tokens.start, tokens.stop))
-        return tables.rotated(self.layer, key, row, stream.columns(tokens)) if self.rotates else key
+        key = self._heads(sequence.key.read(tokens.start, tokens.stop))
+        return tables.rotated(self.layer, key, row, sequence.columns(tokens)) if self.rotates else key
 
-    def value(self, stream: Stream, tokens: slice) -> Float[Tensor, "kv_heads tokens head_dim"]:
+    def value(self, sequence: CachedSequence, tokens: slice) -> Float[Tensor, "kv_heads tokens head_dim"]:
         """Values of some tokens of a sequence, as attention reads them."""
-        return self._heads(stream.value.read(tokens.start, tokens.stop))
+        return self._heads(sequence.value.read(tokens.start, tokens.stop))
 
     def key_blocks(
         self, row: int, visible: Bool[Tensor, "queries columns"], tables: RotaryTables
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The keys of a sequence block by block, and which of them are visible."""
-        stream = self.streams[row]
-        for start, end in stream.spans():
+        sequence = self.sequences[row]
+        for start, end in sequence.spans():
             tokens = slice(start, end)
-            yield self.key(stream, row, tokens, tables), visible[:, stream.columns(tokens)]
+            yield self.key(sequence, row, tokens, tables), visible[:, sequence.columns(tokens)]
 
     def crop(self, n_columns: int) -> None:
         """Keeps the first columns only.
@@ -153,13 +153,13 @@ class LayerStore:
             If that would divide a group of tokens, or needs tokens that a sliding window has passed; nothing has
             changed then.
         """
-        self.streams = [self._cropped(stream, n_columns) for stream in self.streams]
+        self.sequences = [self._cropped(sequence, n_columns) for sequence in self.sequences]
         self.n_columns = min(self.n_columns, n_columns)
 
     def select(self, rows: Sequence[int]) -> None:
         """Keeps these sequences of the batch, in this order; repeated ones share what is stored so far."""
-        self.streams = [
-            replace(self.streams[row], key=self.streams[row].key.copy(), value=self.streams[row].value.copy())
+        self.sequences = [
+            replace(self.sequences[row], key=self.sequences[row].key.copy(), value=self.sequences[row].value.copy())
             for row in rows
         ]
 
@@ -167,41 +167,41 @@ class LayerStore:
         """A layer of another cache, which shares what is stored so far."""
         other = copy.copy(self)
         other.sources = sources
-        other.select(range(len(self.streams)))
+        other.select(range(len(self.sequences)))
         return other
 
     def to(self, device: torch.device) -> None:
         """Moves everything to another device."""
-        self.streams = [stream.to(device) for stream in self.streams]
+        self.sequences = [sequence.to(device) for sequence in self.sequences]
 
     def clear(self) -> None:
         """Forgets everything."""
-        self.streams, self.n_columns = [], 0
+        self.sequences, self.n_columns = [], 0
 
     def stores(self) -> Iterator[tuple[Site, TokenStore]]:
         """The keys and values of every sequence."""
-        for stream in self.streams:
-            yield self.key_site, stream.key
-            yield self.value_site, stream.value
+        for sequence in self.sequences:
+            yield self.key_site, sequence.key
+            yield self.value_site, sequence.value
 
     def tensors(self) -> Iterator[Tensor]:
         """Everything that is held."""
-        for stream in self.streams:
-            yield from stream.key.tensors()
-            yield from stream.value.tensors()
-            if stream.survivors is not None:
-                yield stream.survivors.numbers
-            if stream.small is not None:
-                yield from (stream.small.numbers, stream.small.norms)
+        for sequence in self.sequences:
+            yield from sequence.key.tensors()
+            yield from sequence.value.tensors()
+            if sequence.survivors is not None:
+                yield sequence.survivors.numbers
+            if sequence.small is not None:
+                yield from (sequence.small.numbers, sequence.small.norms)
 
     @property
     def _evicts(self) -> bool:
         return self.policy.eviction is not None and self.layer.sliding_window is None
 
-    def _padding(self, stream: Stream, real: Bool[Tensor, " tokens"]) -> int:
+    def _padding(self, sequence: CachedSequence, real: Bool[Tensor, " tokens"]) -> int:
         """How many of the new columns come before the sequence's first token."""
         n_padding = len(real) - int(real.sum())
-        if n_padding and (stream.key.n_tokens or not real[n_padding:].all()):
+        if n_padding and (sequence.key.n_tokens or not real[n_padding:].all()):
             raise MismatchError(
                 f"layers.{self.layer.layer}: the attention mask hides {n_padding} tokens behind the first one of their "
                 "sequence; a packed cache takes padding on the left only (tokenizer.padding_side = 'left')."
@@ -218,19 +218,19 @@ class LayerStore:
         for _, store in self.stores():
             store.forget_before(store.n_tokens - self.layer.sliding_window - store.block_tokens)
 
-    def _cropped(self, stream: Stream, n_columns: int) -> Stream:
-        n_tokens = max(0, n_columns - stream.n_padding)
-        survivors, small = stream.survivors, None if stream.small is None else stream.small.cropped(n_tokens)
+    def _cropped(self, sequence: CachedSequence, n_columns: int) -> CachedSequence:
+        n_tokens = max(0, n_columns - sequence.n_padding)
+        survivors, small = sequence.survivors, None if sequence.small is None else sequence.small.cropped(n_tokens)
         if survivors is not None:
             survivors = survivors.cropped(n_tokens, f"layers.{self.layer.layer}")
             n_tokens = len(survivors.numbers)
-        for store in stream.stores():
+        for store in sequence.stores():
             needed = max(0, n_tokens - (self.layer.sliding_window or n_tokens))
             if n_tokens and store.first_token > needed:
                 raise CacheStateError(
                     f"layers.{self.layer.layer}: cropping to {n_tokens} tokens needs token {needed}, and the sliding "
                     f"window has passed all before {store.first_token}. Crop {store.block_tokens} at most."
                 )
-        key, value = (store.cropped(n_tokens) for store in stream.stores())
-        n_padding = min(stream.n_padding, n_columns)
-        return replace(stream, key=key, value=value, n_padding=n_padding, survivors=survivors, small=small)
+        key, value = (store.cropped(n_tokens) for store in sequence.stores())
+        n_padding = min(sequence.n_padding, n_columns)
+        return replace(sequence, key=key, value=value, n_padding=n_padding, survivors=survivors, small=small)

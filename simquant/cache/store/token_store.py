@@ -15,7 +15,7 @@ from simquant.cache.errors import CacheStateError
 from simquant.cache.store.kept_exact import KeptExact
 from simquant.cache.store.room import Room
 from simquant.cache.store.token_state import TokenState
-from simquant.policy.policy import CachePolicy, Window
+from simquant.policy.policy import CachePolicy, ResidualWindow
 
 _COUNTS = ("n_tokens", "n_evicted", "encoded_end", "_forgotten_blocks")
 _EXACT = ("_sinks", "_recent", "_recent_kept")
@@ -37,13 +37,13 @@ class TokenStore:
         That of the site, with tensors on the device of the tokens.
     policy : CachePolicy
         Which tokens stay exact.
-    window : Window
+    window : ResidualWindow
         The policy's window for this site.
     block_tokens : int
         Tokens that are decoded at a time; whole groups for the quantizer.
     """
 
-    def __init__(self, quantizer: Quantizer, policy: CachePolicy, window: Window, block_tokens: int) -> None:
+    def __init__(self, quantizer: Quantizer, policy: CachePolicy, window: ResidualWindow, block_tokens: int) -> None:
         self.quantizer = KeptExact.around(quantizer) if policy.keep_smallest_norm else quantizer
         self.window, self.block_tokens = window, block_tokens
         self.sink_tokens = self.encoded_end = policy.sink_tokens

@@ -85,7 +85,7 @@ class Survivors:
 
 
 @dataclass(frozen=True)
-class Stream:
+class CachedSequence:
     """One sequence at one layer.
 
     Parameters
@@ -122,7 +122,7 @@ class Stream:
 
     def appended(
         self, rows: Mapping[Site, Float[Tensor, "tokens channels"]], sources: DecodedSources, sequence: int
-    ) -> "Stream":
+    ) -> "CachedSequence":
         """With the tokens that follow: keys, then values. `sequence` is its number in the batch."""
         key, _ = rows.values()
         small, kept = (None, None) if self.small is None else self.small.extended(key)
@@ -133,14 +133,14 @@ class Stream:
         survivors = None if self.survivors is None else self.survivors.extended(len(key))
         return replace(self, survivors=survivors, small=small)
 
-    def to(self, device: torch.device) -> "Stream":
+    def to(self, device: torch.device) -> "CachedSequence":
         """On another device."""
         survivors = None if self.survivors is None else self.survivors.to(device)
         small = None if self.small is None else self.small.to(device)
         key, value = self.key.to(device), self.value.to(device)
         return replace(self, key=key, value=value, survivors=survivors, small=small)
 
-    def keep(self, kept: Bool[Tensor, " held"]) -> "Stream":
+    def keep(self, kept: Bool[Tensor, " held"]) -> "CachedSequence":
         """With the tokens alone where `kept` is true."""
         if kept.all():
             return self
@@ -148,7 +148,7 @@ class Stream:
             store.keep(kept)
         return self if self.survivors is None else replace(self, survivors=self.survivors.without(kept))
 
-    def after_prompt(self) -> "Stream":
+    def after_prompt(self) -> "CachedSequence":
         """At the end of the first step; unchanged at that of another."""
         if self.survivors is None or self.survivors.n_prompt:
             return self

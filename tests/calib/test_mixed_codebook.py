@@ -11,7 +11,7 @@ from torch import Tensor
 from artifacts.coding.mixed_radix import MixedRadix, _cut, bytes_per_token
 from artifacts.quantizers.mixed_codebook import MixedCodebook
 from artifacts.sites import Site
-from calib.estimators import AllottedEstimator, CodebookEstimator, RotatedEstimator, mixed_codebook
+from calib.estimators import CodebookEstimator, MixedCodebookEstimator, RotatedEstimator, mixed_codebook
 from calib.estimators.estimator import trial_statistics
 from calib.estimators.mixed_codebook import LEVEL_COUNTS, allot
 from calib.statistics.readers import logit_metric
@@ -78,7 +78,7 @@ def test_bytes_stay_within_the_budget_and_use_it(bits: float, n_components: int)
 def test_more_bits_never_leave_more() -> None:
     x = torch.randn(2000, 16) * torch.logspace(0, -2, 16)
     errors = [
-        float((AllottedEstimator(bits=bits).fit(statistics_of(x)).quantizer.simulate(x) - x).square().sum())
+        float((MixedCodebookEstimator(bits=bits).fit(statistics_of(x)).quantizer.simulate(x) - x).square().sum())
         for bits in (0.5, 1, 1.5, 2, 3, 4, 6)
     ]
     assert errors == sorted(errors, reverse=True)
@@ -86,7 +86,7 @@ def test_more_bits_never_leave_more() -> None:
 
 def test_unequal_channels_gain_from_unequal_levels() -> None:
     x = torch.randn(3000, 32) * torch.logspace(0, -2, 32)
-    allotted = AllottedEstimator(bits=2).fit(statistics_of(x)).quantizer
+    allotted = MixedCodebookEstimator(bits=2).fit(statistics_of(x)).quantizer
     alike = CodebookEstimator(bits=2, tables="channel", pooling=0).fit(statistics_of(x)).quantizer
     codes = allotted.encode(x)
     assert codes.nbytes <= alike.encode(x).nbytes
@@ -96,7 +96,7 @@ def test_unequal_channels_gain_from_unequal_levels() -> None:
 def test_constant_channels_cost_nothing_and_come_back_exactly() -> None:
     x = torch.randn(500, 8)
     x[:, 3], x[:, 5] = 7.3, 0.0
-    quantizer = AllottedEstimator(bits=3).fit(statistics_of(x)).quantizer
+    quantizer = MixedCodebookEstimator(bits=3).fit(statistics_of(x)).quantizer
     assert isinstance(quantizer, MixedCodebook)
     assert quantizer.n_levels[3] == quantizer.n_levels[5] == 1
     assert torch.equal(quantizer.simulate(x)[:, [3, 5]], x[:, [3, 5]])
@@ -110,7 +110,7 @@ def test_errors_behind_a_weighted_rotation_are_weighted() -> None:
     statistics = trial_statistics(SiteShape(site=KEY, heads=2, head_dim=4))
     factor = torch.randn(2, 4, 4, dtype=torch.float64)
     statistics.query_metric = factor @ factor.mT
-    entry = {"method": "allotted", "bits": 4}
+    entry = {"method": "mixed_codebook", "bits": 4}
     quantizer = RotatedEstimator(metric="query", inner=entry).fit(statistics).quantizer
     e = torch.randn(50, 8, dtype=torch.float64)
     moved = (e.view(50, 2, 1, 4) @ quantizer.basis.double()).square().sum(dim=(1, 2, 3))
@@ -121,7 +121,7 @@ def test_errors_behind_a_weighted_rotation_are_weighted() -> None:
 @pytest.mark.parametrize("scope", ["head", "layer"])
 def test_components_are_uncorrelated_and_ordered(scope: str) -> None:
     x = torch.randn(4000, 8) @ torch.randn(8, 8)
-    estimator = RotatedEstimator(scope=scope, inner={"method": "allotted", "bits": 4})
+    estimator = RotatedEstimator(scope=scope, inner={"method": "mixed_codebook", "bits": 4})
     quantizer = estimator.fit(statistics_of(x)).quantizer
     z = quantizer.transform(x).unflatten(1, (len(quantizer.basis), -1)).transpose(0, 1)
     centred = (z - z.mean(dim=1, keepdim=True)).double()
@@ -134,9 +134,9 @@ def test_components_are_uncorrelated_and_ordered(scope: str) -> None:
 def test_rotation_pays_where_channels_are_correlated() -> None:
     common = torch.randn(3000, 2) @ torch.randn(2, 16)
     x = common + 0.1 * torch.randn(3000, 16)
-    entry = {"method": "allotted", "bits": 2.0}
+    entry = {"method": "mixed_codebook", "bits": 2.0}
     rotated = RotatedEstimator(scope="layer", inner=entry).fit(statistics_of(x)).quantizer
-    plain = AllottedEstimator(bits=2.0).fit(statistics_of(x)).quantizer
+    plain = MixedCodebookEstimator(bits=2.0).fit(statistics_of(x)).quantizer
     assert float((rotated.simulate(x) - x).square().sum()) < 0.2 * float((plain.simulate(x) - x).square().sum())
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, arange
 
 
 @dataclass(frozen=True, kw_only=True)
-class Steps:
+class Chunking:
     """The tokens that a model reads at once: those of a step see each other, and the cache as it is with them.
 
     Parameters
@@ -19,7 +19,7 @@ class Steps:
 
     Examples
     --------
-    >>> Steps(prefill_tokens=4, chunk_tokens=2).spans(7)
+    >>> Chunking(prefill_tokens=4, chunk_tokens=2).spans(7)
     [(0, 4), (4, 6), (6, 7)]
     """
 
@@ -29,7 +29,7 @@ class Steps:
     def __post_init__(self) -> None:
         for name, value in (("prefill_tokens", self.prefill_tokens), ("chunk_tokens", self.chunk_tokens)):
             if type(value) is not int or value < 1:
-                raise ValueError(f"Steps: {name} must be an integer from 1; got {value!r}")
+                raise ValueError(f"Chunking: {name} must be an integer from 1; got {value!r}")
 
     def spans(self, n_tokens: int) -> list[tuple[int, int]]:
         """First token of each step, and the one after its last."""
