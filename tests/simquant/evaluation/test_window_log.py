@@ -234,7 +234,7 @@ evaluate(
 def test_a_killed_process_loses_one_window_at_most(log: WindowLog, tiny_llama: LlamaForCausalLM) -> None:
     tiny_llama.config.save_pretrained(log.path.parent)
     arguments = [str(log.path.parent), str(WINDOWS.tolist()), str(log.path)]
-    process = subprocess.Popen([sys.executable, "-c", KILLED, *arguments], cwd=Path(__file__).parents[2])
+    process = subprocess.Popen([sys.executable, "-c", KILLED, *arguments], cwd=Path(__file__).parents[3])
     while process.poll() is None and (not log.path.exists() or log.path.read_bytes().count(b"\n") < 3):
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)

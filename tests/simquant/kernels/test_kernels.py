@@ -130,7 +130,7 @@ def queries(group: int = 4, batch: int = 1, dtype: torch.dtype = torch.float32) 
 def test_every_kernel_agrees_with_the_torch_path_in_the_interpreter() -> None:
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", __file__]
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     run = subprocess.run(
         command, env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=root, capture_output=True, text=True, check=False
     )
@@ -147,7 +147,7 @@ from simquant.kernels.attention import merge
 merge[(1,)]
 """
     command = [sys.executable, "-c", code]
-    run = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+    run = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True, check=False)
     assert "ImportError: simquant.kernels: Triton" in run.stderr
     assert "pip install 'kvgauge[triton]'" in run.stderr
 

@@ -41,7 +41,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> object:
 
 
 def test_the_range_is_that_of_the_package() -> None:
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     required = tomllib.loads((root / "pyproject.toml").read_text())["project"]["dependencies"]
     beyond = f"{NEWEST[0]}.{NEWEST[1] + 1}"
     assert f"transformers>={OLDEST[0]}.{OLDEST[1]},<{beyond}" in required

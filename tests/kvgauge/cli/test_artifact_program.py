@@ -10,7 +10,7 @@ from artifacts.artifact import Artifact, load, save
 from artifacts.sites import Site
 from kvgauge.cli.artifact import main
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 SAFETENSORS, PICKLE = GOLDEN / "artifact.safetensors", GOLDEN / "artifact.pkl"
 KEY = Site(1, "key", "pre_rope")
 
