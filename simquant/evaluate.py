@@ -78,7 +78,7 @@ def evaluate(
     *,
     policy: CachePolicy | None = None,
     protocol: ProtocolName = "full",
-    steps: Chunking | None = None,
+    chunking: Chunking | None = None,
     scored: ScoredTargets | None = None,
     batch_size: int = 1,
     normalization: Normalization = "targets",
@@ -100,7 +100,7 @@ def evaluate(
     protocol : {'full', 'decode', 'cache'}
         Every token quantized before it is read; each query sees what a cache holds at its step, in one pass; or step by
         step through a packed cache, the reference for 'decode'.
-    steps : Chunking or None
+    chunking : Chunking or None
         How the text enters the cache under 'decode' and 'cache'; None is token by token.
     scored : ScoredTargets or None
         Which targets count, where windows overlap (see `strided_windows`); None is all but the first of each window.
@@ -131,7 +131,7 @@ def evaluate(
         [quantizers],
         policy=policy,
         protocol=protocol,
-        steps=steps,
+        chunking=chunking,
         scored=scored,
         batch_size=batch_size,
         normalization=normalization,
@@ -149,7 +149,7 @@ def evaluate_each(
     *,
     policy: CachePolicy | None = None,
     protocol: ProtocolName = "full",
-    steps: Chunking | None = None,
+    chunking: Chunking | None = None,
     scored: ScoredTargets | None = None,
     batch_size: int = 1,
     normalization: Normalization = "targets",
@@ -162,7 +162,7 @@ def evaluate_each(
     ----------
     candidates : sequence of Artifact or of mappings from Site to Quantizer
         See `simulate`. The results are in their order.
-    model, windows, policy, protocol, steps, scored, batch_size, normalization, progress, log
+    model, windows, policy, protocol, chunking, scored, batch_size, normalization, progress, log
         See `evaluate`.
 
     Raises
@@ -181,7 +181,7 @@ def evaluate_each(
     layers = attention_layers(model)
     policies = [policy or default_policy(own, sinks_alone=protocol == "full") for own in candidates]
     runs = [
-        EvaluationRun(own, Protocol(name=protocol, policy=rules, steps=steps or Chunking()))
+        EvaluationRun(own, Protocol(name=protocol, policy=rules, chunking=chunking or Chunking()))
         for own, rules in zip(candidates, policies, strict=True)
     ]
     for run in runs:

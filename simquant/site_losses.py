@@ -43,7 +43,7 @@ def site_losses(
     *,
     policy: CachePolicy | None = None,
     protocol: ProtocolName = "full",
-    steps: Chunking | None = None,
+    chunking: Chunking | None = None,
     batch_size: int = 1,
     progress: Progress = iter,
 ) -> dict[Site, SiteLoss]:
@@ -53,7 +53,7 @@ def site_losses(
 
     Parameters
     ----------
-    model, windows, quantizers, policy, protocol, steps, batch_size, progress
+    model, windows, quantizers, policy, protocol, chunking, batch_size, progress
         See `evaluate`.
     """
     exact = {site: Identity(channels=own.channels, site=site) for site, own in quantizers.items()}
@@ -64,7 +64,7 @@ def site_losses(
         [{**exact, site: quantizers[site]} for site in lossy],
         policy=policy or default_policy(quantizers, sinks_alone=protocol == "full"),
         protocol=protocol,
-        steps=steps,
+        chunking=chunking,
         batch_size=batch_size,
         progress=progress,
     )

@@ -19,7 +19,7 @@ from artifacts.sites import Site
 from calib.statistics.site_statistics import SiteShape, SiteStatistics
 from calib.statistics.sources import Shrinkage
 
-Chunking = tuple[tuple[float, float], ...]
+Steps = tuple[tuple[float, float], ...]
 
 EXACT = "exact statistics"
 _TRIAL_TOKENS = 16
@@ -65,8 +65,8 @@ class Fit:
 
     quantizer: Quantizer
     source: str
-    steps: Chunking = ()
-    trade: Callable[[], Chunking] | None = None
+    steps: Steps = ()
+    trade: Callable[[], Steps] | None = None
     decoded: Float32[Tensor, "rows channels"] | None = None
     shrinkage: Shrinkage | None = None
 

@@ -33,7 +33,7 @@ class ReportedRun:
     quantizers : Artifact or mapping from Site to Quantizer
         Of the cache.
     settings : mapping
-        Policy, protocol and steps, as `simquant.evaluate` takes them.
+        Policy, protocol and chunking, as `simquant.evaluate` takes them.
     windows : Int64[Tensor, "windows tokens"]
         Some of the first evaluation text, for errors and pictures.
     calibration_windows : Int64[Tensor, "windows tokens"] or None

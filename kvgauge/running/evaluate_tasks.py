@@ -128,7 +128,7 @@ def run_tasks(
             evaluated.quantizers,
             path,
             policy=settings["policy"],
-            steps=settings["steps"] if args.prefill_tokens or args.chunk_tokens else None,
+            chunking=settings["chunking"] if args.prefill_tokens or args.chunk_tokens else None,
             progress=lambda own: bar(own, "answering"),
         )
         return score_predictions(path, tasks, only={(item.task, item.id) for item in items})

@@ -47,7 +47,7 @@ class Evaluated:
         return self.quantizers if isinstance(self.quantizers, Artifact) else None
 
     def settings(self, args: argparse.Namespace, protocol: str | None = None) -> dict[str, Any]:
-        """Policy, protocol and steps, as the command line has them; or under the protocol that is named."""
+        """Policy, protocol and chunking, as the command line has them; or under the protocol that is named."""
         args = args if protocol is None else argparse.Namespace(**{**vars(args), "protocol": protocol})
         return protocol_settings(args, self.quantizers, self.sink_tokens, self.cache)
 

@@ -40,7 +40,7 @@ def site_figures(
     windows : Tensor
         The evaluated windows.
     settings : dict
-        `policy`, `protocol` and `steps` of the evaluation, as far as they are given.
+        `policy`, `protocol` and `chunking` of the evaluation, as far as they are given.
     """
     found: dict[str, Any] = {}
     if args.site_losses is not None:

@@ -137,6 +137,6 @@ class EvaluationRun:
         )
         return NothingQuantizedError(
             "evaluate: fewer than 16 bits were asked for and no token was quantized that a scored target reads "
-            f"({policy.describe()}, windows of {n_tokens} tokens{where}; {self.protocol.steps.describe()}, "
+            f"({policy.describe()}, windows of {n_tokens} tokens{where}; {self.protocol.chunking.describe()}, "
             f"{policy.describe_prefill()}). Use longer windows, a shorter first step, or keep fewer tokens exact."
         )

@@ -16,7 +16,7 @@ from simquant.policy.policy import CachePolicy
 from simquant.protocols.chunking import Chunking
 
 _TOKENS = 8
-_STEPS = Chunking(prefill_tokens=4)
+_CHUNKING = Chunking(prefill_tokens=4)
 
 
 def check_identity(
@@ -47,7 +47,7 @@ def check_identity(
     if run.protocol.name == "full":
         return
     few = windows[:, :_TOKENS]
-    protocol = replace(run.protocol, policy=CachePolicy(), steps=_STEPS)
+    protocol = replace(run.protocol, policy=CachePolicy(), chunking=_CHUNKING)
     identities = {site: Identity(channels=own.channels, site=site) for site, own in run.quantizers.items()}
     exact = protocol.exact_logits(model, few, logits=window_logits)
     found, _ = protocol.run(model, few.to(exact.device), identities, layers, logits=window_logits)
@@ -57,7 +57,7 @@ def check_identity(
     kl = nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).nansum(dim=-1)
     # The median: rounding sends a token to another expert now and then, which changes that token alone.
     # Of each step's kind apart: a fault may show where a cache is filled, or where it is read.
-    filled = _STEPS.prefill_tokens
+    filled = _CHUNKING.prefill_tokens
     median = max(float(part.median()) for part in (kl[:, :filled], kl[:, filled:]) if part.numel())
     explained = _rounding({exact.dtype, *(each.dtype for each in model.parameters() if each.is_floating_point())})
     if median > explained:

@@ -62,9 +62,9 @@ def _is_causal(quantizers: Mapping[Site, Quantizer], protocol: Protocol) -> bool
     """Whether no query reads a token by a scale that a later token than its own has shaped."""
     if not any(quantizer.looks_ahead for quantizer in quantizers.values()):
         return True
-    steps = protocol.steps
+    chunking = protocol.chunking
     return protocol.name != "full" and (
-        steps == Chunking() or (steps.chunk_tokens == 1 and protocol.policy.exact_prefill)
+        chunking == Chunking() or (chunking.chunk_tokens == 1 and protocol.policy.exact_prefill)
     )
 
 

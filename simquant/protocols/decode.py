@@ -37,7 +37,7 @@ def decode_exact(
     quantizers: Artifact | Mapping[Site, Quantizer],
     *,
     policy: CachePolicy | None = None,
-    steps: Chunking | None = None,
+    chunking: Chunking | None = None,
     layers: Sequence[AttentionLayer] | None = None,
 ) -> Iterator[Usage]:
     """Inside the context a forward pass over whole texts gives the logits of decoding them step by step.
@@ -50,7 +50,7 @@ def decode_exact(
     ----------
     model, quantizers, policy, layers
         See `packed_cache`.
-    steps : Chunking or None
+    chunking : Chunking or None
         How the text would enter the cache; None is token by token.
 
     Yields
@@ -74,7 +74,7 @@ def decode_exact(
         )
     with ExitStack() as stack:
         stack.enter_context(answered_each_step(model))
-        decoding = _Decoding(quantizers, policy, steps or Chunking(), stack.enter_context(watch_tokens(layers)))
+        decoding = _Decoding(quantizers, policy, chunking or Chunking(), stack.enter_context(watch_tokens(layers)))
         stack.enter_context(attention_replaced(model, {layer.module: decoding.handler(layer) for layer in layers}))
         for layer in layers:
             hook = layer.module.register_forward_pre_hook(decoding.before(layer), with_kwargs=True)
@@ -90,10 +90,10 @@ class _Decoding:
     """What happens inside one `decode_exact` context."""
 
     def __init__(
-        self, quantizers: Mapping[Site, Quantizer], policy: CachePolicy, steps: Chunking, tokens: Tokens
+        self, quantizers: Mapping[Site, Quantizer], policy: CachePolicy, chunking: Chunking, tokens: Tokens
     ) -> None:
         self.usage = Usage(quantizers)
-        self._quantizers, self._policy, self._steps, self._tokens = quantizers, policy, steps, tokens
+        self._quantizers, self._policy, self._chunking, self._tokens = quantizers, policy, chunking, tokens
         self._sources = DecodedSources(quantizers)
         self._tables: dict[int, RotaryTables] = {}
         self._keys: dict[int, Tensor] = {}
@@ -170,4 +170,4 @@ class _Decoding:
 
     def _encoded(self, tensor: Literal["key", "value"], n_tokens: int) -> Bool[Tensor, "queries tokens"]:
         """For each query, the tokens that its step reads decoded."""
-        return encoded_tokens(self._policy.window(tensor), self._policy, self._steps, n_tokens)
+        return encoded_tokens(self._policy.window(tensor), self._policy, self._chunking, n_tokens)

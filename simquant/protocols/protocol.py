@@ -36,21 +36,21 @@ class Protocol:
         step by step through a packed cache. The last two agree up to rounding.
     policy : CachePolicy
         Which tokens stay exact.
-    steps : Chunking
+    chunking : Chunking
         How the text enters the cache; 'full' has no steps.
     """
 
     name: ProtocolName
     policy: CachePolicy
-    steps: Chunking = field(default_factory=Chunking)
+    chunking: Chunking = field(default_factory=Chunking)
 
     def __post_init__(self) -> None:
         if self.name not in get_args(ProtocolName):
             raise ValueError(f"protocol: expected one of {', '.join(get_args(ProtocolName))}; got {self.name!r}")
-        if self.name == "full" and not (self.policy.encodes_at_once and self.steps == Chunking()):
+        if self.name == "full" and not (self.policy.encodes_at_once and self.chunking == Chunking()):
             raise ValueError(
                 f"protocol: 'full' quantizes every token but the sinks in one pass; got {self.policy.describe()}, "
-                f"{self.steps.describe()}. Use the protocol 'decode', or drop windows and steps."
+                f"{self.chunking.describe()}. Use the protocol 'decode', or drop windows and steps."
             )
 
     def run(
@@ -68,7 +68,7 @@ class Protocol:
         context = (
             simulate(model, quantizers, policy=self.policy, layers=layers)
             if self.name == "full"
-            else decode_exact(model, quantizers, policy=self.policy, steps=self.steps, layers=layers)
+            else decode_exact(model, quantizers, policy=self.policy, chunking=self.chunking, layers=layers)
         )
         with context as usage:
             return logits(model, batch), usage
@@ -92,7 +92,7 @@ class Protocol:
         sliding_window : int or None
             How many tokens back a query of the layer sees, its own among them; None is all.
         """
-        ends = encoded_ends(self.policy.window(tensor), self.policy, self.steps, n_tokens)
+        ends = encoded_ends(self.policy.window(tensor), self.policy, self.chunking, n_tokens)
         tokens = torch.arange(n_tokens)
         seen_from = tokens - (sliding_window or n_tokens) + 1
         reads = torch.minimum(ends, tokens + 1) > seen_from.clamp_min(self.policy.sink_tokens)
@@ -107,7 +107,7 @@ class Protocol:
             if self.name == "cache"
             else "decode-exact: every query reads what a cache holds at its step"
         )
-        return f"{way}; {self.steps.describe()}, {self.policy.describe_prefill()}"
+        return f"{way}; {self.chunking.describe()}, {self.policy.describe_prefill()}"
 
     def exact_logits(
         self, model: nn.Module, batch: Int64[Tensor, "windows tokens"], *, logits: Callable[[nn.Module, Tensor], Tensor]
@@ -122,7 +122,7 @@ class Protocol:
     def _stepwise(self, model: nn.Module, batch: Tensor, cache: Cache) -> Tensor:
         batch = batch.to(next(model.parameters()).device)
         logits = torch.empty(0)
-        for start, end in self.steps.spans(batch.shape[1]):
+        for start, end in self.chunking.spans(batch.shape[1]):
             part = model(input_ids=batch[:, start:end], use_cache=True, **cache_argument(model, cache)).logits
             if not start:
                 logits = part.new_empty(*batch.shape, part.shape[-1])

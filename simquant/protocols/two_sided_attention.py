@@ -10,21 +10,21 @@ from simquant.protocols.chunking import Chunking
 
 
 def encoded_tokens(
-    window: ResidualWindow, policy: CachePolicy, steps: Chunking, n_tokens: int
+    window: ResidualWindow, policy: CachePolicy, chunking: Chunking, n_tokens: int
 ) -> Bool[Tensor, "queries tokens"]:
     """Which tokens (columns) a cache has encoded when each token (row) is read: a band below the diagonal.
 
     Parameters
     ----------
-    window, policy, steps, n_tokens
+    window, policy, chunking, n_tokens
         See `encoded_ends`.
     """
     tokens = torch.arange(n_tokens)
-    return (tokens >= policy.sink_tokens) & (tokens < encoded_ends(window, policy, steps, n_tokens)[:, None])
+    return (tokens >= policy.sink_tokens) & (tokens < encoded_ends(window, policy, chunking, n_tokens)[:, None])
 
 
 def encoded_ends(
-    window: ResidualWindow, policy: CachePolicy, steps: Chunking, n_tokens: int
+    window: ResidualWindow, policy: CachePolicy, chunking: Chunking, n_tokens: int
 ) -> Int64[Tensor, " tokens"]:
     """Where the tokens end that a cache has encoded when each token is read; they begin after the sinks.
 
@@ -32,15 +32,15 @@ def encoded_ends(
     ----------
     window, policy : ResidualWindow, CachePolicy
         The window of keys or of values; sinks, and whether the first step reads exact tokens, are the policy's.
-    steps : Chunking
+    chunking : Chunking
         How the text enters the cache.
     n_tokens : int
         Length of the text.
     """
-    held = steps.held(n_tokens)
+    held = chunking.held(n_tokens)
     ends = torch.tensor([window.encoded_end(n, policy.sink_tokens) for n in held.tolist()])
     if policy.exact_prefill:
-        ends[: steps.prefill_tokens] = 0
+        ends[: chunking.prefill_tokens] = 0
     return ends
 
 

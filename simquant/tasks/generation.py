@@ -35,7 +35,9 @@ class Answer:
     n_prompt_tokens: int
 
 
-def answer(model: nn.Module, tokenizer: Any, item: Item, *, cache: Any = None, steps: Chunking | None = None) -> Answer:
+def answer(
+    model: nn.Module, tokenizer: Any, item: Item, *, cache: Any = None, chunking: Chunking | None = None
+) -> Answer:
     """The likeliest token after the prompt, then after that, and so on.
 
     Parameters
@@ -48,7 +50,7 @@ def answer(model: nn.Module, tokenizer: Any, item: Item, *, cache: Any = None, s
         Prompt, stop strings and longest answer.
     cache : object
         An empty cache; None is the model's own, which keeps everything exact.
-    steps : Chunking or None
+    chunking : Chunking or None
         How the prompt enters the cache; None is all at once.
 
     Raises
@@ -64,7 +66,7 @@ def answer(model: nn.Module, tokenizer: Any, item: Item, *, cache: Any = None, s
 
     last = end_tokens(model, tokenizer)
     found = continue_greedily(
-        model, prompt, cache=cache, steps=steps, max_new_tokens=item.max_new_tokens, is_over=ended
+        model, prompt, cache=cache, chunking=chunking, max_new_tokens=item.max_new_tokens, is_over=ended
     )
     text = before_stop(tokenizer.decode(found, skip_special_tokens=True), item.stop)
     return Answer(text=text, tokens=tuple(found), n_prompt_tokens=len(prompt))
@@ -78,12 +80,12 @@ def continue_greedily(
     max_new_tokens: int,
     is_over: Callable[[Sequence[int]], bool],
     cache: Any = None,
-    steps: Chunking | None = None,
+    chunking: Chunking | None = None,
 ) -> list[int]:
     """The tokens that a model adds to a prompt, until `is_over` says so of them."""
     device = next(model.parameters()).device
     ids = torch.tensor([list(prompt)], device=device)
-    spans = [(0, len(prompt))] if steps is None else steps.spans(len(prompt))
+    spans = [(0, len(prompt))] if chunking is None else chunking.spans(len(prompt))
     # Of a long prompt the logits of all tokens would take more memory than the model.
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     for start, end in spans:

@@ -38,7 +38,7 @@ def predict(
     path: Path,
     *,
     policy: CachePolicy | None = None,
-    steps: Chunking | None = None,
+    chunking: Chunking | None = None,
     progress: Progress = iter,
 ) -> None:
     """Asks both models every item, and goes on where an earlier run stopped.
@@ -60,7 +60,7 @@ def predict(
         File of predictions; answers that it holds are not asked for again.
     policy : CachePolicy or None
         Which tokens stay exact; None takes what the artifact says.
-    steps : Chunking or None
+    chunking : Chunking or None
         How a prompt enters the cache; None is all at once. Answers are always token by token.
     progress : callable
         Wraps the items of a task, for a progress bar.
@@ -72,7 +72,7 @@ def predict(
     NothingQuantizedError
         If fewer than 16 bits were asked for, and a task saw no quantized token.
     """
-    speakers = _Speakers(model, tokenizer, quantizers, policy or default_policy(quantizers), steps)
+    speakers = _Speakers(model, tokenizer, quantizers, policy or default_policy(quantizers), chunking)
     by_task: dict[str, dict[str, Item]] = {}
     for item in items:
         if by_task.setdefault(item.task, {}).setdefault(item.id, item) is not item:
@@ -101,14 +101,14 @@ class _Speakers:
         tokenizer: Any,
         quantizers: Mapping[Site, Quantizer],
         policy: CachePolicy,
-        steps: Chunking | None,
+        chunking: Chunking | None,
     ) -> None:
-        self._model, self._tokenizer, self._steps = model, tokenizer, steps
+        self._model, self._tokenizer, self._chunking = model, tokenizer, chunking
         self._quantizers, self._policy = quantizers, policy
         self._layers = attention_layers(model)
         self.protocols: dict[Side, str] = {
             "fp": fp_line(model, self._layers),
-            "quantized": quantized_line(model, self._layers, quantizers, policy, steps),
+            "quantized": quantized_line(model, self._layers, quantizers, policy, chunking),
         }
 
     def ask(self, item: Item, side: Side) -> Prediction:
@@ -130,13 +130,13 @@ class _Speakers:
         )
 
     def _exact(self, item: Item) -> tuple[Answer, float | None]:
-        return answer(self._model, self._tokenizer, item, steps=self._steps), None
+        return answer(self._model, self._tokenizer, item, chunking=self._chunking), None
 
     def _quantized(self, item: Item) -> tuple[Answer, float | None]:
         usage = Usage(self._quantizers)
         with packed_cache(self._model, self._quantizers, policy=self._policy, layers=self._layers) as new_cache:
             cache = new_cache()
-            found = answer(self._model, self._tokenizer, item, cache=cache, steps=self._steps)
+            found = answer(self._model, self._tokenizer, item, cache=cache, chunking=self._chunking)
             for layer in cache.layers:
                 for site, store in layer.store.stores():
                     usage.add_store(site, store)
@@ -146,8 +146,8 @@ class _Speakers:
 
     def _reads_codes(self, found: Answer) -> bool:
         """Whether a token of the answer is predicted from keys or values that have codes."""
-        steps = self._steps or Chunking(prefill_tokens=found.n_prompt_tokens)
-        protocol = Protocol(name="cache", policy=self._policy, steps=steps)
+        chunking = self._chunking or Chunking(prefill_tokens=found.n_prompt_tokens)
+        protocol = Protocol(name="cache", policy=self._policy, chunking=chunking)
         windows = {layer.layer: layer.sliding_window for layer in self._layers}
         n_answer = len(found.tokens)
         return any(

@@ -33,10 +33,10 @@ def quantized_line(
     layers: tuple[AttentionLayer, ...],
     quantizers: Mapping[Site, Quantizer],
     policy: CachePolicy,
-    steps: Chunking | None,
+    chunking: Chunking | None,
 ) -> str:
     """Of a model that answers through a packed cache."""
-    prompt = "the whole prompt in one step" if steps is None else f"the prompt {steps.describe()}"
+    prompt = "the whole prompt in one step" if chunking is None else f"the prompt {chunking.describe()}"
     return "; ".join(
         [
             f"packed cache; {prompt}, {policy.describe_prefill()}",

@@ -90,8 +90,8 @@ def protocol_settings(
         if getattr(args, name) is not None:
             changes[name] = getattr(args, name)
     policy = replace(default_policy(quantizers, entry=cache), sink_tokens=sink_tokens, eviction=eviction, **changes)
-    steps = Chunking(prefill_tokens=args.prefill_tokens or 1, chunk_tokens=args.chunk_tokens or 1)
-    return {"policy": policy, "protocol": args.protocol, "steps": steps}
+    chunking = Chunking(prefill_tokens=args.prefill_tokens or 1, chunk_tokens=args.chunk_tokens or 1)
+    return {"policy": policy, "protocol": args.protocol, "chunking": chunking}
 
 
 def _add_window_options(group: Any) -> None:

@@ -235,7 +235,7 @@ def test_bytes_are_those_of_codes_and_of_exact_tokens(tiny_llama: LlamaForCausal
     quantizers, policy = everywhere(per_token, "post_rope"), CachePolicy(keep_smallest_norm=3)
     _, codes = through_the_cache(tiny_llama, quantizers, policy, STEPS["whole"], IDS[:1])
     n_small = sum(int(part.tensors["counts"].sum()) for part in codes.values() if part is not None)
-    found = evaluate(tiny_llama, IDS[:1], quantizers, policy=policy, protocol="cache", steps=STEPS["whole"])
+    found = evaluate(tiny_llama, IDS[:1], quantizers, policy=policy, protocol="cache", chunking=STEPS["whole"])
     assert found.quantized_fraction == pytest.approx(1 - n_small / (4 * 40))
     a_token = 16 * 4 // 8 + 4 + 1  # codes, scale and offset, and whether it is kept
     assert found.bits["average"] == pytest.approx(8 * (4 * 40 * a_token + n_small * 16 * 4) / (4 * 40 * 16))

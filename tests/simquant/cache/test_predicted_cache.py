@@ -68,7 +68,7 @@ def test_every_protocol_reads_the_same(model: LlamaForCausalLM, artifact: Artifa
     with simulate(model, artifact, policy=AT_ONCE):
         full = model(IDS).logits
     for policy, expected in ((AT_ONCE, full), (POLICY, None)):
-        with decode_exact(model, artifact, policy=policy, steps=Chunking()):
+        with decode_exact(model, artifact, policy=policy, chunking=Chunking()):
             decoded = model(IDS).logits
         with packed_cache(model, artifact, policy=policy) as new_cache:
             stepwise = logits(model, new_cache(), IDS)

@@ -68,7 +68,7 @@ def test_the_exact_model_reads_each_window_once_for_all_candidates(
     for n_candidates in (1, 3):
         n_calls.clear()
         candidates = [everywhere(per_token) for _ in range(n_candidates)]
-        evaluate_each(tiny_llama, WINDOWS, candidates, protocol="cache", steps=Chunking(chunk_tokens=8))
+        evaluate_each(tiny_llama, WINDOWS, candidates, protocol="cache", chunking=Chunking(chunk_tokens=8))
         counts.append(len(n_calls))
     n_windows, n_steps, n_more = 2, 6, 2
     assert counts[1] - counts[0] == n_windows * n_steps * n_more

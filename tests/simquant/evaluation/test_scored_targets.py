@@ -46,7 +46,7 @@ def test_strided_perplexity_is_that_of_the_documented_loop(
     [
         {},
         {"protocol": "decode", "policy": CachePolicy(residual_tokens=4)},
-        {"protocol": "cache", "policy": CachePolicy(residual_tokens=4), "steps": Chunking(prefill_tokens=24)},
+        {"protocol": "cache", "policy": CachePolicy(residual_tokens=4), "chunking": Chunking(prefill_tokens=24)},
     ],
     ids=["full", "decode", "cache"],
 )
@@ -54,11 +54,11 @@ def test_every_protocol_scores_the_same_targets(settings: dict[str, object], tin
     quantizers = everywhere(per_token)
     windows, scored = strided_windows([TEXT], seqlen=24, stride=9)
     found = evaluate(tiny_llama, windows, quantizers, scored=scored, batch_size=2, **settings)
-    policy, steps = settings.get("policy"), settings.get("steps", Chunking())
+    policy, chunking = settings.get("policy"), settings.get("chunking", Chunking())
     context = (
         simulate(tiny_llama, quantizers)
         if policy is None
-        else decode_exact(tiny_llama, quantizers, policy=policy, steps=steps)
+        else decode_exact(tiny_llama, quantizers, policy=policy, chunking=chunking)
     )
     with context:
         nll = sliding_nll(tiny_llama, TEXT, 24, 9)

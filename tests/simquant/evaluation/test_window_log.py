@@ -86,7 +86,7 @@ def test_batches_strides_candidates_and_artifacts_go_on_too(log: WindowLog, tiny
     artifact = calibrate(tiny_llama, torch.randint(0, 64, (2, 32)), "kvquant-3-1pct")
     windows, scored = strided_windows([WINDOWS.flatten()], seqlen=24, stride=10)
     candidates = [artifact, everywhere(per_token)]
-    settings = {"scored": scored, "batch_size": 2, "protocol": "decode", "steps": Chunking(prefill_tokens=4)}
+    settings = {"scored": scored, "batch_size": 2, "protocol": "decode", "chunking": Chunking(prefill_tokens=4)}
     whole = evaluate_each(tiny_llama, windows, candidates, **settings)
     with pytest.raises(Stopped):
         evaluate_each(tiny_llama, windows, candidates, log=log, progress=stop_after(2), **settings)

@@ -53,7 +53,7 @@ STEPS = {
 IDS = torch.randint(3, 64, (2, 40), generator=torch.Generator().manual_seed(3))
 
 every_policy = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
-every_steps = pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS)
+every_chunking = pytest.mark.parametrize("chunking", STEPS.values(), ids=STEPS)
 
 
 def sparse_per_token(bits: int = 3) -> Quantizer:
@@ -65,14 +65,14 @@ def through_the_cache(
     model: nn.Module,
     quantizers: dict[Site, Quantizer],
     policy: CachePolicy,
-    steps: Chunking,
+    chunking: Chunking,
     ids: Tensor = IDS,
     layers: Sequence[AttentionLayer] | None = None,
 ) -> tuple[Tensor, dict[tuple[Site, int], Codes | None]]:
     """Logits, and the codes of each site and sequence."""
     with packed_cache(model, quantizers, policy=policy, layers=layers) as new:
         cache = new()
-        spans = steps.spans(ids.shape[1])
+        spans = chunking.spans(ids.shape[1])
         parts = [model(ids[:, start:end], **cache_argument(model, cache)).logits for start, end in spans]
     stores = [(store.key_site, stream.key, row) for store, row, stream in streams(cache)]
     stores += [(store.value_site, stream.value, row) for store, row, stream in streams(cache)]
@@ -80,13 +80,13 @@ def through_the_cache(
 
 
 def both_ways(
-    model: nn.Module, quantizers: dict[Site, Quantizer], policy: CachePolicy, steps: Chunking
+    model: nn.Module, quantizers: dict[Site, Quantizer], policy: CachePolicy, chunking: Chunking
 ) -> tuple[Tensor, Tensor]:
     """Logits step by step and of one pass; in float64, so that rounding hardly ever moves a value to another code."""
     layers = attention_layers(model)
     model.double()
-    stepwise, _ = through_the_cache(model, quantizers, policy, steps, IDS, layers)
-    with decode_exact(model, quantizers, policy=policy, steps=steps, layers=layers):
+    stepwise, _ = through_the_cache(model, quantizers, policy, chunking, IDS, layers)
+    with decode_exact(model, quantizers, policy=policy, chunking=chunking, layers=layers):
         return stepwise, logits(model, IDS)
 
 
@@ -123,13 +123,13 @@ def equal_fraction(one: Codes | None, other: Codes | None) -> tuple[int, int]:
 def test_one_pass_gives_what_decoding_step_by_step_gives(
     kept: str, pieces: str, stage: Stage, make: Callable[[], Quantizer], tiny_llama: LlamaForCausalLM
 ) -> None:
-    policy, steps = POLICIES[kept], STEPS[pieces]
+    policy, chunking = POLICIES[kept], STEPS[pieces]
     if make is per_group and policy.block_tokens == 1:
         policy = CachePolicy(sink_tokens=policy.sink_tokens, residual_tokens=policy.residual_tokens, block_tokens=4)
     quantizers = everywhere(make, stage)
     if make is per_group:
         quantizers |= {site: per_token() for site in quantizers if site.tensor == "value"}
-    stepwise, once = both_ways(tiny_llama, quantizers, policy, steps)
+    stepwise, once = both_ways(tiny_llama, quantizers, policy, chunking)
     torch.testing.assert_close(once.log_softmax(-1), stepwise.log_softmax(-1), rtol=0, atol=1e-6)
 
 
@@ -181,11 +181,11 @@ def test_the_first_layer_stores_the_codes_of_what_its_projections_return(
 
 
 @both_stages
-@pytest.mark.parametrize("steps", [STEPS["decoding"], STEPS["prefill"], Chunking(prefill_tokens=10, chunk_tokens=7)])
-def test_hardly_a_code_depends_on_the_chunking(steps: Chunking, stage: Stage, tiny_llama: LlamaForCausalLM) -> None:
+@pytest.mark.parametrize("chunking", [STEPS["decoding"], STEPS["prefill"], Chunking(prefill_tokens=10, chunk_tokens=7)])
+def test_hardly_a_code_depends_on_the_chunking(chunking: Chunking, stage: Stage, tiny_llama: LlamaForCausalLM) -> None:
     """Products of other shapes round differently, which moves a value across a boundary now and then."""
     quantizers, policy = everywhere(sparse_per_token, stage), CachePolicy(sink_tokens=1)
-    found = [through_the_cache(tiny_llama, quantizers, policy, each)[1] for each in (STEPS["whole"], steps)]
+    found = [through_the_cache(tiny_llama, quantizers, policy, each)[1] for each in (STEPS["whole"], chunking)]
     counts = [equal_fraction(codes, found[1][place]) for place, codes in found[0].items()]
     assert sum(same for same, _ in counts) >= 0.9999 * sum(total for _, total in counts) - 1
     assert all(total for _, total in counts)
@@ -203,10 +203,10 @@ def test_a_trained_model_decodes_as_one_pass_says(
     for layer in layers:
         for site in (Site(layer.layer, "key", stage), Site(layer.layer, "value")):
             quantizers[site] = type(per_token())(channels=layer.channels, bits=4)
-    policy, steps = CachePolicy(sink_tokens=1, residual_tokens=8), Chunking(prefill_tokens=32)
-    stepwise, codes = through_the_cache(model, quantizers, policy, steps, ids)
+    policy, chunking = CachePolicy(sink_tokens=1, residual_tokens=8), Chunking(prefill_tokens=32)
+    stepwise, codes = through_the_cache(model, quantizers, policy, chunking, ids)
     _, other = through_the_cache(model, quantizers, policy, Chunking(prefill_tokens=96), ids)
-    with decode_exact(model, quantizers, policy=policy, steps=steps):
+    with decode_exact(model, quantizers, policy=policy, chunking=chunking):
         once = logits(model, ids)
     torch.testing.assert_close(once.log_softmax(-1), stepwise.log_softmax(-1), rtol=0, atol=1e-6)
     assert codes.keys() == other.keys()
@@ -216,11 +216,11 @@ def test_a_trained_model_decodes_as_one_pass_says(
 
 
 @every_policy
-@every_steps
-def test_the_band_is_what_a_cache_would_have_encoded(policy: CachePolicy, steps: Chunking) -> None:
+@every_chunking
+def test_the_band_is_what_a_cache_would_have_encoded(policy: CachePolicy, chunking: Chunking) -> None:
     for tensor in TENSORS:
-        band = encoded_tokens(policy.window(tensor), policy, steps, 40)
-        for start, end in steps.spans(40):
+        band = encoded_tokens(policy.window(tensor), policy, chunking, 40)
+        for start, end in chunking.spans(40):
             stop = policy.window(tensor).encoded_end(end, policy.sink_tokens)
             expected = (torch.arange(40) >= policy.sink_tokens) & (torch.arange(40) < stop)
             if policy.exact_prefill and start == 0:
@@ -253,10 +253,10 @@ def test_each_query_reads_its_own_mixture(sinks: bool) -> None:
 def test_steps_cut_a_text() -> None:
     assert Chunking().spans(3) == [(0, 1), (1, 2), (2, 3)]
     assert Chunking(prefill_tokens=9).spans(3) == [(0, 3)]
-    for steps in STEPS.values():
-        spans = steps.spans(40)
+    for chunking in STEPS.values():
+        spans = chunking.spans(40)
         assert [token for start, end in spans for token in range(start, end)] == list(range(40))
-        assert steps.held(40).tolist() == [end for start, end in spans for _ in range(start, end)]
+        assert chunking.held(40).tolist() == [end for start, end in spans for _ in range(start, end)]
     for field in ("prefill_tokens", "chunk_tokens"):
         with pytest.raises(ValueError, match=f"Chunking: {field} must be an integer from 1; got 0"):
             Chunking(**{field: 0})
@@ -268,9 +268,9 @@ def test_steps_cut_a_text() -> None:
 @pytest.mark.parametrize("protocol", ["decode", "cache"])
 def test_evaluation_agrees_and_names_its_protocol(protocol: str, tiny_llama: LlamaForCausalLM) -> None:
     quantizers, policy = everywhere(per_token), CachePolicy(sink_tokens=1, residual_tokens=4, exact_prefill=True)
-    steps = Chunking(prefill_tokens=16)
-    found = evaluate(tiny_llama, IDS, quantizers, policy=policy, protocol=protocol, steps=steps, batch_size=2)
-    with decode_exact(tiny_llama, quantizers, policy=policy, steps=steps):
+    chunking = Chunking(prefill_tokens=16)
+    found = evaluate(tiny_llama, IDS, quantizers, policy=policy, protocol=protocol, chunking=chunking, batch_size=2)
+    with decode_exact(tiny_llama, quantizers, policy=policy, chunking=chunking):
         scores = logits(tiny_llama, IDS)[:, :-1]
     nll = nn.functional.cross_entropy(scores.transpose(1, 2), IDS[:, 1:])
     assert math.log(found.perplexity) == pytest.approx(float(nll), abs=1e-4)
@@ -306,10 +306,12 @@ def test_targets_that_an_exact_prefill_predicts_are_refused(protocol: str, tiny_
     settings = {"policy": CachePolicy(exact_prefill=True), "protocol": protocol}
     for prefill_tokens in (39, 40):  # the last token's query predicts no target
         with pytest.raises(NothingQuantizedError, match=rf"a scored target reads .*prefill of {prefill_tokens} tokens"):
-            evaluate(tiny_llama, IDS, everywhere(per_token), steps=Chunking(prefill_tokens=prefill_tokens), **settings)
-    found = evaluate(tiny_llama, IDS, everywhere(per_token), steps=Chunking(prefill_tokens=38), **settings)
+            evaluate(
+                tiny_llama, IDS, everywhere(per_token), chunking=Chunking(prefill_tokens=prefill_tokens), **settings
+            )
+    found = evaluate(tiny_llama, IDS, everywhere(per_token), chunking=Chunking(prefill_tokens=38), **settings)
     assert found.kl_mean > 0
-    sixteen = evaluate(tiny_llama, IDS, everywhere(identity), steps=Chunking(prefill_tokens=40), **settings)
+    sixteen = evaluate(tiny_llama, IDS, everywhere(identity), chunking=Chunking(prefill_tokens=40), **settings)
     assert sixteen.quantized_fraction == 0
 
 
@@ -319,7 +321,7 @@ SLIDING = [None, 4, 8, 40]
 @pytest.mark.parametrize("protocol", ["decode", "cache"])
 def test_a_layer_that_sees_exact_tokens_alone_is_refused(protocol: str) -> None:
     """A residual window as long as the sliding window: the loss was +0.000000, and nothing was said."""
-    model, settings = build("gemma3_text"), {"protocol": protocol, "steps": Chunking(chunk_tokens=8)}
+    model, settings = build("gemma3_text"), {"protocol": protocol, "chunking": Chunking(chunk_tokens=8)}
     policy = CachePolicy(sink_tokens=1, residual_tokens=4)
     with pytest.raises(NothingQuantizedError, match=r"last 4 tokens exact.* layer 0 sees 4 tokens back"):
         evaluate(model, IDS, everywhere(per_token), policy=policy, protocol=protocol)
@@ -330,31 +332,33 @@ def test_a_layer_that_sees_exact_tokens_alone_is_refused(protocol: str) -> None:
 
 
 @every_policy
-@every_steps
+@every_chunking
 @pytest.mark.parametrize("window", SLIDING)
 def test_codes_are_read_where_the_sliding_window_reaches(
-    window: int | None, policy: CachePolicy, steps: Chunking
+    window: int | None, policy: CachePolicy, chunking: Chunking
 ) -> None:
-    protocol = Protocol(name="decode", policy=policy, steps=steps)
+    protocol = Protocol(name="decode", policy=policy, chunking=chunking)
     for tensor in TENSORS:
         for n_tokens, n_scored in ((9, 3), (23, 22), (40, 1)):
-            band = encoded_tokens(policy.window(tensor), policy, steps, n_tokens).tril().triu(1 - (window or n_tokens))
+            band = (
+                encoded_tokens(policy.window(tensor), policy, chunking, n_tokens).tril().triu(1 - (window or n_tokens))
+            )
             found = protocol.reads_codes(tensor, n_tokens, n_scored=n_scored, sliding_window=window)
             assert found == bool(band[:-1][-n_scored:].any())
 
 
 @every_policy
-@every_steps
-def test_codes_are_read_where_the_band_says_so(policy: CachePolicy, steps: Chunking) -> None:
-    protocol = Protocol(name="decode", policy=policy, steps=steps)
+@every_chunking
+def test_codes_are_read_where_the_band_says_so(policy: CachePolicy, chunking: Chunking) -> None:
+    protocol = Protocol(name="decode", policy=policy, chunking=chunking)
     for tensor in TENSORS:
         for n_tokens in (2, 9, 10, 11, 22, 23, 40):
-            band = encoded_tokens(policy.window(tensor), policy, steps, n_tokens).tril()
+            band = encoded_tokens(policy.window(tensor), policy, chunking, n_tokens).tril()
             assert protocol.reads_codes(tensor, n_tokens) == bool(band[:-1].any())
 
 
 @pytest.mark.parametrize(
-    ("policy", "steps", "causal"),
+    ("policy", "chunking", "causal"),
     [
         (CachePolicy(block_tokens=4), Chunking(), True),
         (CachePolicy(block_tokens=4), Chunking(prefill_tokens=16), False),
@@ -363,9 +367,9 @@ def test_codes_are_read_where_the_band_says_so(policy: CachePolicy, steps: Chunk
     ],
 )
 def test_what_reads_scales_of_later_tokens_is_labelled(
-    policy: CachePolicy, steps: Chunking, causal: bool, tiny_llama: LlamaForCausalLM
+    policy: CachePolicy, chunking: Chunking, causal: bool, tiny_llama: LlamaForCausalLM
 ) -> None:
-    settings = {"policy": policy, "steps": steps}
+    settings = {"policy": policy, "chunking": chunking}
     line = evaluate(tiny_llama, IDS, everywhere(per_group), protocol="decode", **settings).protocol
     assert ("NOT CAUSAL" not in line) == causal
     unchanged = []
@@ -382,7 +386,7 @@ def test_what_reads_scales_of_later_tokens_is_labelled(
 
 def test_bits_by_context_length_say_that_eviction_is_left_out(tiny_llama: LlamaForCausalLM) -> None:
     eviction = Eviction(prefill="streaming_llm", prefill_tokens=8, prefill_recent_tokens=2)
-    settings = {"protocol": "cache", "steps": Chunking(prefill_tokens=16)}
+    settings = {"protocol": "cache", "chunking": Chunking(prefill_tokens=16)}
     phrase = "bits by context length count evicted tokens, too"
     for policy in (CachePolicy(eviction=eviction), CachePolicy()):
         line = evaluate(tiny_llama, IDS, everywhere(per_token), policy=policy, **settings).protocol
@@ -409,7 +413,7 @@ def test_exact_tokens_cost_what_they_take_though_no_window_holds_any(tiny_llama:
             "'full' quantizes every token .* last token exact",
         ),
         ({"name": "full", "policy": CachePolicy(exact_prefill=True)}, "Use the protocol 'decode'"),
-        ({"name": "full", "policy": CachePolicy(), "steps": Chunking(prefill_tokens=3)}, "prefill of 3 tokens"),
+        ({"name": "full", "policy": CachePolicy(), "chunking": Chunking(prefill_tokens=3)}, "prefill of 3 tokens"),
     ],
 )
 def test_what_a_protocol_cannot_do_is_refused(settings: dict[str, object], message: str) -> None:

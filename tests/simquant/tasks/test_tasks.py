@@ -512,7 +512,7 @@ def test_an_answer_ends_before_a_stop_string_or_with_the_end_token(tiny_llama: L
 def test_the_steps_of_the_prompt_do_not_change_an_exact_answer(tiny_llama: LlamaForCausalLM) -> None:
     [item] = items(1)
     assert answer(tiny_llama, Letters(), item) == answer(
-        tiny_llama, Letters(), item, steps=Chunking(prefill_tokens=3, chunk_tokens=2)
+        tiny_llama, Letters(), item, chunking=Chunking(prefill_tokens=3, chunk_tokens=2)
     )
 
 
@@ -591,7 +591,7 @@ def test_a_larger_limit_asks_only_what_is_new(tiny_llama: LlamaForCausalLM, tmp_
     ("changes", "told"),
     [
         ({"policy": CachePolicy(sink_tokens=1)}, "expected answers of this protocol"),
-        ({"steps": Chunking(prefill_tokens=4)}, "expected answers of this protocol"),
+        ({"chunking": Chunking(prefill_tokens=4)}, "expected answers of this protocol"),
         ({"bits": 3}, "expected answers of this protocol"),
         ({"asked": [replace(item, prompt="another one") for item in items()]}, "expected the answer to this prompt"),
         ({"asked": items(references=("2",))}, "expected the answer to this prompt, with these references"),
@@ -657,7 +657,7 @@ def test_answers_that_an_exact_prefill_gives_alone_are_refused(tiny_llama: Llama
     policy, one_token = CachePolicy(exact_prefill=True), items(max_new_tokens=1)
     with pytest.raises(NothingQuantizedError, match="an exact prefill answers with its first token"):
         run(tiny_llama, tmp_path / "one.jsonl", one_token, policy=policy)
-    run(tiny_llama, tmp_path / "steps.jsonl", one_token, policy=policy, steps=Chunking(prefill_tokens=8))
+    run(tiny_llama, tmp_path / "steps.jsonl", one_token, policy=policy, chunking=Chunking(prefill_tokens=8))
     run(tiny_llama, tmp_path / "more.jsonl", items(max_new_tokens=2), policy=policy)
     for name in ("steps", "more"):
         assert score_predictions(tmp_path / f"{name}.jsonl")[0].quantized_fraction == 1
@@ -677,7 +677,7 @@ def test_answers_whose_windows_hold_exact_tokens_alone_are_refused(tmp_path: Pat
 
 def test_the_protocol_line_says_what_was_run(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
     policy = CachePolicy(sink_tokens=1, residual_tokens=4, exact_prefill=True)
-    run(tiny_llama, tmp_path / "p.jsonl", policy=policy, steps=Chunking(prefill_tokens=8, chunk_tokens=2))
+    run(tiny_llama, tmp_path / "p.jsonl", policy=policy, chunking=Chunking(prefill_tokens=8, chunk_tokens=2))
     [result] = score_predictions(tmp_path / "p.jsonl")
     for phrase in ("packed cache", "prefill of 8 tokens", "exact prefill", "pre-RoPE", policy.describe(), "greedy"):
         assert phrase in result.protocol
