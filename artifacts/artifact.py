@@ -96,6 +96,13 @@ class Artifact(Mapping[Site, Quantizer]):
 def save(artifact: Artifact, path: str | Path) -> None:
     """Writes an artifact; `.safetensors` or `.pkl`, the same content gives the same bytes.
 
+    Parameters
+    ----------
+    artifact : Artifact
+        What `calib.calibrate` or `calib.fit` returned, or `load`.
+    path : str or Path
+        Where to; a file that is there is replaced.
+
     Raises
     ------
     ArtifactError
@@ -106,6 +113,16 @@ def save(artifact: Artifact, path: str | Path) -> None:
 
 def load(path: str | Path) -> Artifact:
     """Reads an artifact and checks all of it; never runs code.
+
+    Parameters
+    ----------
+    path : str or Path
+        A file that `save` wrote.
+
+    Returns
+    -------
+    Artifact
+        Bit for bit what was saved.
 
     Raises
     ------

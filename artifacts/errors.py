@@ -1,7 +1,14 @@
-"""Every refusal of this package has a class of its own, so that callers and tests can name it."""
+"""Errors of the packages: one class for each kind of refusal, and one base of them all."""
 
 
-class ArtifactError(ValueError):
+class KVGaugeError(Exception):
+    """Base of every error that kvgauge raises for what a user can mend.
+
+    Each class below it is a `ValueError` or `RuntimeError` too, where it stands for one.
+    """
+
+
+class ArtifactError(KVGaugeError, ValueError):
     """A quantizer artifact cannot be used. Base of every refusal to read."""
 
 
@@ -18,16 +25,16 @@ class UnknownKindError(ArtifactError):
 
 
 class MismatchError(ArtifactError):
-    """The artifact is sound and was made for something else."""
+    """An artifact or statistics are sound, and were made for something else."""
 
 
-class UnsupportedModelError(ValueError):
+class UnsupportedModelError(KVGaugeError, ValueError):
     """A model caches something that no site describes."""
 
 
-class UnsupportedReleaseError(ValueError):
+class UnsupportedReleaseError(KVGaugeError, ValueError):
     """A release of transformers outside the supported range is installed."""
 
 
-class NonFiniteError(ValueError):
+class NonFiniteError(KVGaugeError, ValueError):
     """NaN or infinity where a finite number is needed."""

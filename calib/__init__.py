@@ -1,6 +1,7 @@
 """How quantizers are found: text, statistics, estimators, recipes."""
 
-from calib.calibration import calibrate
+from calib.calibration import calibrate, gather
+from calib.fitting.dynamic import dynamic
 from calib.fitting.fit import fit
 from calib.recipe.recipe import Recipe, RecipeError, load_recipe, shipped_recipes
 from calib.statistics.model_statistics import ModelStatistics
@@ -14,7 +15,9 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "calibrate",
+    "dynamic",
     "fit",
+    "gather",
     "load_corpus",
     "load_recipe",
     "sample_windows",

@@ -17,9 +17,9 @@ from artifacts.model.fingerprint import model_fingerprint
 from artifacts.model.hooks import evaluating
 from artifacts.sites import Stage
 from calib.capture import collect, single_windows, site_shapes
-from calib.fitting.fit import fit
+from calib.fitting.fit import Progress, fit
 from calib.recipe.layer_choice import check
-from calib.recipe.recipe import Recipe, load_recipe
+from calib.recipe.recipe import Recipe, chosen_recipe
 from calib.statistics.model_statistics import ModelStatistics
 from calib.statistics.origin import Origin
 from calib.statistics.site_statistics import Tier
@@ -37,7 +37,7 @@ def calibrate(
     tier: Tier = "basic",
     fisher: bool = False,
 ) -> Artifact:
-    """Fits quantizers for the key-value cache of a model.
+    """Fits quantizers for the key-value cache of a model: `gather`, then `fit`.
 
     Parameters
     ----------
@@ -63,25 +63,77 @@ def calibrate(
     ------
     RecipeError
         If the recipe cannot be read, or does not go with the model's shape.
+    CorpusError
+        If a token id is beyond the model's vocabulary.
     UnsupportedModelError
         If a layer cannot be handled, with the reason.
     NonFiniteError
         If activations hold NaN or infinity.
     """
-    chosen = load_recipe(recipe) if isinstance(recipe, str) else recipe
-    if bits is not None:
-        chosen = chosen.edited({"key": with_bits(bits), "value": with_bits(bits)})
+    chosen = chosen_recipe(recipe, bits)
+    return fit(gather(model, windows, chosen, tier=tier, fisher=fisher), chosen)
+
+
+def gather(
+    model: nn.Module,
+    windows: Int64[Tensor, "windows tokens"],
+    recipe: str | Recipe = "default",
+    *,
+    tier: Tier = "basic",
+    fisher: bool = False,
+    progress: Progress = iter,
+) -> ModelStatistics:
+    """Runs the model over the windows once and keeps the statistics that recipes are fitted from.
+
+    Any number of recipes and bit widths can be fitted from them by `fit`, as far as they take keys where `recipe` does
+    and read no more than was taken.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A transformers causal language model.
+    windows : Int64[Tensor, "windows tokens"]
+        Token ids of the calibration text, without padding.
+    recipe : str or Recipe
+        A shipped recipe's name, a recipe file, or a recipe: it says where keys are taken, and what it reads is taken.
+    tier : {'basic', 'full'}
+        Which statistics to take; `full` serves every recipe, and takes more memory.
+    fisher : bool
+        Take squared gradients too: one backward pass for each window.
+    progress : callable
+        Wraps the windows, for a progress bar.
+
+    Returns
+    -------
+    ModelStatistics
+        To be fitted by `fit`, kept by its `save`, and added to others of the same model by its `merge`.
+
+    Raises
+    ------
+    RecipeError
+        If the recipe cannot be read, or does not go with the model's shape.
+    CorpusError
+        If a token id is beyond the model's vocabulary.
+    UnsupportedModelError
+        If a layer cannot be handled, with the reason.
+    NonFiniteError
+        If activations hold NaN or infinity.
+    MemoryError
+        If the statistics need more memory than is free.
+
+    Examples
+    --------
+    >>> def widths(model, windows):
+    ...     statistics = gather(model, windows, "kvquant")
+    ...     return {bits: fit(statistics, "kvquant", bits=bits) for bits in (2, 3, 4)}
+    """
+    chosen = chosen_recipe(recipe)
     layers = attention_layers(model)
     check(chosen, site_shapes(layers, chosen.stage))
     taken: Tier = "full" if chosen.needs_full else tier
     statistics = new_statistics(model, layers, stage=chosen.stage, tier=taken, fisher=fisher or chosen.needs_fisher)
-    add_windows(model, layers, statistics, windows)
-    return fit(statistics, chosen)
-
-
-def with_bits(bits: int) -> dict[str, Any]:
-    """The change to a recipe entry that sets its code width; 16 keeps the site exact."""
-    return {"method": "identity"} if bits == 16 else {"bits": bits}
+    add_windows(model, layers, statistics, windows, progress)
+    return statistics
 
 
 def new_statistics(
@@ -153,7 +205,7 @@ def add_windows(
     layers: Sequence[AttentionLayer],
     statistics: ModelStatistics,
     windows: Int64[Tensor, "windows tokens"],
-    progress: Any = iter,
+    progress: Progress = iter,
 ) -> None:
     """Runs the model over windows and feeds the statistics, one forward pass each.
 

@@ -58,6 +58,11 @@ def perplexity(
         Windows per forward pass.
     normalization : {'targets', 'gptq'}
         Mean over all targets, or over the windows' means; the same for windows of equal length.
+
+    Returns
+    -------
+    float
+        From 1 to the size of the vocabulary and beyond; the lower the better.
     """
     scored = scored_targets(windows, scored, normalization)
     found: list[Tensor] = []
@@ -85,7 +90,7 @@ def evaluate(
     progress: Progress = iter,
     log: WindowLog | None = None,
 ) -> EvalResult:
-    """What quantizing the cache costs.
+    """Scores a model with a full-precision and with a quantized cache, on the same windows.
 
     Parameters
     ----------
@@ -113,6 +118,11 @@ def evaluate(
     log : WindowLog or None
         Where finished batches are kept; those that an interrupted run of the same evaluation has left are not run
         again, and the result is what it would have been, the time they took included.
+
+    Returns
+    -------
+    EvalResult
+        Perplexity, loss in nats, KL and other figures with standard errors, and the bits that were stored.
 
     Raises
     ------
@@ -156,7 +166,7 @@ def evaluate_each(
     progress: Progress = iter,
     log: WindowLog | None = None,
 ) -> list[EvalResult]:
-    """What `evaluate` finds for each of several sets of quantizers, from one full-precision pass over the windows.
+    """Results of `evaluate` for each of several sets of quantizers, from one full-precision pass over the windows.
 
     Parameters
     ----------

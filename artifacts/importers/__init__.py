@@ -4,7 +4,7 @@ Nothing in a foreign file is ever executed. What a file does not say is said by 
 assumption is named in the notices that come with the artifact.
 """
 
-from artifacts.importers.foreign import Opened, open_artifact
+from artifacts.importers.foreign import Opened, open_foreign
 from artifacts.importers.hints import Hints
 
-__all__ = ["Hints", "Opened", "open_artifact"]
+__all__ = ["Hints", "Opened", "open_foreign"]

@@ -30,7 +30,7 @@ class Opened:
     notices: tuple[str, ...] = ()
 
 
-def open_artifact(path: str | Path, hints: Hints | None = None) -> Opened:
+def open_foreign(path: str | Path, hints: Hints | None = None) -> Opened:
     """Reads an artifact of kvgauge, KVQuant, LLaMA3-simquant or msModelSlim, told apart by content.
 
     Parameters
@@ -39,6 +39,11 @@ def open_artifact(path: str | Path, hints: Hints | None = None) -> Opened:
         A file, or msModelSlim's folder.
     hints : Hints or None
         What a foreign file does not say.
+
+    Returns
+    -------
+    Opened
+        The artifact, and notices of what had to be assumed.
 
     Raises
     ------

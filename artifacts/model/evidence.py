@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from artifacts.errors import KVGaugeError
 from artifacts.model.heads import Heads, nearest
 from artifacts.model.hooks import AttentionLayer, Hook
 from artifacts.model.rope import Rotation, TableOrder, cos_sin, rotate, spread
@@ -26,7 +27,7 @@ _READINGS: tuple[tuple[Rotation, TableOrder], ...] = (
 )
 
 
-class UnsupportedLayer(Exception):
+class UnsupportedLayer(KVGaugeError):
     """Why a layer cannot be handled."""
 
 

@@ -61,6 +61,18 @@ def cache_keyword(module: nn.Module) -> str | None:
 def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:
     """A cache as the keyword argument that a model and its `generate` take it by, on every supported release.
 
+    Parameters
+    ----------
+    model : nn.Module
+        A transformers causal language model, or a wrapper around one.
+    cache : object
+        From `new_cache()` of `packed_cache`, or any other that the model takes.
+
+    Returns
+    -------
+    dict
+        One entry, to be passed as `**cache_argument(model, cache)`.
+
     Examples
     --------
     >>> def reply(model, cache, ids):

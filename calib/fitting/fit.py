@@ -11,8 +11,9 @@ from artifacts.sites import Site
 from calib.estimators import Estimator, Fit
 from calib.fitting.budget import fit_budget
 from calib.fitting.chain import Chain, Progress
+from calib.recipe.errors import RecipeError
 from calib.recipe.layer_choice import check
-from calib.recipe.recipe import Recipe
+from calib.recipe.recipe import Recipe, chosen_recipe
 from calib.solvers.threads import torch_threads
 from calib.statistics.model_statistics import ModelStatistics
 
@@ -26,15 +27,24 @@ where each operation waits for both.
 """
 
 
-def fit(statistics: ModelStatistics, recipe: Recipe, *, jobs: int | None = None, progress: Progress = iter) -> Artifact:
-    """Fits every cached site from statistics.
+def fit(
+    statistics: ModelStatistics,
+    recipe: str | Recipe = "default",
+    *,
+    bits: int | None = None,
+    jobs: int | None = None,
+    progress: Progress = iter,
+) -> Artifact:
+    """Fits every cached site from statistics, without the model.
 
     Parameters
     ----------
     statistics : ModelStatistics
         Of the model, of any number of merged shards.
-    recipe : Recipe
-        What to fit.
+    recipe : str or Recipe
+        A shipped recipe's name, a recipe file, or a recipe.
+    bits : int or None
+        Code width for keys and values; None leaves it to the recipe.
     jobs : int or None
         Sites fitted at a time (threads; an active joblib backend takes precedence), each of which then keeps to one
         thread; where sites are predicted from one another, or share a budget, it is one after the other, and a wide
@@ -42,13 +52,19 @@ def fit(statistics: ModelStatistics, recipe: Recipe, *, jobs: int | None = None,
     progress : callable
         Wraps the sites, for a progress bar.
 
+    Returns
+    -------
+    Artifact
+        To be saved by `artifacts.save` and run by `simquant.simulate`.
+
     Raises
     ------
     RecipeError
-        If the recipe does not go with the model's shape.
-    ValueError
+        If the recipe cannot be read, does not go with the model's shape, or takes keys elsewhere.
+    MismatchError
         If the statistics lack a site or a statistic that the recipe reads.
     """
+    recipe = chosen_recipe(recipe, bits)
     estimators = check(recipe, [statistics.sites[site].shape for site in cached_sites(statistics, recipe)])
     threads = torch.get_num_threads() if jobs is None else jobs
     found = _fits(statistics, recipe, estimators, (threads, progress))
@@ -72,13 +88,13 @@ def cached_sites(statistics: ModelStatistics, recipe: Recipe) -> list[Site]:
 
     Raises
     ------
-    ValueError
+    RecipeError
         If keys were captured at another stage.
     """
     cached = [site for site in statistics.sites if site.tensor != "query"]
     wrong = [site for site in cached if site.tensor == "key" and site.stage != recipe.stage]
     if wrong:
-        raise ValueError(
+        raise RecipeError(
             f"fit: recipe {recipe.name} takes keys {recipe.stage}, the statistics hold {wrong[0]}. "
             f"Calibrate again with --stage {recipe.stage}, or use a recipe with stage: {wrong[0].stage}."
         )

@@ -7,6 +7,8 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from artifacts.errors import KVGaugeError
+
 Location = tuple[str | int, ...]
 """Names of entries and numbers of items, from the top of a recipe to a place in it."""
 
@@ -22,7 +24,7 @@ _EXPECTED = {
 """Words of this house for some of pydantic's."""
 
 
-class RecipeError(ValueError):
+class RecipeError(KVGaugeError, ValueError):
     """A recipe cannot be read, or asks for what does not go together."""
 
 

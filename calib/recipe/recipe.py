@@ -201,8 +201,33 @@ class Recipe(BaseModel):
         return entry
 
 
+def chosen_recipe(recipe: str | Path | Recipe, bits: int | None = None) -> Recipe:
+    """The recipe that is named, with keys and values of so many bits where `bits` says it; 16 keeps them exact.
+
+    Raises
+    ------
+    RecipeError
+        If there is no such recipe, or it does not take so many bits.
+    """
+    chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    if bits is None:
+        return chosen
+    change = {"method": "identity"} if bits == 16 else {"bits": bits}
+    return chosen.edited({"key": change, "value": change})
+
+
 def load_recipe(name: str | Path) -> Recipe:
     """A shipped recipe by name, or one from a `.yaml` file, of kvgauge or of msModelSlim.
+
+    Parameters
+    ----------
+    name : str or Path
+        One of `shipped_recipes()`, or a file.
+
+    Returns
+    -------
+    Recipe
+        To be fitted as it is, or after `edited`.
 
     Raises
     ------

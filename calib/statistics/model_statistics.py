@@ -151,21 +151,21 @@ class ModelStatistics:
 
         Raises
         ------
-        ValueError
+        MismatchError
             If the site was not captured, more positions are left out than were kept apart, or no token is left.
         """
         if site not in self.sites:
-            raise ValueError(
+            raise MismatchError(
                 f"{site}: the statistics do not hold this site; they hold {', '.join(map(str, self.sites))}. "
                 "Calibrate with the stage that the recipe asks for."
             )
         if not 0 <= sink_tokens <= FIRST_POSITIONS:
-            raise ValueError(
+            raise MismatchError(
                 f"statistics: at most the first {FIRST_POSITIONS} positions can be left out of a fit; got {sink_tokens}"
             )
         chosen = self.sites[site].from_position(sink_tokens, self.sample, self.first)
         if not chosen.moments.n_tokens:
-            raise ValueError(
+            raise MismatchError(
                 f"{site}: a fit needs tokens from position {sink_tokens} on; the {len(self.windows)} windows hold "
                 "none. Take longer windows, or fewer sink tokens."
             )
@@ -177,13 +177,13 @@ class ModelStatistics:
 
         Raises
         ------
-        ValueError
+        MismatchError
             If the statistics do not hold it.
         """
         if a > b:
             return self.cross_second(b, a, sink_tokens).mT
         if (a, b) not in self.cross:
-            raise ValueError(f"{b}: the statistics lack moments with {a}. Take the tier full, and keys pre_rope.")
+            raise MismatchError(f"{b}: the statistics lack moments with {a}. Take the tier full, and keys pre_rope.")
         first = self.first.positions >= sink_tokens
         left, right = (self.sites[site].first_rows[first].double() for site in (a, b))
         n_tokens = int(self.sites[a].moments.n_tokens) + len(left)

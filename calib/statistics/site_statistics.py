@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Float32, Float64
 from torch import Tensor
 
+from artifacts.errors import MismatchError
 from artifacts.sites import Site
 from calib.statistics.channel_histogram import ChannelHistogram
 from calib.statistics.moments import Moments
@@ -313,8 +314,8 @@ class SiteStatistics:
         elif gradients is not None:
             statistic.update(gradients)
 
-    def _lacks(self, name: str) -> ValueError:
+    def _lacks(self, name: str) -> MismatchError:
         needed = f"{name}, which these statistics (tier {self.tier}) lack. Calibrate again with --statistics full."
         if name in (*FISHER, "row_gradients"):
             needed = "squared gradients, which these statistics lack. Calibrate again with --fisher."
-        return ValueError(f"{self.shape.site}: the recipe needs {needed}")
+        return MismatchError(f"{self.shape.site}: the recipe needs {needed}")

@@ -105,6 +105,11 @@ def load_corpus(
     padding : PaddingIds
         What fills up the rows of a `.npy` file.
 
+    Returns
+    -------
+    Corpus
+        To be cut by `sample_windows` or `split_windows`.
+
     Raises
     ------
     CorpusError

@@ -43,6 +43,11 @@ def sample_windows(
     start_token : int or None
         Stands at the beginning of every window, as it does of a prompt; counts as one of `seqlen`.
 
+    Returns
+    -------
+    Int64[Tensor, "windows tokens"]
+        Token ids, one window a row.
+
     Raises
     ------
     CorpusError

@@ -88,7 +88,7 @@ def _diff(args: argparse.Namespace) -> int:
 
 def _convert(args: argparse.Namespace) -> int:
     from artifacts.artifact import save
-    from artifacts.importers import Hints, open_artifact
+    from artifacts.importers import Hints, open_foreign
 
     check_suffix(args.output)
     if args.output.exists() and not args.force:
@@ -96,7 +96,7 @@ def _convert(args: argparse.Namespace) -> int:
     if args.output.exists() and not written_by_kvgauge(args.output):
         raise UsageError(f"{args.output} is not a file that kvgauge wrote; --force does not replace it")
     hints = foreign_hints(args)
-    opened = open_artifact(args.file, hints)
+    opened = open_foreign(args.file, hints)
     if not opened.notices and hints != Hints():
         raise UsageError(f"{args.file} is no file of another tool; drop the flags that describe one")
     for notice in opened.notices:

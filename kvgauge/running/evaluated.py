@@ -62,6 +62,8 @@ def fitted(
     MismatchError
         If the artifact was made for another model.
     """
+    from calib.fitting.dynamic import dynamic
+
     layers = loaded.layers()
     own_sinks = artifact.manifest.sink_tokens if artifact is not None else recipe.sink_tokens if recipe else 0
     sink_tokens = own_sinks if args.first_few_fp16 is None else max(0, args.first_few_fp16)
@@ -70,7 +72,7 @@ def fitted(
         return Evaluated(quantizers=artifact, sink_tokens=sink_tokens)
     assert recipe is not None, "only an imported artifact goes without"
     cache = None if recipe.cache is None else recipe.cache.model_dump(mode="json")
-    return Evaluated(quantizers=_dynamic(recipe, layers), sink_tokens=sink_tokens, cache=cache)
+    return Evaluated(quantizers=dynamic(loaded.model, recipe, layers=layers), sink_tokens=sink_tokens, cache=cache)
 
 
 def load_artifact(args: argparse.Namespace) -> "Artifact | None":
@@ -81,7 +83,7 @@ def load_artifact(args: argparse.Namespace) -> "Artifact | None":
     UsageError
         If there is none, or flags that describe quantizers go with an imported file that holds them already.
     """
-    from artifacts.importers import Hints, open_artifact
+    from artifacts.importers import Hints, open_foreign
 
     if args.quantizer_path is None:
         if all(value is None for value in (args.abits, args.key_bits, args.value_bits, args.recipe)):
@@ -93,7 +95,7 @@ def load_artifact(args: argparse.Namespace) -> "Artifact | None":
     if not args.quantizer_path.exists():
         raise UsageError(f"{args.quantizer_path}: no such file. {listing_of_runs()}")
     hints = foreign_hints(args)
-    opened = open_artifact(args.quantizer_path, hints)
+    opened = open_foreign(args.quantizer_path, hints)
     for notice in opened.notices:
         say(f"note: {notice}")
     if opened.artifact.manifest.recipe.get("name") == IMPORTED:
@@ -141,13 +143,3 @@ def _differences(name: str, held: Any, asked: Any) -> list[str]:
         keys = sorted({*held, *asked})
         return [row for key in keys for row in _differences(f"{name}.{key}", held.get(key), asked.get(key))]
     return [] if held == asked else [f"{name}: the file has {held}, the command line {asked}"]
-
-
-def _dynamic(recipe: "Recipe", layers: Any) -> "dict[Site, Quantizer]":
-    """Those of a recipe, without calibration: scales follow from what is encoded together."""
-    from calib.capture import site_shapes
-    from calib.recipe.layer_choice import check
-
-    shapes = {shape.site: shape for shape in site_shapes(layers, recipe.stage)}
-    estimators = check(recipe, list(shapes.values()))
-    return {site: estimator.dynamic(shapes[site]) for site, estimator in estimators.items()}

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from artifacts.errors import KVGaugeError
 from calib.recipe.errors import RecipeError, mark, refusal
 from calib.recipe.recipe import Recipe, load_recipe
 from calib.recipe.recipe_file import Document, parse_document
@@ -18,7 +19,7 @@ from kvgauge.sweeping.settings import Settings
 from kvgauge.terminal.console import UsageError
 
 
-class GridError(ValueError):
+class GridError(KVGaugeError, ValueError):
     """A grid cannot be read, or asks for what is not there."""
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any, NoReturn
 
+from artifacts.errors import KVGaugeError
+
 FAILURE, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 
 
@@ -21,7 +23,7 @@ def _half_minute(finished: Event) -> bool:
     return finished.wait(30)
 
 
-class UsageError(Exception):
+class UsageError(KVGaugeError):
     """The command line asks for something that cannot be."""
 
 

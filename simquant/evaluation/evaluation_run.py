@@ -8,6 +8,7 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 
 from artifacts.artifact import Artifact
+from artifacts.errors import KVGaugeError
 from artifacts.model.attention import AttentionLayer
 from artifacts.model.evidence import text_config
 from artifacts.quantizer import Quantizer
@@ -23,7 +24,7 @@ from simquant.protocols.protocol import Protocol
 from simquant.usage import Usage
 
 
-class NothingQuantizedError(ValueError):
+class NothingQuantizedError(KVGaugeError, ValueError):
     """A comparison was asked for in which nothing was quantized, or nothing quantized was read."""
 
 

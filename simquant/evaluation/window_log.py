@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from artifacts.errors import KVGaugeError
 from artifacts.storage import canonical_json
 from artifacts.whole_file import write_whole
 
@@ -14,7 +15,7 @@ _FORMAT = "kvgauge.windows"
 _VERSION = 2
 
 
-class WindowLogError(ValueError):
+class WindowLogError(KVGaugeError, ValueError):
     """A log of windows cannot be read, or belongs to another evaluation."""
 
 

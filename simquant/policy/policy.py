@@ -37,7 +37,7 @@ class ResidualWindow:
 
 @dataclass(frozen=True, kw_only=True)
 class CachePolicy:
-    """What a cache keeps in full precision; everything else is encoded at once.
+    """Tokens that a cache keeps in full precision; all others are encoded at once.
 
     Parameters
     ----------

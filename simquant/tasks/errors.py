@@ -1,5 +1,7 @@
 """What can be wrong with a task, its data or its predictions."""
 
+from artifacts.errors import KVGaugeError
 
-class TaskError(ValueError):
+
+class TaskError(KVGaugeError, ValueError):
     """A task cannot be run or scored as asked."""

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from artifacts import load, save
 from artifacts.artifact import Artifact
 from artifacts.errors import ArtifactError, CorruptArtifactError, MismatchError
-from artifacts.importers import Hints, open_artifact
+from artifacts.importers import Hints, open_foreign
 from artifacts.importers.tables import normal_float
 from artifacts.quantizers.affine import Affine
 from artifacts.quantizers.codebook import Codebook, DynamicCodebook
@@ -41,7 +41,7 @@ LEVELS = kvquant_levels(3)
 
 
 def opened(path: Path, **hints: object) -> Artifact:
-    return open_artifact(path, Hints(**hints)).artifact
+    return open_foreign(path, Hints(**hints)).artifact
 
 
 def vectors(seed: int = 0, n_tokens: int = 32) -> torch.Tensor:
@@ -86,7 +86,7 @@ def test_a_kvquant_file_of_our_own_fit_gives_the_same_vectors(
     fitted = fit(statistics, load_recipe("kvquant").edited(entries))
     content = {_name(site): _official(statistics, site, quantizer, sparse, nuq) for site, quantizer in fitted.items()}
     hints = Hints(bits=3, outlier_fraction=0.02 if sparse else None)
-    imported = open_artifact(write_pickle(tmp_path / "q.pkl", content), hints).artifact
+    imported = open_foreign(write_pickle(tmp_path / "q.pkl", content), hints).artifact
     for site, quantizer in fitted.items():
         x = 3 * torch.randn(20, quantizer.channels, generator=torch.Generator().manual_seed(1))
         assert torch.equal(imported[site].simulate(x), quantizer.simulate(x)), site
@@ -117,7 +117,7 @@ def _official(statistics: object, site: Site, quantizer: object, sparse: bool, n
 def test_kvquant_ranges_need_bits_and_become_uniform_grids(tmp_path: Path) -> None:
     path = write_pickle(tmp_path / "q.pkl", kvquant_content())
     with pytest.raises(MismatchError, match=r"does not say how many bits .* Add --abits N"):
-        open_artifact(path)
+        open_foreign(path)
     artifact = opened(path, bits=4)
     assert isinstance(artifact[KEY], Affine)
     assert isinstance(artifact[VALUE], DynamicAffine)
@@ -170,8 +170,8 @@ def test_q_norm_chooses_by_the_old_levels_and_decodes_to_the_new(tmp_path: Path)
 
 def test_longer_tuples_and_old_entries_are_left_out_and_named(tmp_path: Path) -> None:
     content = {**kvquant_content((LEVELS, -1, 0.1, "x")), "model.layers.0.self_attn.k_proj.lut": 5}
-    found = open_artifact(write_pickle(tmp_path / "q.pkl", content))
-    plain = open_artifact(write_pickle(tmp_path / "p.pkl", kvquant_content((LEVELS,))))
+    found = open_foreign(write_pickle(tmp_path / "q.pkl", content))
+    plain = open_foreign(write_pickle(tmp_path / "p.pkl", kvquant_content((LEVELS,))))
     assert found.artifact.digest == plain.artifact.digest
     assert any("entries behind the known ones" in notice for notice in found.notices)
     assert any("1 old entries" in notice for notice in found.notices)
@@ -198,11 +198,11 @@ def test_a_constant_channel_comes_back_as_it_is(tmp_path: Path) -> None:
 
 
 def test_every_assumption_about_a_kvquant_file_is_named(tmp_path: Path) -> None:
-    notices = "\n".join(open_artifact(write_pickle(tmp_path / "q.pkl", kvquant_content()), Hints(bits=4)).notices)
+    notices = "\n".join(open_foreign(write_pickle(tmp_path / "q.pkl", kvquant_content()), Hints(bits=4)).notices)
     for words in ("thresholds of calibration tokens", "outliers", "first tokens", "uniform grids", "a file of KVQuant"):
         assert words in notices
     said = Hints(outlier_fraction=0.01, sink_tokens=1)
-    fewer = "\n".join(open_artifact(write_pickle(tmp_path / "n.pkl", kvquant_content((LEVELS,))), said).notices)
+    fewer = "\n".join(open_foreign(write_pickle(tmp_path / "n.pkl", kvquant_content((LEVELS,))), said).notices)
     for words in ("assumed none", "uniform grids"):
         assert words not in fewer
 
@@ -243,7 +243,7 @@ def test_simquant_levels_are_in_units_of_the_activations(tmp_path: Path, as_list
 def test_simquant_without_levels_needs_bits(tmp_path: Path) -> None:
     path = write_pickle(tmp_path / "q.pkl", simquant_content(None))
     with pytest.raises(MismatchError, match="Add --abits N"):
-        open_artifact(path)
+        open_foreign(path)
     artifact = opened(path, bits=8)
     assert isinstance(artifact[KEY], Affine)
     assert isinstance(artifact[VALUE], DynamicAffine)
@@ -280,7 +280,7 @@ def test_msmodelslim_names_what_it_assumes(tmp_path: Path) -> None:
     tensors = load_file(folder / "quant_model_weights.safetensors")
     save_file({n: t for n, t in tensors.items() if "offset" not in n}, folder / "quant_model_weights.safetensors")
     (folder / "quant_model_description.json").unlink()
-    notices = "\n".join(open_artifact(folder).notices)
+    notices = "\n".join(open_foreign(folder).notices)
     for words in (
         "no offset: assumed 0",
         "quant_model_description.json is missing",
@@ -288,7 +288,7 @@ def test_msmodelslim_names_what_it_assumes(tmp_path: Path) -> None:
         "which model",
     ):
         assert words in notices
-    labelled = "\n".join(open_artifact(write_msmodelslim(tmp_path / "n", label="W8A16")).notices)
+    labelled = "\n".join(open_foreign(write_msmodelslim(tmp_path / "n", label="W8A16")).notices)
     assert "labelled W8A16" in labelled
 
 
@@ -299,7 +299,7 @@ def test_zero_scales_are_reported_by_name_and_count(tmp_path: Path) -> None:
     tensors["model.layers.1.self_attn.v_proj.kv_cache_scale"][:5] = 0
     save_file(tensors, file)
     with pytest.raises(CorruptArtifactError, match=r"1 of 4 tensors .*layers\.1\.self_attn\.v_proj\S+ \(5 of 16\)"):
-        open_artifact(folder)
+        open_foreign(folder)
 
 
 def _drop_shard(folder: Path) -> None:
@@ -336,7 +336,7 @@ def test_a_folder_that_lacks_something_is_refused(tmp_path: Path, damage: Callab
     folder = write_msmodelslim(tmp_path / "m", shards=3)
     damage(folder)
     with pytest.raises(ArtifactError, match=message):
-        open_artifact(folder)
+        open_foreign(folder)
 
 
 def _renamed(folder: Path, old: str, new: str, keep: bool) -> Path:
@@ -352,9 +352,9 @@ def _renamed(folder: Path, old: str, new: str, keep: bool) -> Path:
 @pytest.mark.parametrize("other", ["model.vision_tower.encoder.layers", "visual.blocks", "audio_tower.layers"])
 def test_a_tower_for_pictures_does_not_take_the_place_of_the_text_decoder(tmp_path: Path, other: str) -> None:
     """Its layers have the same numbers, and the last file that was read won."""
-    plain = open_artifact(write_msmodelslim(tmp_path / "plain")).artifact
+    plain = open_foreign(write_msmodelslim(tmp_path / "plain")).artifact
     folder = _renamed(write_msmodelslim(tmp_path / "m"), "model.layers", other, keep=True)
-    found = open_artifact(folder)
+    found = open_foreign(folder)
     assert found.artifact.digest == plain.digest
     assert any(
         f"4 entries such as {other}.0.self_attn" in notice and "model.layers.N is taken for the text" in notice
@@ -368,27 +368,27 @@ def test_two_stacks_that_could_be_the_text_decoder_are_refused_by_name(tmp_path:
     with pytest.raises(
         CorruptArtifactError, match=rf"{other}\.0\S+ and model\.layers\.0\S+|model\.layers.* and {other}"
     ):
-        open_artifact(folder)
+        open_foreign(folder)
 
 
 def test_two_names_for_one_site_are_refused_by_name(tmp_path: Path) -> None:
     folder = _renamed(write_msmodelslim(tmp_path / "m"), "self_attn", "cross_attn", keep=True)
     with pytest.raises(CorruptArtifactError, match=r"expected one name for it; got \S+cross_attn\S+ and \S+self_attn"):
-        open_artifact(folder)
+        open_foreign(folder)
 
 
 def test_a_fused_projection_is_not_taken_for_the_values(tmp_path: Path) -> None:
     """`qkv_proj` ends in `v_proj`."""
     folder = _renamed(write_msmodelslim(tmp_path / "m"), "v_proj", "qkv_proj", keep=False)
     with pytest.raises(CorruptArtifactError, match=r"expected names such as .*; got \S+qkv_proj"):
-        open_artifact(folder)
+        open_foreign(folder)
 
 
 def test_kvquant_names_are_chosen_alike(tmp_path: Path) -> None:
     content = kvquant_content((LEVELS,))
     plain = opened(write_pickle(tmp_path / "p.pkl", content))
     vision = kvquant_content((LEVELS,), "vision_tower.layers.{}.self_attn.{}_proj")
-    found = open_artifact(write_pickle(tmp_path / "q.pkl", {**content, **vision}))
+    found = open_foreign(write_pickle(tmp_path / "q.pkl", {**content, **vision}))
     assert found.artifact.digest == plain.digest
     assert any("vision_tower.layers" in notice for notice in found.notices)
     twice = {**content, **kvquant_content((LEVELS,), "model.layers.{}.other_attn.{}_proj")}
@@ -444,7 +444,7 @@ def test_nothing_in_a_file_is_run(tmp_path: Path, name: str) -> None:
     path = tmp_path / "q.pkl"
     path.write_bytes(hostile(sentinel)[name])
     with pytest.raises(ArtifactError, match=r"q\.pkl: "):
-        open_artifact(path, Hints(bits=4))
+        open_foreign(path, Hints(bits=4))
     assert not sentinel.exists()
 
 
@@ -468,7 +468,7 @@ def damaged(data: bytes, rng: np.random.Generator) -> bytes:
 def survives(path: Path) -> None:
     """A named error, or a whole artifact with finite output."""
     try:
-        artifact = open_artifact(path, Hints(bits=None)).artifact
+        artifact = open_foreign(path, Hints(bits=None)).artifact
     except ArtifactError:
         return
     for quantizer in artifact.values():
@@ -522,13 +522,13 @@ def test_five_hundred_damaged_folders(tmp_path: Path) -> None:
 )
 def test_what_is_no_quantizer_file_is_told(tmp_path: Path, content: object, message: str) -> None:
     with pytest.raises(ArtifactError, match=message):
-        open_artifact(write_pickle(tmp_path / "q.pkl", content))
+        open_foreign(write_pickle(tmp_path / "q.pkl", content))
 
 
 def test_own_files_come_without_notices(tmp_path: Path) -> None:
     imported = opened(write_pickle(tmp_path / "q.pkl", kvquant_content((LEVELS,))))
     for name in ("own.safetensors", "own.pkl"):
         save(imported, tmp_path / name)
-        found = open_artifact(tmp_path / name)
+        found = open_foreign(tmp_path / name)
         assert found.artifact.digest == imported.digest
         assert found.notices == ()
