@@ -1,1 +1,1 @@
-"""How numbers become bytes: packing, mixed radix, frequency coding, rounding, and checks of what is coded."""
+"""Bit packing, mixed radix, entropy coding, float16 rounding, reproducible sums, and checks of quantizer fields."""

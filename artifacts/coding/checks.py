@@ -1,11 +1,11 @@
-"""Conditions that the fields of a quantizer must meet, wherever they come from."""
+"""Validation of quantizer fields, whether fitted or read from a file."""
 
 import torch
 from torch import Tensor
 
 
 def check_bits(who: str, bits: int, *, least: int = 1) -> None:
-    """Code width within what packing stores.
+    """Validates a code width.
 
     Raises
     ------
@@ -17,7 +17,7 @@ def check_bits(who: str, bits: int, *, least: int = 1) -> None:
 
 
 def check_vector(who: str, name: str, tensor: Tensor, channels: int, *, positive: bool = False) -> None:
-    """One finite float32 number per channel.
+    """Validates a float32 vector of one finite number per channel.
 
     Raises
     ------
@@ -31,11 +31,11 @@ def check_vector(who: str, name: str, tensor: Tensor, channels: int, *, positive
     bad = ~torch.isfinite(tensor) | (tensor <= 0 if positive else False)
     if bad.any():
         wanted = "finite and positive" if positive else "finite"
-        raise ValueError(f"{who}: {name} must be {wanted}; {int(bad.sum())} of {channels} channels are not")
+        raise ValueError(f"{who}: {name} must be {wanted}; {int(bad.sum())} of {channels} entries are not")
 
 
 def check_levels(who: str, levels: Tensor, bits: int, channels: int) -> None:
-    """Sorted finite tables that need codes of `bits` bits, for equal runs of channels.
+    """Validates codebooks: sorted, finite, with as many levels as codes of `bits` bits need.
 
     Raises
     ------
@@ -50,11 +50,11 @@ def check_levels(who: str, levels: Tensor, bits: int, channels: int) -> None:
         )
     wide = levels.float()
     if not torch.isfinite(wide).all() or (wide.diff(dim=1) < 0).any():
-        raise ValueError(f"{who}: levels must be finite and in ascending order")
+        raise ValueError(f"{who}: levels must be finite and in ascending order; {_disorder(wide)}")
 
 
 def check_boundaries(who: str, boundaries: Tensor | None, levels: Tensor) -> None:
-    """Sorted finite boundaries between the levels of each table.
+    """Validates decision boundaries: sorted, finite, one between each two levels.
 
     Raises
     ------
@@ -70,11 +70,16 @@ def check_boundaries(who: str, boundaries: Tensor | None, levels: Tensor) -> Non
             f"{tuple(boundaries.shape)}"
         )
     if not torch.isfinite(boundaries).all() or (boundaries.diff(dim=1) < 0).any():
-        raise ValueError(f"{who}: boundaries must be finite and in ascending order")
+        raise ValueError(f"{who}: boundaries must be finite and in ascending order; {_disorder(boundaries)}")
+
+
+def _disorder(rows: Tensor) -> str:
+    n_bad, n_down = int((~torch.isfinite(rows)).sum()), int((rows.diff(dim=1) < 0).sum())
+    return f"got {n_bad} of {rows.numel()} not finite, {n_down} below the one before"
 
 
 def check_group(who: str, group_size: int, channels: int | None) -> None:
-    """A whole number of values in a group, and of groups in a token where `channels` is given.
+    """Validates a group size: positive, and a divisor of the channels where those are given.
 
     Raises
     ------

@@ -1,8 +1,8 @@
-"""Sums whose value does not depend on the order of their terms.
+"""Reproducible sums: dot products whose value does not depend on the order of summation.
 
-A matrix product in floating point changes its last bits with the number of rows, the library and the device: a token
-would get other codes alone than among others. Factors on a coarse enough grid of powers of two have none of that,
-because float64 then holds every partial sum without rounding.
+A floating-point matrix product changes in its last bits with the number of rows, the library and the device, so that
+the codes of a token would depend on its batch. With factors rounded to a coarse grid float64 holds every partial sum
+exactly, in any order.
 """
 
 import torch
@@ -11,15 +11,18 @@ from torch import Tensor
 
 _FLOAT64_BITS = 53
 _LEAST = 2.0**-100
-"""Rows below it are rounded as if they reached it, so that no step is subnormal in float32."""
+"""Least row maximum that sets a grid, so that no grid step is subnormal in float32."""
 
 
 def on_grid(x: Float32[Tensor, "*rows terms"]) -> Float32[Tensor, "*rows terms"]:
-    """`x` rounded so that float64 adds up the products of one of its rows with another rounded row exactly.
+    """`x` rounded so that float64 computes dot products of its rows with other rounded rows exactly.
 
     Each row becomes multiples of a power of two, about 2^-23 of its largest value for 128 terms and 2^-21 for 1024:
-    the error is of the size that a product in float32 has.
+    an error of the size of float32 rounding.
     """
+    # With |x| <= 2^b steps in both factors a product is at most 2^2b and a sum of n at most 2^(2b + ceil(log2 n)), in
+    # units of the two steps: exact in float64 up to 2^53, so b = floor((53 - ceil(log2 n)) / 2). The step is a power of
+    # two, as largest = mantissa * 2^e gives 2^(e - b) (pre-rounding: Demmel and Nguyen, ARITH 2013).
     bits = (_FLOAT64_BITS - (x.shape[-1] - 1).bit_length()) // 2
     largest = x.abs().amax(dim=-1, keepdim=True).clamp_min(_LEAST)
     step = largest * 2.0**-bits / torch.frexp(largest).mantissa

@@ -1,4 +1,4 @@
-"""Whether values are finite, with few waits for a GPU: what is asked on one is answered together, at the end."""
+"""Checks for NaN and infinity with few device synchronisations: checks on a GPU are batched and read at the end."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -11,71 +11,72 @@ from torch import Tensor, nn
 
 from artifacts.errors import NonFiniteError
 
-UnsupportedLayer = Callable[[int, float], NonFiniteError]
-"""The error, given how many values are not finite, and the largest magnitude of what they come from."""
+ErrorFactory = Callable[[int, float], NonFiniteError]
+"""Function from the number of non-finite values and the largest magnitude of their source to the error."""
 
-_Question = tuple[Int64[Tensor, ""], Float[Tensor, ""], UnsupportedLayer]
+_Check = tuple[Int64[Tensor, ""], Float[Tensor, ""], ErrorFactory]
 
-_ASKED: ContextVar[list[_Question] | None] = ContextVar("asked", default=None)
+_PENDING: ContextVar[list[_Check] | None] = ContextVar("pending", default=None)
 
 
-def expect_finite(x: Float[Tensor, "..."], source: Float[Tensor, "..."], refusal: UnsupportedLayer) -> None:
-    """Refuses values that are NaN or infinite: at once on the CPU, elsewhere when `answered_together` ends.
+def expect_finite(x: Float[Tensor, "..."], source: Float[Tensor, "..."], error: ErrorFactory) -> None:
+    """Raises for NaN and infinity: at once on the CPU, on other devices when `answered_together` ends.
 
     Parameters
     ----------
     x : Float[Tensor, "..."]
         The values.
     source : Float[Tensor, "..."]
-        What they come from.
-    refusal : callable
-        The error. It may outlive `x` and `source` by a step of the model, and must not hold them.
+        Values from which `x` was computed; their largest magnitude is named in the error.
+    error : callable
+        Makes the error. It may outlive `x` and `source` by a step of the model, and must not hold them.
 
     Raises
     ------
     NonFiniteError
-        What `refusal` makes of them.
+        The result of `error`.
     """
     if not x.numel():
         return
     if not _must_be_waited_for(x):
-        if not all(math.isfinite(float(end)) for end in torch.aminmax(x.detach())):  # an end is NaN if any value is
-            raise refusal(int((~torch.isfinite(x)).sum()), float(source.abs().max()))
+        # aminmax reads x once and returns NaN if any value is NaN: the rare second pass only counts.
+        if not all(math.isfinite(float(end)) for end in torch.aminmax(x.detach())):
+            raise error(int((~torch.isfinite(x)).sum()), float(source.abs().max()))
         return
-    question, asked = ((~torch.isfinite(x)).sum(), source.abs().max(), refusal), _ASKED.get()
-    if asked is None:
-        _answer([question])
+    check, pending = ((~torch.isfinite(x)).sum(), source.abs().max(), error), _PENDING.get()
+    if pending is None:
+        _answer([check])
     else:
-        asked.append(question)
+        pending.append(check)
 
 
 @contextmanager
 def answered_together() -> Iterator[None]:
-    """All that is asked inside is answered at the end, or when something fails; inside another one, at the end of that.
+    """Defers checks inside the context to its end or to the first error; nested contexts defer to the outermost.
 
     Raises
     ------
     NonFiniteError
-        For the first values that were not finite; also in place of an error that followed from them.
+        For the first check that failed; also in place of an error that followed from it.
     """
-    asked = _ASKED.get()
-    if asked is not None:
-        with _explained(asked):
+    pending = _PENDING.get()
+    if pending is not None:
+        with _explained(pending):
             yield
         return
-    asked = []
-    token = _ASKED.set(asked)
+    pending = []
+    token = _PENDING.set(pending)
     try:
-        with _explained(asked):
+        with _explained(pending):
             yield
-        _answer(asked)
+        _answer(pending)
     finally:
-        _ASKED.reset(token)
+        _PENDING.reset(token)
 
 
 @contextmanager
 def answered_each_step(model: nn.Module) -> Iterator[None]:
-    """Inside the context all that one call of the model asks is answered at its end, also where that is no one's block.
+    """Defers the checks of each forward pass of the model to the end of that pass.
 
     Raises
     ------
@@ -92,9 +93,9 @@ def answered_each_step(model: nn.Module) -> Iterator[None]:
         open_blocks.pop().__exit__(None, None, None)
 
     def abandon(*_: object) -> None:
-        """After an error, which is raised as it is."""
+        """Drops the pending checks after an error, which is raised as it is."""
         if open_blocks:
-            _ASKED.set(None)
+            _PENDING.set(None)
             open_blocks.clear()
 
     with ExitStack() as stack:
@@ -108,33 +109,33 @@ def answered_each_step(model: nn.Module) -> Iterator[None]:
 
 
 def answer_now() -> None:
-    """Answers what has been asked so far, before something that values which are not finite would harm."""
-    asked = _ASKED.get()
-    if asked:
-        _answer(asked)
-        asked.clear()
+    """Runs the pending checks now, before code that non-finite values would break."""
+    pending = _PENDING.get()
+    if pending:
+        _answer(pending)
+        pending.clear()
 
 
 @contextmanager
-def _explained(asked: list[_Question]) -> Iterator[None]:
-    """Names the values that were not finite where an error may have followed from them."""
+def _explained(pending: list[_Check]) -> Iterator[None]:
+    """Raises a failed check in place of another error, which may have followed from the non-finite values."""
     try:
         yield
     except NonFiniteError:
         raise
     except Exception:
-        _answer(asked)
+        _answer(pending)
         raise
 
 
-def _answer(asked: list[_Question]) -> None:
-    """Raises the first refusal; the numbers are fetched at one go."""
-    counts = torch.stack([count for count, _, _ in asked]).tolist() if asked else []
-    for count, (_, largest, refusal) in zip(counts, asked, strict=True):
+def _answer(pending: list[_Check]) -> None:
+    """Raises the error of the first failed check; one copy from the device brings all counts."""
+    counts = torch.stack([count for count, _, _ in pending]).tolist() if pending else []
+    for count, (_, largest, error) in zip(counts, pending, strict=True):
         if count:
-            raise refusal(count, float(largest))
+            raise error(count, float(largest))
 
 
 def _must_be_waited_for(x: Tensor) -> bool:
-    """Whether reading a number means that everything before it is computed first."""
+    """True where reading a number synchronises with the device."""
     return x.device.type != "cpu"

@@ -1,4 +1,4 @@
-"""Integers as one stream of bits, each channel's with a table of frequencies of its own."""
+"""Range coder for integers, with a frequency table per channel."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,23 +10,24 @@ from jaxtyping import Int32, UInt32
 from numpy.typing import NDArray
 
 TOTAL = 2**15
-"""Sum of the frequencies of a table: each of them fits a signed 16-bit integer."""
+"""Sum of the frequencies of a table; each frequency fits a signed 16-bit integer."""
 
 LARGEST_INDEX = 2**20
-"""Indices lie from minus this to this."""
+"""Largest magnitude of an index."""
 
 _LENGTHS = 32
-"""Numbers of bits after the leading one of what is coded raw."""
+"""Size of the uniform alphabet of bit lengths in the escape code: 5 bits each."""
 
 _LONGEST = 22
-"""The largest that occurs; the smallest is 1."""
+"""Largest bit length that occurs in the escape code; the smallest is 1."""
 
 
 class FrequencyCoder:
-    """A range coder for indices of several channels.
+    """Range coder for the indices of several channels.
 
-    An index within its channel's table takes about log2(TOTAL / frequency) bits. One beyond takes the table's escape
-    symbol; how far beyond it lies follows at the end of the stream, in 5 bits and about twice as many as it needs.
+    An index within the table of its channel takes about log2(TOTAL / frequency) bits. An index outside takes the escape
+    symbol of the table; its distance from the table follows at the end of the stream, as a bit length in 5 bits and the
+    bits themselves.
 
     Parameters
     ----------
@@ -51,7 +52,7 @@ class FrequencyCoder:
         self._models = [stream.model.Categorical(table.astype(np.float32), perfect=False) for table in tables]
 
     def encode(self, indices: Int32[np.ndarray, "channels tokens"]) -> UInt32[np.ndarray, " words"]:
-        """One stream: the symbols of a channel after those of the one before, then what escaped.
+        """Compressed words of one stream: the symbols channel by channel, then the distances of escaped indices.
 
         Raises
         ------
@@ -67,6 +68,9 @@ class FrequencyCoder:
         encoder = stream.queue.RangeEncoder()
         for model, row in zip(self._models, symbols, strict=True):
             encoder.encode(row, model)
+        # Arithmetic coding (Rissanen 1976; range coder, Martin 1979): a symbol narrows the interval by its probability
+        # f / TOTAL, -log2(f / TOTAL) bits. An escaped distance n >= 2 is sent as floor(log2 n) in 5 bits, then n minus
+        # its leading power of two in that many bits (Elias 1975, gamma code with a fixed-length prefix).
         if len(beyond):
             lengths = _bit_lengths(beyond)
             encoder.encode(lengths, stream.model.Uniform(_LENGTHS))
@@ -75,12 +79,12 @@ class FrequencyCoder:
         return words
 
     def decode(self, words: UInt32[np.ndarray, " words"], n_tokens: int) -> Int32[np.ndarray, "channels tokens"]:
-        """The indices of a stream.
+        """Indices of a stream.
 
         Raises
         ------
         ValueError
-            If the stream is not that of so many tokens.
+            If the stream does not hold exactly `n_tokens` tokens.
         """
         with _refusing_panics(f"the stream of {len(words)} words is not that of {n_tokens} tokens"):
             decoder = stream.queue.RangeDecoder(words)
@@ -89,11 +93,11 @@ class FrequencyCoder:
             indices = symbols + self._first
             indices[escaped] = self._from_beyond(_decode_beyond(decoder, int(escaped.sum())), escaped)
             if not decoder.maybe_exhausted():
-                raise ValueError("more follows")
+                raise ValueError("words follow the last token")
         return indices
 
     def ideal_bits(self, indices: Int32[np.ndarray, "channels tokens"]) -> float:
-        """What an ideal coder with the same tables needs."""
+        """Bits that an ideal coder with the same tables needs, escapes included."""
         symbols, beyond = self._symbols(indices)
         coded = sum(float(cost[row].sum()) for cost, row in zip(self._costs, symbols, strict=True))
         return coded + float((_LENGTHS.bit_length() - 1 + _bit_lengths(beyond)).sum())
@@ -101,7 +105,9 @@ class FrequencyCoder:
     def _symbols(
         self, indices: Int32[np.ndarray, "channels tokens"]
     ) -> tuple[Int32[np.ndarray, "channels tokens"], Int32[np.ndarray, " escaped"]]:
-        """Places in the tables, and how far beyond them the others lie: 2, 4, ... above and 3, 5, ... below."""
+        """Symbols in the tables (the escape symbol where an index lies outside), and the distances of those outside."""
+        # Signed distances become integers from 2 by interleaving, as in zigzag coding: d above the table is 2 d and d
+        # below is 2 d + 1 (d from 1), so that the sign costs one bit.
         symbols = indices - self._first
         below, above = symbols < 0, symbols >= self._lengths
         beyond = np.where(below, 1 - 2 * symbols, 2 * (symbols - self._lengths) + 2)[below | above]
@@ -121,14 +127,14 @@ def _decode_beyond(decoder: stream.queue.RangeDecoder, n_escaped: int) -> Int32[
         return np.zeros(0, dtype=np.int32)
     lengths = decoder.decode(stream.model.Uniform(_LENGTHS), n_escaped)
     if lengths.min() < 1 or lengths.max() > _LONGEST:  # no model of so many values: constriction would panic
-        raise ValueError(f"lengths from {lengths.min()} to {lengths.max()}; 1 to {_LONGEST} occur")
+        raise ValueError(f"escapes have bit lengths from 1 to {_LONGEST}; got {lengths.min()} to {lengths.max()}")
     beyond: NDArray[np.int32] = decoder.decode(stream.model.Uniform(), 1 << lengths) + (1 << lengths)
     return beyond
 
 
 @contextmanager
 def _refusing_panics(problem: str) -> Iterator[None]:
-    """Says what is wrong in place of whatever constriction says.
+    """Turns errors and panics of constriction into a ValueError that names the problem.
 
     A panic of its Rust code is no `Exception`, and its class cannot be imported: it would end a server that survives
     every other damaged request.
@@ -136,7 +142,7 @@ def _refusing_panics(problem: str) -> Iterator[None]:
     Raises
     ------
     ValueError
-        With the problem.
+        In place of the error or panic.
     """
     try:
         yield
@@ -147,6 +153,6 @@ def _refusing_panics(problem: str) -> Iterator[None]:
 
 
 def _bit_lengths(beyond: Int32[np.ndarray, " escaped"]) -> Int32[np.ndarray, " escaped"]:
-    """Bits after the leading one."""
+    """Number of bits after the leading one: floor(log2 n)."""
     lengths: NDArray[np.int32] = np.frexp(beyond.astype(np.float64))[1].astype(np.int32)
     return lengths - 1

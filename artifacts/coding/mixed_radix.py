@@ -1,4 +1,4 @@
-"""Dense storage of small integers with any number of values each: several of them as the digits of one integer."""
+"""Mixed-radix packing: codes of any number of levels as the digits of one integer."""
 
 import functools
 from collections.abc import Sequence
@@ -10,13 +10,13 @@ from torch import Tensor
 from artifacts.coding.packing import pack, unpack
 
 _WORD_BITS = 56
-"""Longest word: shifted by up to seven bits it still fits a signed 64-bit integer."""
+"""Longest word in bits: shifted by up to seven bits it still fits a signed 64-bit integer."""
 
 _TOO_LONG = 2**63
-"""More bits than any token has."""
+"""Initial value of a minimum, above the bits of any token."""
 
 _TOKENS = 512
-"""Tokens at a time, so that all words of some stay in the cache."""
+"""Tokens packed at a time, so that their words stay in the processor's cache."""
 
 
 class MixedRadix:
@@ -70,7 +70,7 @@ class MixedRadix:
         return torch.cat(packed) if packed else codes.new_zeros(0, self.bytes_per_token, dtype=torch.uint8)
 
     def unpack(self, packed: UInt8[Tensor, "tokens bytes"]) -> UInt8[Tensor, "tokens channels"]:
-        """The codes that `pack` stored, as the transpose of a contiguous tensor.
+        """Codes that `pack` stored, as the transpose of a contiguous tensor.
 
         Raises
         ------
@@ -85,10 +85,10 @@ class MixedRadix:
         return codes.T
 
     def _on(self, device: torch.device) -> dict[str, Tensor]:
-        """Where codes stand, by tensors that stay on the device.
+        """Layout of the codes as tensors that are cached per device.
 
-        Which channels are coded, the place of each one's digit in "digits words", the radices there, and of each word
-        its first byte, how far it is shifted in it, and a mask of its bits.
+        The coded channels, the position of their digits in "digits words", the radices at these positions, and for
+        each word its first byte, its bit shift in that byte, and a mask of its bits.
         """
         if device not in self._layouts:
             self._layouts[device] = {name: tensor.to(device) for name, tensor in self._layout.items()}
@@ -101,11 +101,13 @@ class MixedRadix:
         digits[layout["place"]] = codes[layout["coded"]]
         words = torch.zeros(n_words, n_tokens, dtype=torch.int64, device=codes.device)
         by_digit = digits.view(n_digits, n_words, n_tokens)
+        # Horner: word = d0 + r0 (d1 + r1 (d2 + ...)), from the last digit to the first (Knuth, TAOCP vol. 2, 4.1).
         for radices, digit in zip(layout["radices"].flip(0), by_digit.flip(0), strict=True):
             words.mul_(radices).add_(digit)
         words <<= layout["shift"]
         rows = torch.zeros(self.bytes_per_token + 8, n_tokens, dtype=torch.int64, device=codes.device)
-        for byte in range(8):  # words share no bits, so that adding is joining
+        # Words have no bit in common, even within a byte of two words: adding their bytes is a bitwise or.
+        for byte in range(8):
             rows.index_add_(0, layout["first_byte"] + byte, words >> 8 * byte & 0xFF)
         return rows[: self.bytes_per_token].to(torch.uint8)
 
@@ -117,6 +119,7 @@ class MixedRadix:
             words |= rows[layout["first_byte"] + byte] << 8 * byte
         words = words >> layout["shift"] & layout["mask"]
         digits = codes.new_zeros(len(layout["radices"]), *words.shape)
+        # The inverse: digit = word mod r, word = word div r. The remainder as word - r * quotient saves a division.
         for radices, digit in zip(layout["radices"], digits, strict=True):
             rest = words.div(radices, rounding_mode="floor")
             digit.copy_(words.addcmul_(rest, radices, value=-1))
@@ -125,12 +128,12 @@ class MixedRadix:
 
 
 def bytes_per_token(n_levels: Sequence[int]) -> int:
-    """What `MixedRadix` of these numbers of levels takes."""
+    """Bytes per token that `MixedRadix` needs for these numbers of levels."""
     return _whole_bytes(_cut([n for n in n_levels if n > 1]))
 
 
 def pack_levels(codes: UInt8[Tensor, "tokens channels"], n_levels: int) -> UInt8[Tensor, "tokens bytes"]:
-    """Codes of `n_levels` values each: whole bits where that is a power of two, else in mixed radix."""
+    """Packs codes of `n_levels` values each: as plain bits for a power of two, else in mixed radix."""
     bits = (n_levels - 1).bit_length()
     return pack(codes, bits) if n_levels == 2**bits else _same_radix(codes.shape[1], n_levels).pack(codes)
 
@@ -138,7 +141,7 @@ def pack_levels(codes: UInt8[Tensor, "tokens channels"], n_levels: int) -> UInt8
 def unpack_levels(
     packed: UInt8[Tensor, "tokens bytes"], n_levels: int, channels: int
 ) -> UInt8[Tensor, "tokens channels"]:
-    """The codes that `pack_levels` stored."""
+    """Codes that `pack_levels` stored."""
     bits = (n_levels - 1).bit_length()
     return unpack(packed, bits, channels) if n_levels == 2**bits else _same_radix(channels, n_levels).unpack(packed)
 
@@ -153,9 +156,11 @@ def _whole_bytes(words: Sequence[tuple[int, int, int]]) -> int:
 
 
 def _cut(n_levels: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Words as (first digit, last digit + 1, bits), fewest bits in all."""
+    """Words as (first digit, last digit + 1, bits), the partition with the fewest bits in total."""
+    # A word of radices r_i needs ceil(log2 prod r_i) bits, so long words waste less, up to 56 bits. Dynamic programming
+    # from the end: bits[i] = min over stop of width(i .. stop) + bits[stop]; `<=` takes the longest of equal words.
     n_digits = len(n_levels)
-    bits, stops = [0] * (n_digits + 1), [0] * n_digits  # from each digit on, and the end of its word
+    bits, stops = [0] * (n_digits + 1), [0] * n_digits
     for start in reversed(range(n_digits)):
         product, least = 1, _TOO_LONG
         for stop in range(start + 1, n_digits + 1):

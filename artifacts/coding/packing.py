@@ -1,4 +1,4 @@
-"""Dense storage of small integers: `bits` bits a code, each token's row padded to a whole byte."""
+"""Bit packing: `bits` bits per code, the row of each token padded to a whole byte."""
 
 import math
 import sys
@@ -14,16 +14,16 @@ _SPREADS: dict[int, tuple[torch.dtype, tuple[tuple[int, int], ...]]] = {
     4: (torch.int16, ((4, 0x0F0F),)),
     8: (torch.uint8, ()),
 }
-"""How a byte of several codes becomes as many bytes: integers that hold them, and shifts and masks that halve."""
+"""Integer type and (shift, mask) steps that spread a byte of several codes into one byte per code, by code width."""
 
 
 def packed_bytes(channels: int, bits: int) -> int:
-    """Bytes that one token's codes take."""
+    """Bytes of one token's packed codes."""
     return -(-channels * bits // 8)
 
 
 def pack(codes: Integer[Tensor, "tokens channels"], bits: int) -> UInt8[Tensor, "tokens bytes"]:
-    """Codes as bytes: code j of a token stands at bit `bits * j` of its row, least significant bit first.
+    """Packs codes: code j of a token is at bit `bits * j` of its row, least significant bit first.
 
     Parameters
     ----------
@@ -43,6 +43,8 @@ def pack(codes: Integer[Tensor, "tokens channels"], bits: int) -> UInt8[Tensor, 
     n_codes, n_bytes = _word(bits)
     words = _rows_of(codes.to(torch.uint8), n_codes)
     packed = []
+    # Byte k of a word holds bits 8 k .. 8 k + 7: every code that overlaps it, shifted left or right into place; uint8
+    # drops what lies beyond the byte.
     for first_bit in range(0, 8 * n_bytes, 8):
         places = ((j, bits * j - first_bit) for j in range(n_codes))
         parts = [_shifted(words[..., j], shift) for j, shift in places if -bits < shift < 8]
@@ -51,7 +53,7 @@ def pack(codes: Integer[Tensor, "tokens channels"], bits: int) -> UInt8[Tensor, 
 
 
 def unpack(packed: UInt8[Tensor, "tokens bytes"], bits: int, channels: int) -> UInt8[Tensor, "tokens channels"]:
-    """The codes that `pack` stored.
+    """Codes that `pack` stored.
 
     Raises
     ------
@@ -78,7 +80,9 @@ def unpack(packed: UInt8[Tensor, "tokens bytes"], bits: int, channels: int) -> U
 
 
 def _spread(packed: UInt8[Tensor, "tokens bytes"], bits: int) -> UInt8[Tensor, "tokens codes"]:
-    """The codes of whole bytes, several times as fast as one by one: each step moves upper halves where they belong."""
+    """Codes of whole bytes, one byte each, several times as fast as one code at a time."""
+    # Bit deposit by halving (Warren, Hacker's Delight, chapter 7). For 2 bits a byte ddccbbaa becomes ddcc and bbaa, 16
+    # bits apart, by x | x << 12 and a mask of nibbles; then dd, cc, bb and aa, 8 apart, by x | x << 6 and one of pairs.
     wide, steps = _SPREADS[bits]
     x = packed.to(wide)
     for shift, mask in steps:
@@ -90,7 +94,7 @@ def _spread(packed: UInt8[Tensor, "tokens bytes"], bits: int) -> UInt8[Tensor, "
 
 
 def _word(bits: int) -> tuple[int, int]:
-    """The fewest codes that fill whole bytes, and those bytes."""
+    """Smallest number of codes that fills whole bytes, and that number of bytes: lcm(bits, 8) bits."""
     shared = math.gcd(bits, 8)
     return 8 // shared, bits // shared
 

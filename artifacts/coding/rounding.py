@@ -1,4 +1,4 @@
-"""Rounding to float16: to the nearest, or in the direction in which a range must grow to hold every value."""
+"""Rounding to float16: to nearest, or outwards so that a range still holds every value."""
 
 import torch
 from jaxtyping import Float16
@@ -9,7 +9,7 @@ from artifacts.errors import NonFiniteError
 
 
 def nearest_half(x: Tensor, *, who: str) -> Float16[Tensor, "..."]:
-    """`x` in float16.
+    """`x` rounded to the nearest float16.
 
     Raises
     ------
@@ -29,7 +29,7 @@ def nearest_half(x: Tensor, *, who: str) -> Float16[Tensor, "..."]:
 
 
 def round_outward(x: Tensor, *, up: bool, who: str, positive: bool = False) -> Float16[Tensor, "..."]:
-    """`x` in float16, rounded up or down; at least the smallest positive number where `positive`.
+    """`x` rounded up or down to float16; at least the smallest positive number where `positive`.
 
     Raises
     ------
@@ -37,6 +37,7 @@ def round_outward(x: Tensor, *, up: bool, who: str, positive: bool = False) -> F
         If `x` is beyond the range of float16.
     """
     half = nearest_half(x, who=who)
+    # Nearest is at most one float16 on the wrong side: step to the neighbour there (directed rounding, IEEE 754).
     off = half.float() < x if up else half.float() > x
     half = torch.where(off, _neighbour(half, up=up), half)
     if positive:
@@ -45,7 +46,8 @@ def round_outward(x: Tensor, *, up: bool, who: str, positive: bool = False) -> F
 
 
 def _neighbour(half: Float16[Tensor, "..."], *, up: bool) -> Float16[Tensor, "..."]:
-    """Next float16 above or below, by its bit pattern: `torch.nextafter` has no float16 kernel on CUDA."""
+    """Next float16 above or below; `torch.nextafter` has no float16 kernel on CUDA."""
+    # IEEE 754 numbers of one sign are ordered as their bit patterns, so the neighbour away from zero is pattern + 1.
     bits = (half + 0.0).view(torch.int16).int()  # + 0.0 makes -0.0 a positive zero
     away_from_zero = (half >= 0) if up else (half <= 0)
     stepped = torch.where(away_from_zero, bits + 1, bits - 1)

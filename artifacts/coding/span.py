@@ -1,4 +1,4 @@
-"""Consecutive tokens, and the entries that they have together."""
+"""Mapping between runs of consecutive tokens and the entries of a tensor of codes."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,15 +9,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Span:
-    """How the entries of a tensor of `Codes` belong to tokens: in runs, counted from the first token.
+    """Layout of a tensor of `Codes` along the tokens: runs of tokens, counted from the first, with some entries each.
 
     Parameters
     ----------
     tokens : int
-        Tokens of a run; the last one may be shorter. What a run stores cannot be divided among its tokens.
+        Tokens of a run; the last one may be shorter. The entries of a run cannot be divided among its tokens.
     entries : int, 'counts' or None
-        Entries of a run, along the tensor's first axis; or as many as the tensor `counts` beside it says; or, with
-        None, as many as the quantizer alone can tell.
+        Entries of a run, along the first axis of the tensor; 'counts' if the tensor `counts` beside it holds their
+        numbers; None if only the quantizer knows them.
 
     Examples
     --------
@@ -33,16 +33,16 @@ class Span:
             raise ValueError(f"Span: expected positive whole numbers of tokens and entries; got {self}")
 
     def n_entries(self, n_tokens: int) -> int | None:
-        """Entries of so many tokens; None where their number varies."""
+        """Entries of `n_tokens` tokens; None where their number varies."""
         return self.n_runs(n_tokens) * self.entries if isinstance(self.entries, int) else None
 
     def runs(self, kept: Bool[Tensor, " tokens"]) -> Bool[Tensor, " runs"]:
-        """Which runs are kept.
+        """Mask of the runs whose tokens are kept.
 
         Raises
         ------
         ValueError
-            If a run would be divided.
+            If only some tokens of a run are kept.
         """
         if self.tokens == 1:
             return kept
@@ -58,7 +58,7 @@ class Span:
         return groups[:, 0]
 
     def n_runs(self, n_tokens: int) -> int:
-        """Runs of so many tokens."""
+        """Runs in `n_tokens` tokens."""
         return -(-n_tokens // self.tokens)
 
     def _has_entries(self) -> bool:

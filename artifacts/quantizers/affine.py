@@ -45,6 +45,7 @@ class Affine(Quantizer):
             check_vector(self.kind, "offset", self.offset, self.channels)
 
     def _encode(self, x: Float[Tensor, "tokens channels"], context: Context) -> Codes:
+        # x = scale * (q - zero_point) with zero_point = -offset / scale (arXiv 1712.05877, equation 1), solved for q.
         top = top_code(self.bits, symmetric=self.offset is None)
         steps = ((x.float() - self._offset) / self.scale).round_().clamp_(0, top)
         codes = pack(steps.to(torch.uint8), self.bits)
@@ -71,11 +72,12 @@ class Affine(Quantizer):
 
 
 def top_code(bits: int, *, symmetric: bool) -> int:
-    """The largest code in use: a symmetric range leaves one out, to have zero in its middle."""
+    """Largest code in use; a symmetric range leaves one code out, so that its middle code is zero."""
+    # 2^bits - 1 codes, an odd number, have a middle: -127 .. 127 rather than -128 .. 127 (arXiv 2004.09602, section 3).
     codes: int = 2**bits
     return codes - 2 if symmetric else codes - 1
 
 
 def symmetric_offset(scale: Tensor, bits: int) -> Tensor:
-    """What code 0 stands for when the codes are centred on zero."""
+    """Value of code 0 in a symmetric quantizer: minus half the code range."""
     return -(top_code(bits, symmetric=True) // 2) * scale

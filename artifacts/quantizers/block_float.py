@@ -1,4 +1,4 @@
-"""Four-bit floating point in small blocks: x ~ scale * element, a scale of one byte for each block."""
+"""Block floating point (MXFP4, NVFP4): x ~ scale * element, with 4-bit elements and an 8-bit scale per block."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal, final
@@ -19,12 +19,12 @@ _BLOCK_SIZES: dict[BlockFormat, int] = {"mxfp4": 32, "nvfp4": 16}
 
 _MAGNITUDES = torch.tensor([[0, 0.5, 1, 1.5, 2, 3, 4, 6]], dtype=torch.float16)
 _ELEMENTS = torch.cat([_MAGNITUDES, -_MAGNITUDES], dim=1)
-"""E2M1, the highest bit of a code being the sign."""
+"""Values of the 16 E2M1 codes; the highest bit of a code is the sign."""
 
 _BITS = 4
 _LARGEST_ELEMENT = 6.0
 _LEAST_BLOCK_SCALE = 2.0**-9
-"""Of e4m3, above zero: blocks far below the tensor's largest value keep what it leaves of them."""
+"""Smallest positive e4m3 number, the least scale of an NVFP4 block; blocks far below the tensor's maximum need it."""
 
 LARGEST_PER_TENSOR_SCALE = _LARGEST_ELEMENT * largest_float8("e4m3")
 """The largest magnitude that nvfp4 gives back, in units of the tensor's scale."""
@@ -33,7 +33,9 @@ LARGEST_PER_TENSOR_SCALE = _LARGEST_ELEMENT * largest_float8("e4m3")
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BlockFloat(Quantizer):
-    """Elements 0, 0.5, 1, 1.5, 2, 3, 4 and 6 of both signs, nearest (ties to an even code), the largest saturating.
+    """Quantizer to E2M1 elements (0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives) with one scale per block.
+
+    Elements are rounded to nearest, ties to the even code; magnitudes above 6 scales saturate.
 
     Blocks are consecutive channels of a token, counted through its heads; the last one may be shorter.
 
@@ -79,14 +81,18 @@ class BlockFloat(Quantizer):
         return self._scale(codes.tensors["scale"]) * look_up(_ELEMENTS.to(indices.device), indices)
 
     def _scale_codes(self, largest: Float32[Tensor, "tokens blocks"]) -> UInt8[Tensor, "tokens blocks"]:
-        """The byte that each block stores."""
-        if self.tensor_scale is None:  # frexp counts from 1/2 <= mantissa < 1; byte 127 stands for 2^0, 255 for NaN
+        """Stored byte of each block's scale: E8M0 for MXFP4, E4M3 for NVFP4."""
+        # MX: shared exponent = floor(log2 max) - 2, as 6 = 1.5 * 2^2 has exponent 2 (OCP MX v1.0, 6.3). E8M0 stores it
+        # with bias 127 and keeps 255 for NaN. frexp has 1/2 <= mantissa < 1, so its exponent is floor(log2 max) + 1.
+        if self.tensor_scale is None:
             return (torch.frexp(largest).exponent - 1 - 2 + 127).clamp(0, 254).to(torch.uint8)
+        # NVFP4: max / 6 would map the largest element to 6; it is stored in units of the tensor's scale, which brings
+        # the largest of all blocks to 448, the end of E4M3 (arXiv 2509.25149).
         relative = largest / _LARGEST_ELEMENT / self.tensor_scale
         return to_float8(relative.clamp_min(_LEAST_BLOCK_SCALE), "e4m3")
 
     def _scale(self, codes: UInt8[Tensor, "tokens blocks"]) -> Float32[Tensor, "tokens channels"]:
-        """The scale of each channel's block."""
+        """Scale of each channel: the decoded scale of its block."""
         if self.tensor_scale is None:
             scale = codes.view(torch.float8_e8m0fnu).float()
         else:
@@ -99,10 +105,9 @@ class BlockFloat(Quantizer):
 
 
 def element_codes(a: Float32[Tensor, "tokens channels"]) -> UInt8[Tensor, "tokens channels"]:
-    """Code of the nearest element, of two equally near the even one.
-
-    Magnitudes lie 1/2, then 1, then 2 apart: their codes are the least of three lines, each rounded.
-    """
+    """Code of the nearest E2M1 element, ties to the even code."""
+    # Code as a function of magnitude m: 2 m on [0, 2] (steps of 1/2), m + 2 on [2, 4], m / 2 + 4 on [4, 6]. It is
+    # concave, hence the least of the three lines, and rounding (monotone, half to even) commutes with the minimum.
     size = a.abs()
     codes = torch.minimum(torch.minimum((2 * size).round(), size.round() + 2), (size / 2).round() + 4).clamp_max(7)
     return codes.to(torch.uint8) | (torch.signbit(a).to(torch.uint8) << 3)

@@ -1,4 +1,4 @@
-"""Channels without their mean."""
+"""Mean subtraction per channel, around another quantizer."""
 
 from dataclasses import dataclass
 from typing import ClassVar, final
@@ -13,18 +13,18 @@ from artifacts.quantizers.wrapper import AbstractTransform
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Centred(AbstractTransform):
-    """The wrapped quantizer sees x - mean; x ~ its answer + restored.
+    """Quantizes x - mean and adds `restored` to the dequantized result.
 
-    `restored` differs from `mean` where a mean error is to be taken back. Attention weights sum to one, so adding c to
-    every decoded value adds c to the attention output, times the weight that falls on decoded tokens: with
-    restored = mean + E[x - x'], x' being what comes back without it, the mean error of the values leaves the output.
+    `restored` differs from `mean` where a mean error is corrected. Attention weights sum to one, so adding c to every
+    decoded value adds c to the attention output, times the weight on decoded tokens: with restored = mean + E[x - x'],
+    x' being the reconstruction without the correction, the mean error of the values vanishes from the output.
 
     Parameters
     ----------
     mean : Float32[Tensor, "channels"]
-        What is subtracted, in units of x.
+        Mean of each channel, subtracted before encoding, in units of x.
     restored : Float32[Tensor, "channels"] or None
-        What is added again, in units of x; None for the mean.
+        Offset of each channel, added after decoding, in units of x; None for the mean.
     """
 
     kind: ClassVar[str] = "centred"
@@ -47,5 +47,5 @@ class Centred(AbstractTransform):
         return z + (self.mean if self.restored is None else self.restored)
 
     def deviation(self, x: Float[Tensor, "tokens channels"]) -> Float[Tensor, "tokens channels"]:
-        """That of the wrapped quantizer, from the mean."""
+        """Outlier score of the wrapped quantizer for x - mean."""
         return self.inner.deviation(x - self.mean)

@@ -1,4 +1,4 @@
-"""Non-uniform quantizers: x ~ offset + scale * levels[code]."""
+"""Non-uniform quantizers with a codebook: x ~ offset + scale * levels[code]."""
 
 from dataclasses import dataclass
 from typing import ClassVar, final
@@ -14,25 +14,26 @@ from artifacts.coding.rounding import round_outward
 from artifacts.quantizer import RANGE_SLACK, Context, Quantizer
 
 _FEW_LEVELS = 16
-"""Up to here comparing with every boundary is quicker than a binary search (2048 x 1024 values, two cores)."""
+"""Most boundaries for which comparing with all is faster than a binary search (2048 x 1024 values, two cores)."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Codebook(Quantizer):
-    """A table of levels on channels that are shifted and scaled by static numbers.
+    """Codebook quantizer with a static scale and offset per channel (NUQ, arXiv 2401.18079, section 3.3).
 
     Parameters
     ----------
     bits : int
-        Code width, 1 to 8; a table has at most 2^bits levels and more than half as many. Where they are fewer, codes
-        are stored in mixed radix.
+        Code width, 1 to 8; a table has at most 2^bits levels and more than half as many. With fewer than 2^bits, codes
+        are packed in mixed radix.
     scale, offset : Float32[Tensor, "channels"]
-        What the levels are multiplied by and shifted by, in units of x.
+        Half-range and midpoint of each channel, which map levels to units of x.
     levels : Float16[Tensor, "tables levels"]
         Ascending; one table for all channels, or one for each of as many equal runs of channels (heads, channels).
     boundaries : Float32[Tensor, "tables levels-1"] or None
-        Where a code ends and the next begins, in units of the levels; None for the middles, where codes are nearest.
+        Decision boundaries between neighbouring levels, in units of the levels; None for the midpoints, which give the
+        nearest level.
     """
 
     kind: ClassVar[str] = "codebook"
@@ -66,8 +67,9 @@ class Codebook(Quantizer):
         return ((x - self.offset) / self.scale).abs()
 
     def outside(self, x: Float[Tensor, "tokens channels"]) -> Bool[Tensor, "tokens channels"]:
-        """True beyond [-1, 1] or, where levels go further, beyond half a gap from the last."""
+        """True beyond [-1, 1], or beyond the last level by more than half its gap where levels reach further."""
         levels = self.levels.float()
+        # An end level stands for its cell, which reaches as far outside as inside: half the gap to its neighbour.
         ends, gaps = levels[:, [0, -1]].abs(), levels.diff(dim=1)[:, [0, -1]]
         reach = torch.where(ends > 1, ends + gaps / 2, 1.0).amax(dim=1, keepdim=True)
         return self.deviation(x.float()) > RANGE_SLACK * _per_channel(reach, self.channels)[:, 0]
@@ -76,7 +78,7 @@ class Codebook(Quantizer):
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DynamicCodebook(Quantizer):
-    """A table of levels on [-1, 1], laid over each token's own range; middle and half-range are kept in float16.
+    """Codebook quantizer with levels on [-1, 1] and a dynamic range per token, stored as float16 scale and offset.
 
     Parameters
     ----------
@@ -85,7 +87,7 @@ class DynamicCodebook(Quantizer):
     levels : Float16[Tensor, "1 levels"]
         Ascending.
     boundaries : Float32[Tensor, "1 levels-1"] or None
-        Where a code ends and the next begins; None for the middles, where codes are nearest.
+        Decision boundaries between neighbouring levels; None for the midpoints, which give the nearest level.
     """
 
     kind: ClassVar[str] = "dynamic_codebook"
@@ -103,6 +105,8 @@ class DynamicCodebook(Quantizer):
     def _encode(self, x: Float[Tensor, "tokens channels"], context: Context) -> Codes:
         wide = x.float()
         low, high = torch.aminmax(wide, dim=1, keepdim=True)
+        # a = (x - z) / s with z = (max + min) / 2 and s = (max - min) / 2 (arXiv 2401.18079, section 3.4). z is rounded
+        # to float16 first; s then is the larger distance from the rounded z, so that a stays within [-1, 1].
         offset = round_outward((low + high) / 2, up=False, who=self.label)
         scale = round_outward(
             torch.maximum(high - offset.float(), offset.float() - low), up=True, who=self.label, positive=True
@@ -121,7 +125,9 @@ def codes_of(
     levels: Float16[Tensor, "tables levels"],
     boundaries: Float32[Tensor, "tables boundaries"] | None = None,
 ) -> UInt8[Tensor, "tokens channels"]:
-    """Index of the level between whose boundaries a value lies: without any the nearest, on a tie the lower one."""
+    """Codes of values by decision boundaries; without boundaries the nearest level, ties to the lower one."""
+    # Least squared error takes the nearest level, so cells meet at midpoints (Lloyd 1982). Levels are sorted, hence a
+    # code is the number of boundaries below the value.
     if boundaries is None:
         wide = levels.float()
         boundaries = (wide[:, 1:] + wide[:, :-1]) / 2
@@ -140,12 +146,12 @@ def codes_of(
 def look_up(
     levels: Float16[Tensor, "tables levels"], indices: UInt8[Tensor, "tokens channels"]
 ) -> Float32[Tensor, "tokens channels"]:
-    """Each code's level."""
+    """Level of each code."""
     if len(levels) == 1:
         return torch.take(levels[0].float(), indices.long())
     return _per_channel(levels.float(), indices.shape[1]).T.gather(0, indices.long())
 
 
 def _per_channel(tables: Tensor, channels: int) -> Tensor:
-    """A row for each channel, where several channels may share a table."""
+    """One row per channel from one row per table: a table serves channels / tables neighbouring channels."""
     return tables.repeat_interleave(channels // len(tables), dim=0)

@@ -1,4 +1,4 @@
-"""Uniform quantizers whose scales come from the values that are encoded."""
+"""Uniform quantizers with dynamic scales, computed from the values that are encoded."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,32 +18,33 @@ from artifacts.quantizers.affine import symmetric_offset, top_code
 
 Per = Literal["token", "channel", "tensor"]
 _SHARING: dict[Per, tuple[int, ...]] = {"token": (2,), "channel": (1,), "tensor": (1, 2)}
-"""Axes of the grouped values that share a scale."""
+"""Axes of the grouped values over which minimum and maximum are taken."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DynamicAffine(Quantizer):
-    """A scale found from the values themselves when they are encoded, kept in float16 beside the codes.
+    """Dynamic uniform quantizer: scale and offset of each group from its minimum and maximum, stored in float16.
 
     Parameters
     ----------
     bits : int
         Code width, 1 to 8.
     per : {'token', 'channel', 'tensor'}
-        Reduced over channels of one token, over tokens for each channel, or over everything. Without a group, the last
-        two look at all later tokens of the call: a cache cannot do that, and reports say so.
+        One scale per token (reduced over its channels), per channel (reduced over tokens), or for the whole call.
+        Without a group size the last two are not causal: they depend on all later tokens of the call, which a cache
+        does not have, and reports say so.
     group_size : int or None
         Consecutive channels of a token, or consecutive tokens of a channel, that share a scale (arXiv 2402.02750,
         section 3.2). Groups of tokens are counted from the first token of the call; the last one may be shorter.
     symmetric : bool
         Range [-m, m] with m the largest magnitude; stores no offset.
     whole_zero_point : bool
-        Offset rounded to a whole number of steps within the code range, as integer kernels want it. Ranges that do
-        not contain zero lose their far end.
+        Round the zero point to an integer inside the code range, as integer kernels need it. A range that does not
+        contain zero then saturates at its far end.
     clip_ratio : float or None
-        Share of the range that is kept, around its middle, above 0 and below 1; what lies beyond saturates (arXiv
-        2405.06219). None keeps all.
+        Fraction of the range that is kept, around its middle, above 0 and below 1; values beyond saturate (arXiv
+        2405.06219). None keeps the whole range.
     """
 
     kind: ClassVar[str] = "dynamic_affine"
@@ -71,7 +72,7 @@ class DynamicAffine(Quantizer):
 
     @property
     def tokens_per_scale(self) -> int | None:
-        """1 for scales within a token, the group for groups of tokens, None for all tokens of the call."""
+        """1 for scales per token, the group size for groups of tokens, None for one scale over the whole call."""
         return 1 if self.per == "token" else self.group_size
 
     def _encode(self, x: Float[Tensor, "tokens channels"], context: Context) -> Codes:
@@ -96,12 +97,12 @@ class DynamicAffine(Quantizer):
         return steps.float().mul_(scale).add_(offset).reshape(-1, self.channels)[: codes.shape[0]]
 
     def spans(self, n_tokens: int) -> dict[str, Span]:
-        """Which tokens of a call share parameters."""
+        """Span of tokens behind each stored scale and offset."""
         names = ("scale",) if self.symmetric else ("scale", "offset")
         return dict.fromkeys(names, Span(self.tokens_per_scale or max(1, n_tokens)))
 
     def _grouped(self, x: Tensor, size: int) -> Tensor:
-        """Values that share a scale side by side: "tokens groups group", else "groups group channels"."""
+        """Values in groups with one scale each: "tokens groups group" per token, else "groups group channels"."""
         if self.per == "token":
             of_tokens: Tensor = x.unflatten(1, (-1, self.group_size or self.channels))
             return of_tokens
@@ -111,7 +112,9 @@ class DynamicAffine(Quantizer):
         return of_channels
 
     def _parameters(self, low: Tensor, high: Tensor) -> dict[str, Float16[Tensor, "..."]]:
-        """Rounded outwards, so that the range of the stored parameters holds every value that is not clipped."""
+        """Float16 scale and offset of each range, rounded outwards so that they hold every value not clipped."""
+        # Min-max: scale = (max - min) / (2^bits - 1), offset = min (KIVI, arXiv 2402.02750, section 3.1). The scale is
+        # taken from the offset as stored in float16, or the rounding of the offset would cut off the top.
         steps = 2**self.bits - 1
         if self.clip_ratio is not None:
             middle, half = (low + high) / 2, (high - low) / 2 * self.clip_ratio
@@ -120,6 +123,7 @@ class DynamicAffine(Quantizer):
             return {"scale": self._half(torch.maximum(-low, high) / (2 ** (self.bits - 1) - 1), up=True)}
         if self.whole_zero_point:
             scale = self._half((high - low) / steps, up=True)
+            # Integer zero point: min = -zero_point * scale puts an exact code on zero (arXiv 1712.05877, section 2.1).
             zero_point = torch.round(-low / scale.float()).clamp(0, steps)
             return {"scale": scale, "offset": self._half(-zero_point * scale.float(), up=False)}
         offset = self._half(low, up=False)

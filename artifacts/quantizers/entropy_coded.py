@@ -1,4 +1,4 @@
-"""A uniform step for all channels, and a code of variable length for the indices."""
+"""Entropy-coded scalar quantizer: one uniform step for all channels, indices in a range coder."""
 
 import functools
 import math
@@ -18,34 +18,34 @@ from artifacts.coding.span import Span
 from artifacts.quantizer import Context, Quantizer
 
 _ROUNDING = 1e-6
-"""Of `bits`, which are a mean of logarithms."""
+"""Tolerance of `bits`, a mean of logarithms whose last digits depend on the order of summation."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EntropyCoded(Quantizer):
-    """x ~ offset + step * (index + shift), the indices of a group of tokens in one stream of a range coder.
+    """Uniform quantizer x ~ offset + step * (index + shift), with one range-coded stream per group of tokens.
 
-    The rate is an average: frequent indices take a fraction of a bit, and one that was never seen is escaped and comes
-    back all the same. A token is decoded to the same values in any company, but only together with its group.
+    The rate is an average: frequent indices take a fraction of a bit, and an index outside its table is escaped and
+    decoded exactly. The values of a token do not depend on its group, but only whole groups can be decoded.
 
     Parameters
     ----------
     bits : float
         Mean bits per channel of indices that are as frequent as the tables say, escape symbols included.
     group_tokens : int
-        Tokens whose indices share a stream; each stream costs 4 bytes and its last 4-byte word.
+        Tokens per stream; each stream costs 4 bytes for its length and rounds up to a 4-byte word.
     step : Float32[Tensor, "1"]
-        Of all channels, in units of x.
+        Quantization step of all channels, in units of x.
     offset : Float32[Tensor, "channels"]
-        What the index 0 stands for, in units of x.
+        Value of index 0, in units of x.
     first, n_indices : Int16[Tensor, "channels"]
         Smallest index of each channel's table, and how many it has.
     frequencies : Int16[Tensor, "symbols"]
         All tables, one after the other: the frequencies of a table's indices, then that of its escape symbol, with the
         sum 2^15.
     shifts : Float16[Tensor, "indices"] or None
-        Of every table's indices, the mean of what is rounded to it, less the index, in steps; None for zeros.
+        Centroid of each index's cell relative to the index, in steps, for every table; None for zeros.
     """
 
     kind: ClassVar[str] = "entropy_coded"
@@ -72,20 +72,20 @@ class EntropyCoded(Quantizer):
 
     @property
     def tokens_per_scale(self) -> int:
-        """A whole group: its stream cannot be divided."""
+        """Tokens of a group, whose stream cannot be divided."""
         return self.group_tokens
 
     @property
     def looks_ahead(self) -> bool:
-        """False: tokens share a stream, and nothing that they are decoded to."""
+        """False: tokens of a group have a common stream, but no value depends on another token."""
         return False
 
     def ideal_bits(self, x: Float[Tensor, "tokens channels"]) -> float:
-        """What an ideal coder with these tables needs for the tokens."""
+        """Bits that an ideal entropy coder with these tables needs for the tokens."""
         return self._coder.ideal_bits(self._indices(x.float()).cpu().numpy())
 
     def _encode(self, x: Float[Tensor, "tokens channels"], context: Context) -> Codes:
-        answer_now()  # the coder must see no indices of NaN, and it waits for the device anyway
+        answer_now()  # report NaN before the coder sees indices made of it; the coder waits for the device anyway
         groups = self._indices(x.float()).cpu().split(self.group_tokens, dim=1) if len(x) else ()
         streams = [self._coder.encode(group.numpy()) for group in groups]
         counts = torch.tensor([len(words) for words in streams], dtype=torch.int32)
@@ -107,6 +107,7 @@ class EntropyCoded(Quantizer):
         for start, stream in zip(starts, streams, strict=True):
             group = indices[:, start : start + self.group_tokens]
             group.copy_(torch.from_numpy(self._coder.decode(stream, group.shape[1])))
+        # The centroid of a cell, not its middle, has the least squared error: shifts pull towards the mode.
         indices = indices.to(words.device)
         return (self.offset[:, None] + self.step * (indices + self._shift(indices))).T
 
@@ -123,7 +124,7 @@ class EntropyCoded(Quantizer):
         return ((x - self.offset) / self.step).T.round().clamp(-LARGEST_INDEX, LARGEST_INDEX).int()
 
     def _shift(self, indices: Int32[Tensor, "channels tokens"]) -> Float32[Tensor, "#channels #tokens"]:
-        """Zero where an index was escaped."""
+        """Centroid shift of each index; zero for an escaped index."""
         if self.shifts is None:
             return torch.zeros(1, 1, device=indices.device)
         places = indices - self.first[:, None]
@@ -153,20 +154,25 @@ class EntropyCoded(Quantizer):
                 f"{self.frequencies.dtype} of shape {tuple(self.frequencies.shape)}"
             )
         if (self.frequencies < 1).any() or (_table_sums(self.frequencies.long(), lengths) != TOTAL).any():
-            raise ValueError(f"{self.kind}: frequencies must be positive, and {TOTAL} in each table")
+            sums = _table_sums(self.frequencies.long(), lengths).unique().tolist()
+            raise ValueError(
+                f"{self.kind}: frequencies must be positive, and {TOTAL} in each table; got a smallest of "
+                f"{int(self.frequencies.min())} and sums {sums[:8]}"
+            )
         if self.shifts is not None and (self.shifts.dtype != torch.float16 or self.shifts.shape != (n,)):
             raise ValueError(
                 f"{self.kind}: shifts must be float16 of shape ({n},), as n_indices says; got {self.shifts.dtype} of "
                 f"shape {tuple(self.shifts.shape)}"
             )
         if self.shifts is not None and not (self.shifts.abs() <= 1).all():
-            raise ValueError(f"{self.kind}: shifts must be from -1 to 1")
+            raise ValueError(f"{self.kind}: shifts must be from -1 to 1; got {float(self.shifts.abs().max()):.4g}")
 
 
 def mean_entropy(frequencies: Int16[Tensor, " symbols"], channels: int) -> float:
-    """Bits of a symbol that is drawn as the tables say, over all channels."""
-    shares = frequencies.double() / TOTAL
-    return float((-shares * shares.log2()).sum() / channels)
+    """Entropy of the tables in bits per symbol, a mean over the channels."""
+    # H = -sum p log2 p of each table, p = frequency / TOTAL: the least mean length of a code (Shannon 1948, theorem 9).
+    p = frequencies.double() / TOTAL
+    return float((-p * p.log2()).sum() / channels)
 
 
 def _table_sums(values: Int64[Tensor, " symbols"], n_indices: Int64[Tensor, " channels"]) -> Int64[Tensor, " channels"]:

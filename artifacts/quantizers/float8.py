@@ -1,7 +1,7 @@
-"""Quantizers to eight-bit floating point: x ~ scale * float8(x / scale), what lies beyond the largest saturates.
+"""Float8 quantizers: x ~ scale * float8(x / scale), saturating beyond the largest finite value.
 
-Rounding is to the nearest, of two equally near to the one with an even last bit. Precision is relative, so that a scale
-wrong by a factor of two costs little: servers run with 1 where a checkpoint has none.
+Rounding is to nearest, ties to even. Precision is relative, so a scale wrong by a factor of two costs little: inference
+servers use a scale of 1 where a checkpoint has none.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ _DTYPES: dict[Float8Format, torch.dtype] = {"e4m3": torch.float8_e4m3fn, "e5m2":
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AbstractFloat8(Quantizer):
-    """Eight bits a value: a sign, and 4 + 3 or 5 + 2 bits of exponent and mantissa (arXiv 2209.05433).
+    """Base of float8 quantizers: a sign, and 4 + 3 or 5 + 2 bits of exponent and mantissa (arXiv 2209.05433).
 
     Parameters
     ----------
@@ -42,12 +42,12 @@ class AbstractFloat8(Quantizer):
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Float8(AbstractFloat8):
-    """One static scale per channel; all alike where a tensor or a head has one.
+    """Float8 with a static scale per channel; equal scales express one per head or per tensor.
 
     Parameters
     ----------
     scale : Float32[Tensor, "channels"]
-        What the decoded float8 is multiplied by; largest magnitude / largest float8 uses the whole range.
+        Factor from float8 to units of x; largest magnitude / largest float8 uses the whole range.
     """
 
     kind: ClassVar[str] = "float8"
@@ -78,12 +78,12 @@ class Float8(AbstractFloat8):
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DynamicFloat8(AbstractFloat8):
-    """A scale found from the values that are encoded, kept in float16, rounded up so that nothing saturates.
+    """Float8 with a dynamic scale per group of channels, stored in float16 and rounded up so that nothing saturates.
 
     Parameters
     ----------
     group_size : int or None
-        Consecutive channels of a token that share a scale, such as those of a head; None for the whole token.
+        Consecutive channels of a token with one scale, such as those of a head; None for the whole token.
     """
 
     kind: ClassVar[str] = "dynamic_float8"
@@ -97,6 +97,7 @@ class DynamicFloat8(AbstractFloat8):
 
     def _encode(self, x: Float[Tensor, "tokens channels"], context: Context) -> Codes:
         wide = x.float()
+        # Absmax scaling: max |x| / largest float8 maps the group's extreme to the last finite code.
         needed = largest_of_blocks(wide, self._group) / largest_float8(self.format)
         scale = round_outward(needed, up=True, who=self.label, positive=True)
         codes = to_float8(wide / over_channels(scale.float(), self._group, self.channels), self.format)
@@ -112,18 +113,21 @@ class DynamicFloat8(AbstractFloat8):
 
 
 def largest_float8(format: Float8Format) -> float:
-    """The largest finite value: 448 or 57344."""
+    """Largest finite value of a float8 format: 448 for e4m3, 57344 for e5m2."""
+    # e4m3fn has no infinity, and only mantissa 111 of the top exponent is NaN: 1.75 * 2^8. e5m2 follows IEEE: 1.75 *
+    # 2^15 (arXiv 2209.05433, table 1).
     return torch.finfo(_DTYPES[format]).max
 
 
 def to_float8(x: Float32[Tensor, "tokens values"], format: Float8Format) -> UInt8[Tensor, "tokens values"]:
-    """The bytes of the nearest float8 values, saturating."""
+    """Bytes of the nearest float8 values, saturating."""
+    # A plain cast of e4m3fn gives NaN beyond its range, so clamp first.
     largest = largest_float8(format)
     return x.clamp(-largest, largest).to(_DTYPES[format]).view(torch.uint8)
 
 
 def from_float8(codes: UInt8[Tensor, "tokens values"], format: Float8Format) -> Float32[Tensor, "tokens values"]:
-    """The values that the bytes stand for."""
+    """Values of float8 bytes."""
     return codes.view(_DTYPES[format]).float()
 
 
@@ -136,5 +140,5 @@ def largest_of_blocks(x: Float32[Tensor, "tokens channels"], size: int) -> Float
 def over_channels(
     scale: Float32[Tensor, "tokens blocks"], size: int, channels: int
 ) -> Float32[Tensor, "tokens channels"]:
-    """Each channel's scale, that of its block."""
+    """Scale of each channel from the scale of its block."""
     return scale.repeat_interleave(size, dim=1)[:, :channels]

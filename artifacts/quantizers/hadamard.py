@@ -1,4 +1,4 @@
-"""The Walsh-Hadamard transform: a fixed rotation that spreads every outlier over its block."""
+"""Walsh-Hadamard transform around another quantizer: a fixed rotation that spreads outliers over their block."""
 
 import math
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from artifacts.quantizers.wrapper import AbstractTransform
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Hadamard(AbstractTransform):
-    """The wrapped quantizer sees each block of channels times the orthonormal Hadamard matrix of Sylvester's order.
+    """Multiplies each block of channels by the orthonormal Hadamard matrix (Sylvester's order) before quantization.
 
     Parameters
     ----------
@@ -45,11 +45,11 @@ class Hadamard(AbstractTransform):
 
     @property
     def decode_multiply_adds(self) -> int:
-        """Those of the wrapped quantizer, and as many for each channel as a block can be halved."""
+        """Multiply-adds of the wrapped quantizer, plus log2(group_size) a channel for the fast transform."""
         return self.inner.decode_multiply_adds + self.channels * (self.group_size.bit_length() - 1)
 
     def transform(self, x: Float32[Tensor, "tokens channels"]) -> Float32[Tensor, "tokens channels"]:
-        """Signs, then the transform of each block."""
+        """Random signs, then the transform of each block."""
         return hadamard(x if self.signs is None else x * self.signs, self.group_size)
 
     def invert(self, z: Float32[Tensor, "tokens channels"]) -> Float32[Tensor, "tokens channels"]:
@@ -73,9 +73,11 @@ class Hadamard(AbstractTransform):
 def hadamard(x: Float32[Tensor, "tokens channels"], group_size: int) -> Float32[Tensor, "tokens channels"]:
     """Orthonormal Walsh-Hadamard transform of each block of `group_size` channels.
 
-    Sums and differences of halves, log2(group_size) times: unlike a matrix product they round alike for any number of
-    tokens on any device, so that a token has the same codes alone as among others.
+    The fast transform rounds the same for any number of tokens on any device, unlike a matrix product, so that the
+    codes of a token do not depend on the batch.
     """
+    # H_2n = [[H_n, H_n], [H_n, -H_n]] / sqrt 2, H_1 = 1 (Sylvester). Adding and subtracting the halves and interleaving
+    # the results, log2(n) times, applies it in n log2(n) operations; one factor 1 / sqrt n at the end makes H H = 1.
     blocks: Tensor = x.unflatten(1, (-1, group_size))
     for _ in range(group_size.bit_length() - 1):
         first, second = blocks.chunk(2, dim=2)

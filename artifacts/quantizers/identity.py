@@ -1,4 +1,4 @@
-"""The quantizer that keeps everything."""
+"""Identity quantizer: full precision."""
 
 from dataclasses import dataclass
 from typing import ClassVar, final
@@ -13,13 +13,13 @@ from artifacts.quantizer import Context, Quantizer
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Identity(Quantizer):
-    """Keeps x as it is: full precision through the same code path as every other recipe."""
+    """Stores x in full precision, on the same code path as every other quantizer."""
 
     kind: ClassVar[str] = "identity"
 
     @property
     def decode_multiply_adds(self) -> int:
-        """None."""
+        """0: nothing is computed."""
         return 0
 
     def _encode(self, x: Float[Tensor, "tokens channels"], context: Context) -> Codes:

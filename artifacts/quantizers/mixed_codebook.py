@@ -1,4 +1,4 @@
-"""Codebooks of as many levels as each channel deserves."""
+"""Codebook quantizer with bit allocation: a different number of levels for each channel."""
 
 import functools
 import math
@@ -16,24 +16,24 @@ from artifacts.quantizer import RANGE_SLACK, Context, Quantizer
 
 _MOST_LEVELS = 256
 _ROUNDING = 1e-6
-"""Of `bits`, which are a mean of logarithms."""
+"""Tolerance of `bits`, a mean of logarithms whose last digits depend on the order of summation."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MixedCodebook(Quantizer):
-    """x ~ offset + scale * levels[code], each channel with a table of its own length, codes in mixed radix.
+    """Codebook quantizer x ~ offset + scale * levels[code], with a codebook per channel and codes in mixed radix.
 
     Parameters
     ----------
     bits : float
-        Mean of log2 of the numbers of levels, over the channels.
+        Mean over the channels of log2(number of levels).
     scale, offset : Float32[Tensor, "channels"]
-        What the levels are multiplied by and shifted by, in units of x.
+        Factor and shift of each channel, which map levels to units of x.
     n_levels : Int16[Tensor, "channels"]
-        Length of each channel's table, 1 to 256. A channel with one level costs nothing per token.
+        Number of levels of each channel, 1 to 256. A channel with one level costs nothing per token.
     levels : Float16[Tensor, "levels"]
-        All tables, one after the other, each in ascending order.
+        All codebooks, one after the other, each in ascending order.
     """
 
     kind: ClassVar[str] = "mixed_codebook"
@@ -71,10 +71,9 @@ class MixedCodebook(Quantizer):
         return self.deviation(x.float()) > RANGE_SLACK
 
     def _nearest(self, a: Float32[Tensor, "channels tokens"]) -> UInt8[Tensor, "channels tokens"]:
-        """Index of the nearest level, on a tie the lower one: how many boundaries lie below.
-
-        Channels are gone through in the order of their tables' lengths, so that short ones are done first.
-        """
+        """Code of the nearest level, ties to the lower one."""
+        # A code is the number of midpoints below the value. With channels sorted by table length, longest first, those
+        # that have a j-th midpoint are a prefix, and each pass compares only that prefix.
         order, counts, boundaries = self._boundaries
         ordered, codes = a[order], torch.zeros_like(a, dtype=torch.uint8)
         for n, boundary in zip(counts, boundaries.unbind(dim=1), strict=True):
@@ -87,12 +86,12 @@ class MixedCodebook(Quantizer):
 
     @functools.cached_property
     def _starts(self) -> Int64[Tensor, " channels"]:
-        """Where each channel's table begins."""
+        """First position of each channel's codebook in `levels`."""
         return self.n_levels.long().cumsum(0) - self.n_levels
 
     @functools.cached_property
     def _boundaries(self) -> tuple[Tensor, list[int], Float32[Tensor, "channels boundaries"]]:
-        """Channels from the longest table to the shortest, how many have a j-th boundary, and the boundaries."""
+        """Channels sorted by table length (longest first), number of channels with a j-th midpoint, and midpoints."""
         lengths = self.n_levels.long()
         order = lengths.argsort(descending=True, stable=True)
         rank = torch.arange(int(lengths.max()), device=order.device)
@@ -118,9 +117,13 @@ class MixedCodebook(Quantizer):
         first[tables.long().cumsum(0)[:-1]] = True
         wide = self.levels.float()
         if not torch.isfinite(wide).all() or ((wide.diff() < 0) & ~first[1:]).any():
-            raise ValueError(f"{self.kind}: levels must be finite and in ascending order within each table")
+            raise ValueError(
+                f"{self.kind}: levels must be finite and in ascending order within each table; got "
+                f"{int((~torch.isfinite(wide)).sum())} of {n} not finite, "
+                f"{int(((wide.diff() < 0) & ~first[1:]).sum())} below the one before"
+            )
 
 
 def mean_bits(n_levels: Int16[Tensor, " channels"]) -> float:
-    """Mean of log2 of the numbers of levels."""
+    """Mean of log2(number of levels): bits per channel before rounding up to words and bytes."""
     return float(n_levels.double().log2().mean())

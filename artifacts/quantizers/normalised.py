@@ -1,4 +1,4 @@
-"""Tokens, or their heads, without their norm."""
+"""Normalisation of tokens or heads around another quantizer."""
 
 import math
 from dataclasses import dataclass
@@ -21,18 +21,19 @@ _SMALLEST_HALF = torch.finfo(torch.float16).smallest_normal / 1024
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Normalised(AbstractWrapper):
-    """The wrapped quantizer sees each token's groups of channels divided by their norms, kept in float16.
+    """Divides each group of channels of a token by its norm before quantization and stores the norm in float16.
 
-    What is kept is norm / sqrt(group width), which fits wherever the values do. A group of zeros comes back as zeros.
+    The stored number is the root mean square, norm / sqrt(group width), which fits float16 wherever the values do. A
+    group of zeros is decoded to zeros.
 
     Parameters
     ----------
     group_size : int or None
-        Channels that share a norm: a divisor of the channels, head_dim for one norm a head; None for the whole token.
+        Channels with one norm: a divisor of the channels, head_dim for one norm per head; None for the whole token.
     target : {'unit_variance', 'unit_norm'}
-        What the wrapped quantizer sees: groups whose mean square is 1, or whose norm is.
+        Normalise groups to a mean square of 1, or to a norm of 1.
     correct : bool
-        Keep the number that gives the decoded group the norm of x, rather than the one that x was divided by.
+        Norm correction: store the factor that gives the decoded group the norm of x, rather than the divisor of x.
 
     References
     ----------
@@ -65,15 +66,15 @@ class Normalised(AbstractWrapper):
         return self.inner._decode(codes.inner, context) * self._per_channel(codes.tensors["scale"])
 
     def deviation(self, x: Float[Tensor, "tokens channels"]) -> Float[Tensor, "tokens channels"]:
-        """That of the wrapped quantizer, after division by the norms."""
+        """Outlier score of the wrapped quantizer for the normalised values."""
         return self.inner.deviation(self._divided(x))
 
     def outside(self, x: Float[Tensor, "tokens channels"]) -> Bool[Tensor, "tokens channels"] | None:
-        """Where the wrapped quantizer's range ends, after division by the norms."""
+        """Range check of the wrapped quantizer for the normalised values."""
         return self.inner.outside(self._divided(x))
 
     def _divided(self, x: Float[Tensor, "tokens channels"]) -> Float32[Tensor, "tokens channels"]:
-        """What the wrapped quantizer sees."""
+        """Normalised values: the input of the wrapped quantizer."""
         wide = x.float()
         return self._divide(wide, self._half(self._sizes(wide)))
 
@@ -83,7 +84,8 @@ class Normalised(AbstractWrapper):
 
     @property
     def _unit(self) -> float:
-        """What the wrapped quantizer's one is in root mean squares."""
+        """Factor between the stored root mean square and the norm that becomes 1."""
+        # norm = sqrt(width) * root mean square, so unit_norm divides by sqrt(width) more than unit_variance.
         return 1.0 if self.target == "unit_variance" else math.sqrt(self._width)
 
     def _sizes(self, x: Float32[Tensor, "tokens channels"]) -> Float32[Tensor, "tokens groups"]:
@@ -108,6 +110,8 @@ class Normalised(AbstractWrapper):
         scale: Float16[Tensor, "tokens groups"],
         decoded: Float32[Tensor, "tokens channels"],
     ) -> Float16[Tensor, "tokens groups"]:
-        """What gives the reconstruction the norm of x; `scale` itself where all codes mean zero."""
+        """Factor that restores the norm of x; `scale` where the group is decoded to zeros."""
+        # Quantizing shrinks: with centroids as levels E|x'|^2 = (1 - D) |x|^2, D the relative distortion (Max 1960).
+        # s' = rms(x) / rms(decoded) makes the norms equal and stores no more bytes than s.
         sizes = self._unit * self._sizes(decoded)
         return self._half(torch.where(sizes > 0, self._sizes(x) / sizes, scale.float()))

@@ -1,4 +1,4 @@
-"""What a linear prediction from earlier sites leaves over."""
+"""Linear prediction from earlier sites around another quantizer, which codes the residual."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,22 +21,22 @@ from artifacts.sites import Site
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Predicted(AbstractWrapper):
-    """The wrapped quantizer sees x - p with p = bias + u A; x ~ p + its answer.
+    """Quantizes the residual x - p of a linear prediction p = bias + u A, and adds p back after decoding.
 
-    u are the decoded vectors of the `sources`, of the same token, one after the other: whoever decodes has them too.
-    A is `weight`, or `weight` times `expansion` where its rank is low. The entries that are used are those of both
-    rounded by `on_grid`, so that a token's prediction does not depend on its neighbours.
+    u concatenates the dequantized vectors of the `sources` for the same token, which a decoder has too. A is `weight`,
+    or `weight` times `expansion` in low-rank form. Both are rounded by `on_grid` before use, so that the prediction of
+    a token does not depend on the batch.
 
     Parameters
     ----------
     source_sites : str
         Names of the sources, separated by blanks; all of them earlier than the site.
     weight : Float16[Tensor, "inputs rank"]
-        A, or its first factor; inputs are the channels of all sources.
+        A, or its first factor in low-rank form; inputs are the channels of all sources.
     bias : Float32[Tensor, "channels"]
-        In units of x.
+        Constant term of the prediction, in units of x.
     expansion : Float16[Tensor, "rank channels"] or None
-        Second factor of A; None where `weight` is all of it and its rank is the number of channels.
+        Second factor of A; None where `weight` is A itself.
 
     References
     ----------
@@ -60,31 +60,34 @@ class Predicted(AbstractWrapper):
 
     @property
     def sources(self) -> tuple[Site, ...]:  # type: ignore[override]  # of this quantizer, not of its class
-        """Sites whose decoded vectors are the context, in this order."""
+        """Sites whose dequantized vectors are the context, in this order."""
         return tuple(Site.parse(name) for name in self.source_sites.split())
 
     @property
     def decode_multiply_adds(self) -> int:
-        """Those of the wrapped quantizer, and products with A or its factors; sources are decoded for themselves."""
+        """Multiply-adds of the wrapped quantizer and of the product with A or its factors, without the sources' own."""
         factors = [self.weight] if self.expansion is None else [self.weight, self.expansion]
         return self.inner.decode_multiply_adds + sum(factor.numel() for factor in factors)
 
     def at(self, site: Site) -> Quantizer:
-        """The same quantizer as the one of `site`, which comes after all its sources."""
+        """The same quantizer at `site`, which must come after all its sources."""
         placed = super().at(site)
         assert isinstance(placed, Predicted)
         placed._check_sources()
         return placed
 
     def predict(self, context: Context) -> Float32[Tensor, "tokens channels"]:
-        """p for each token of the context."""
+        """Prediction p for each token of the context."""
+        # Closed loop, as in DPCM (Gersho and Gray, chapter 7): u is what the decoder has, so that the error of x is the
+        # error of the residual alone and does not accumulate over layers. (u W) E costs rank * (inputs + channels)
+        # multiply-adds a token, u (W E) inputs * channels.
         parts = self._used.split([u.shape[1] for u in context])
         first, *others = (_product(u.float(), part) for u, part in zip(context, parts, strict=True))
         p = sum(others, first)
         return self.bias + (p if self._used_expansion is None else _product(p, self._used_expansion))
 
     def outside(self, x: Float[Tensor, "tokens channels"]) -> Bool[Tensor, "tokens channels"] | None:
-        """None: without its sources no value lies anywhere."""
+        """None: the range moves with the prediction and is not static."""
         return None
 
     def _encode(self, x: Float[Tensor, "tokens channels"], context: Context) -> Codes:

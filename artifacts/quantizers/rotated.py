@@ -1,4 +1,4 @@
-"""Tokens in another basis, one for all channels or one for each head."""
+"""Change of basis around another quantizer: one matrix for all channels or one per head."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,22 +12,22 @@ from artifacts.coding.exact_sums import on_grid
 from artifacts.quantizers.wrapper import AbstractTransform
 
 _LARGEST_CONDITION = 2.0**13
-"""From here on rounding z to float32 (2^-24) disturbs x by as much as rounding x to float16 does (2^-11)."""
+"""Largest condition number: at 2^13, rounding z to float32 (2^-24) disturbs x as much as float16 does (2^-11)."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Rotated(AbstractTransform):
-    """The wrapped quantizer sees z = x M for each group of channels; x ~ z M^-1.
+    """Quantizes z = x M for each group of channels and decodes to z M^-1.
 
-    M need not be orthogonal: with M = diag(w) U the wrapped quantizer's error is weighted by w as well as rotated.
-    The entries that are used are those of `basis` rounded by `on_grid`, and the inverse is that of the rounded ones.
+    M need not be orthogonal: M = diag(w) U, with U orthogonal, weights the error of channel c by w_c as well as
+    rotating it. `basis` is rounded by `on_grid` before use, and the inverse is that of the rounded matrix.
 
     Parameters
     ----------
     basis : Float32[Tensor, "groups width width"]
         M of each group of `width` neighbouring channels, groups * width = channels: one group for the whole layer,
-        or one a head. Finite, and with a condition number |M| |M^-1| / width (Frobenius norms; 1 if orthogonal) of
+        or one per head. Finite, and with a condition number |M| |M^-1| / width (Frobenius norms; 1 if orthogonal) of
         at most 8192, the factor by which M^-1 can raise the relative rounding error of z.
 
     References
@@ -53,15 +53,15 @@ class Rotated(AbstractTransform):
 
     @property
     def decode_multiply_adds(self) -> int:
-        """Those of the wrapped quantizer, and a product with the inverse of M."""
+        """Multiply-adds of the wrapped quantizer and of the product with the inverse of M."""
         return self.inner.decode_multiply_adds + self.basis.numel()
 
     def transform(self, x: Float32[Tensor, "tokens channels"]) -> Float32[Tensor, "tokens channels"]:
-        """Each group of x times M."""
+        """Product of each group of x with M."""
         return _product(x, self._used)
 
     def invert(self, z: Float32[Tensor, "tokens channels"]) -> Float32[Tensor, "tokens channels"]:
-        """Each group of z times the inverse of M."""
+        """Product of each group of z with the inverse of M."""
         return _product(z, self._inverse)
 
     @cached_property
@@ -70,7 +70,9 @@ class Rotated(AbstractTransform):
 
     @cached_property
     def _inverse(self) -> Float32[Tensor, "groups width width"]:
-        """Found on the CPU, so that it has the same bits wherever the basis is; not finite where M is singular."""
+        """Inverse of M, computed on the CPU for the same bits on every device; not finite where M is singular."""
+        # With z quantized to z + e, x is off by e M^-1. For M = diag(w) U: |e M^-1 diag(w)|^2 = |e|^2, so the squared
+        # error of z is the error of x weighted by w^2 (transform coding: Gersho and Gray, chapter 8).
         inverse = torch.linalg.inv_ex(self._used.cpu().double()).inverse
         return on_grid(inverse.float().mT).mT.to(self.basis.device)
 
@@ -78,6 +80,8 @@ class Rotated(AbstractTransform):
         finite = torch.isfinite(self.basis).all(dim=(1, 2))
         if not finite.all():
             raise ValueError(f"{self.kind}: basis must be finite; that of group {int(finite.int().argmin())} is not")
+        # Relative error of x is at most |M| |M^-1| times that of z (Golub and Van Loan, chapter 2). The Frobenius
+        # product is `width` for an orthogonal M, which the division normalises to 1.
         sizes = [torch.linalg.matrix_norm(matrix.double()) for matrix in (self._used, self._inverse)]
         condition = (sizes[0] * sizes[1] / self.basis.shape[1]).nan_to_num(torch.inf, posinf=torch.inf)
         if (condition > _LARGEST_CONDITION).any():

@@ -1,4 +1,4 @@
-"""Quantizers whose scales go on from call to call, also behind wrappers."""
+"""Streaming quantizers with a running state from call to call, also inside wrappers."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,17 +13,17 @@ from artifacts.quantizers.streaming import Streaming, StreamingState
 
 
 def first_state(quantizer: Quantizer) -> StreamingState | None:
-    """The running state of a sequence before its first token; None where nothing runs."""
+    """Running state of a sequence before its first token; None for a quantizer without one."""
     return next((one.start for one in _nested(quantizer) if isinstance(one, Streaming)), None)
 
 
 def encode_from(
     quantizer: Quantizer, x: Float[Tensor, "tokens channels"], state: StreamingState
 ) -> tuple[Codes, StreamingState]:
-    """The codes of tokens that follow those of `state`, and the state after them.
+    """Codes of tokens that follow those of `state`, and the state after them.
 
-    Calls for whole chunks, one after the other from `first_state`, give the codes of all tokens at once: what wraps a
-    `Streaming` treats each token by itself, so that only the innermost quantizer has to go on.
+    Calls for whole chunks, one after the other from `first_state`, give the codes of one call for all tokens: wrappers
+    of a `Streaming` treat each token by itself, so only the innermost quantizer carries state.
 
     Raises
     ------
@@ -37,7 +37,7 @@ def encode_from(
 
 
 def _nested(quantizer: Quantizer) -> Iterator[Quantizer]:
-    """The quantizer and all that it wraps."""
+    """The quantizer and all quantizers inside it."""
     yield quantizer
     for value in vars(quantizer).values():
         if isinstance(value, Quantizer):
@@ -45,7 +45,7 @@ def _nested(quantizer: Quantizer) -> Iterator[Quantizer]:
 
 
 def _going_on(quantizer: Quantizer, states: list[StreamingState]) -> Quantizer:
-    """The same quantizer, whose innermost goes on from the last state and appends the next."""
+    """The same quantizer, whose innermost continues from the last state and appends the next."""
     if isinstance(quantizer, Streaming):
         return _Running(channels=quantizer.channels, site=quantizer.site, inner=quantizer, states=states)
     wrapped = {name: value for name, value in vars(quantizer).items() if isinstance(value, Quantizer)}
@@ -55,7 +55,7 @@ def _going_on(quantizer: Quantizer, states: list[StreamingState]) -> Quantizer:
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Running(Quantizer):
-    """A `Streaming` that goes on from a state, for the length of one call."""
+    """`Streaming` that continues from a state, for one call."""
 
     kind: ClassVar[str] = "running"
 

@@ -1,4 +1,4 @@
-"""Blocks whose largest value is hit exactly: the step has a sign."""
+"""Symmetric block quantizer with a signed scale (llama.cpp's q4_0)."""
 
 from dataclasses import dataclass
 from typing import ClassVar, final
@@ -17,17 +17,17 @@ from artifacts.quantizer import Context, Quantizer
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SignedAffine(Quantizer):
-    """x ~ scale * (code - 2^(bits-1)), the scale of each block such that its largest magnitude has code 0.
+    """Uniform quantizer x ~ scale * (code - 2^(bits-1)), with a scale per block that maps the extreme value to code 0.
 
-    The scale is negative where that value is positive, so one of the two ends of a symmetric range is in use and none
-    of the codes is lost. With 4 bits and blocks of 32 this is llama.cpp's q4_0: 4.5 bits per element.
+    The scale is negative where that value is positive, so the extreme is always exact up to the rounding of the scale,
+    and all 2^bits codes are in use. With 4 bits and blocks of 32 this is llama.cpp's q4_0: 4.5 bits per element.
 
     Parameters
     ----------
     bits : int
         Code width, 2 to 8.
     group_size : int
-        Consecutive channels of a token that share a scale; divides the channels.
+        Consecutive channels of a token with one scale; divides the channels.
     """
 
     kind: ClassVar[str] = "signed_affine"
@@ -42,6 +42,8 @@ class SignedAffine(Quantizer):
 
     def _encode(self, x: Float[Tensor, "tokens channels"], context: Context) -> Codes:
         blocks = x.float().unflatten(1, (-1, self.group_size))
+        # scale = extreme / -2^(b-1): code = x / scale + 2^(b-1) is 0 at the extreme. The opposite sign ends one code
+        # short of -extreme, at 2^(b-1) - 1 steps, where it saturates (ggml `quantize_row_q4_0_ref`).
         extreme = blocks.gather(2, blocks.abs().argmax(dim=2, keepdim=True))
         scale = nearest_half(extreme / -self._middle, who=self.label)
         step = scale.float()

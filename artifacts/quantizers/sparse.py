@@ -1,7 +1,7 @@
-"""Dense-and-sparse wrappers: a few values of each token are kept in 16 bits, the others go to the wrapped quantizer.
+"""Dense-and-sparse quantizers: outliers of each token in 16 bits, all other values in the wrapped quantizer.
 
-An outlier costs its value, its channel (one or two bytes) and, where their number varies, its share of a token's
-count. The wrapped quantizer sees the token with its outliers moved to the edge of the rest: they widen no range.
+An outlier costs its value, its channel index (one or two bytes) and, where their number varies, part of a count per
+token. The wrapped quantizer encodes the token with outliers clamped to the range of the rest, which they do not widen.
 """
 
 from abc import abstractmethod
@@ -25,11 +25,11 @@ from artifacts.quantizers.wrapper import AbstractWrapper
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AbstractSparse(AbstractWrapper):
-    """Keeps the values that `mask` names beside the codes of `inner`."""
+    """Base of dense-and-sparse quantizers: stores the values in `mask` beside the codes of `inner`."""
 
     @abstractmethod
     def mask(self, x: Float32[Tensor, "tokens channels"]) -> Bool[Tensor, "tokens channels"]:
-        """True where a value is kept exact."""
+        """True where a value is an outlier, stored in 16 bits."""
 
     @final
     def _encode(self, x: Float[Tensor, "tokens channels"], context: Context) -> Codes:
@@ -56,7 +56,7 @@ class AbstractSparse(AbstractWrapper):
 
     @property
     def _span(self) -> Span:
-        """Outliers of a token."""
+        """Span of the outlier tensors: as many entries per token as `counts` says."""
         return Span(entries="counts")
 
     def _store_counts(self, rows: Int64[Tensor, " outliers"], n_tokens: int) -> dict[str, Tensor]:
@@ -81,7 +81,7 @@ class AbstractSparse(AbstractWrapper):
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ThresholdSparse(AbstractSparse):
-    """Keeps what lies beyond static thresholds, one pair per channel (arXiv 2401.18079, section 3.4, keys).
+    """Outliers by static thresholds, a pair per channel (arXiv 2401.18079, section 3.4, for keys).
 
     Parameters
     ----------
@@ -99,14 +99,15 @@ class ThresholdSparse(AbstractSparse):
         check_vector(self.kind, "lower", self.lower, self.channels)
         check_vector(self.kind, "upper", self.upper, self.channels)
         if (self.lower > self.upper).any():
-            raise ValueError(f"{self.kind}: lower must not exceed upper; {int((self.lower > self.upper).sum())} do")
+            n_bad = int((self.lower > self.upper).sum())
+            raise ValueError(f"{self.kind}: lower must not exceed upper; got {n_bad} of {self.channels} that do")
 
     def mask(self, x: Float32[Tensor, "tokens channels"]) -> Bool[Tensor, "tokens channels"]:
-        """True outside the channel's thresholds."""
+        """True beyond the thresholds of the channel."""
         return (x < self.lower) | (x > self.upper)
 
     def outside(self, x: Float[Tensor, "tokens channels"]) -> Bool[Tensor, "tokens channels"]:
-        """True outside the thresholds, and in a narrower range of the wrapped quantizer outside that."""
+        """True beyond the thresholds, or beyond the range of the wrapped quantizer."""
         kept, clipped = self.mask(x.float()), self.inner.outside(x)
         return kept if clipped is None else kept | clipped
 
@@ -114,13 +115,13 @@ class ThresholdSparse(AbstractSparse):
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PercentileSparse(AbstractSparse):
-    """Keeps each token's own tails, by percentiles over its channels (arXiv 2401.18079, section 3.4, values).
+    """Outliers by percentiles over the channels of each token (arXiv 2401.18079, section 3.4, for values).
 
     Parameters
     ----------
     outlier_fraction : float
-        Share of a token's values outside its two percentiles, half on each side. The percentiles are interpolated
-        and the comparison includes them, as in the published code, so that a few more values are kept.
+        Fraction of a token's values beyond its two percentiles, half on each side. The percentiles are interpolated
+        and count as outliers themselves, as in the published code, so that a few more values are outliers.
     """
 
     kind: ClassVar[str] = "percentile_sparse"
@@ -133,7 +134,7 @@ class PercentileSparse(AbstractSparse):
             raise ValueError(f"{self.kind}: outlier_fraction must be in (0, 0.5); got {self.outlier_fraction!r}")
 
     def mask(self, x: Float32[Tensor, "tokens channels"]) -> Bool[Tensor, "tokens channels"]:
-        """True at and beyond the token's percentiles."""
+        """True at and beyond the percentiles of the token."""
         upper = upper_quantile(x, self.outlier_fraction / 2)
         lower = -upper_quantile(-x, self.outlier_fraction / 2)
         return (x <= lower) | (x >= upper)
@@ -142,7 +143,7 @@ class PercentileSparse(AbstractSparse):
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RankSparse(AbstractSparse):
-    """Keeps exactly the `outliers_per_token` values that lie furthest out; of equals, those of the first channels.
+    """Fixed number of outliers per token: the largest outlier scores; ties go to the lower channels.
 
     Parameters
     ----------
@@ -162,7 +163,7 @@ class RankSparse(AbstractSparse):
             )
 
     def mask(self, x: Float32[Tensor, "tokens channels"]) -> Bool[Tensor, "tokens channels"]:
-        """True at the largest deviations, as the wrapped quantizer measures them."""
+        """True at the largest outlier scores of the wrapped quantizer."""
         return furthest(self.inner.deviation(x), self.outliers_per_token)
 
     @property
@@ -177,7 +178,8 @@ class RankSparse(AbstractSparse):
 
 
 def furthest(deviation: Float[Tensor, "*rows values"], count: int) -> Bool[Tensor, "*rows values"]:
-    """True at the `count` largest values of each row; of equals, at the first."""
+    """True at the `count` largest values of each row; ties go to the first."""
+    # topk breaks ties as the device likes: take all above the count-th value, then ties in order until count is full.
     least = deviation.topk(count, dim=-1).values[..., -1:]
     beyond, level = deviation > least, deviation == least
     missing = count - beyond.sum(dim=-1, keepdim=True)
@@ -185,7 +187,9 @@ def furthest(deviation: Float[Tensor, "*rows values"], count: int) -> Bool[Tenso
 
 
 def upper_quantile(x: Float32[Tensor, "tokens channels"], tail: float) -> Float32[Tensor, "tokens 1"]:
-    """Each token's quantile 1 - tail, linearly interpolated as numpy does it."""
+    """Quantile 1 - tail of each token, linearly interpolated as `numpy.quantile` does."""
+    # In descending order the quantile 1 - t of n values stands at position t (n - 1), between the order statistics
+    # floor and floor + 1 (Hyndman and Fan 1996, type 7): topk of two more than floor is enough.
     position = tail * (x.shape[1] - 1)
     below = int(position)
     top = x.topk(min(below + 2, x.shape[1]), dim=1).values
@@ -195,7 +199,7 @@ def upper_quantile(x: Float32[Tensor, "tokens channels"], tail: float) -> Float3
 def move_to_edge(
     x: Float32[Tensor, "*rows values"], mask: Bool[Tensor, "*rows values"]
 ) -> Float32[Tensor, "*rows values"]:
-    """Each row with its masked values moved to the nearer end of the range of its other values."""
+    """Rows with masked values clamped to the range of the unmasked ones; zeros where all are masked."""
     low = x.masked_fill(mask, torch.inf).amin(dim=-1, keepdim=True)
     high = x.masked_fill(mask, -torch.inf).amax(dim=-1, keepdim=True)
     moved = torch.minimum(torch.maximum(x, low), high)
@@ -206,22 +210,22 @@ def _index_dtype(largest: int) -> torch.dtype:
     return torch.uint8 if largest < 256 else torch.int16
 
 
-# In the classes above an outlier costs 16 bits for its value and 8 or 16 for its channel. Below, at head_dim 128, it
-# costs 8 + 7, and a token no count: 1.5625 % of outliers (two a head) are 0.23 bits a value.
+# Bits: in the classes above an outlier costs 16 for its value and 8 or 16 for its channel index. Below, at head_dim
+# 128, it costs 8 + 7, without a count: two outliers a head (1.5625 %) are 2 * 15 / 128 = 0.23 bits a value.
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CompactSparse(AbstractWrapper):
-    """Adds an 8-bit residual to the `outliers_per_head` values of each token and head that lie furthest out.
+    """Float8 residuals for the `outliers_per_head` values of each token and head with the largest outlier scores.
 
-    The wrapped quantizer sees each head with its outliers moved to the edge of the rest; what it then misses of them is
-    kept as float8 (e4m3: three bits of mantissa, so within 1/16 of itself), and is never enlarged by that.
+    The wrapped quantizer encodes each head with outliers clamped to the range of the rest; their remaining error is
+    stored as e4m3, whose 3-bit mantissa has a relative error of at most 1/16: adding it never increases the error.
 
     Parameters
     ----------
     head_dim : int
         Channels of a head, 2 to 256; a divisor of the channels.
     outliers_per_head : int
-        From 1 to head_dim - 1; of equals, those of the first channels.
+        From 1 to head_dim - 1; ties go to the lower channels.
     value_scale : Float32[Tensor, "1"]
         Unit of the residuals, in units of x. They saturate at 448 times it and vanish below 2^-10 times it.
     """
@@ -245,7 +249,7 @@ class CompactSparse(AbstractWrapper):
         check_vector(self.kind, "value_scale", self.value_scale, 1, positive=True)
 
     def mask(self, x: Float32[Tensor, "tokens channels"]) -> Bool[Tensor, "tokens channels"]:
-        """True at each head's largest deviations, as the wrapped quantizer measures them."""
+        """True at the largest outlier scores of each head, by the wrapped quantizer."""
         return furthest(self._heads(self.inner.deviation(x)), self.outliers_per_head).flatten(1)
 
     def _encode(self, x: Float[Tensor, "tokens channels"], context: Context) -> Codes:

@@ -1,7 +1,7 @@
-"""Scales from a running maximum, so that nothing is calibrated; channels that outgrow their past get more bits.
+"""Streaming quantizer: scales from a running absmax without calibration, and more bits for outlier channels.
 
 After the project "Real-Time Prefill KV Cache Compression" (streaming KVQuant with sink and outlier awareness). Its
-sinks are a matter of the cache's policy, not of the quantizer.
+sink tokens belong to the cache policy here, not to the quantizer.
 """
 
 from dataclasses import dataclass
@@ -25,21 +25,22 @@ from artifacts.quantizer import Context, Quantizer
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StreamingState:
-    """What a sequence has shown so far; a cache keeps it from one `Streaming.encode_from` to the next.
+    """Running absmax of a sequence; a cache keeps it from one `Streaming.encode_from` to the next.
 
     Parameters
     ----------
     absmax : Float32[Tensor, "groups"]
         Running largest magnitude of each group of channels, in units of x; zeros before the first chunk.
     n_chunks : int
-        Chunks that entered it.
+        Chunks seen so far.
     """
 
     absmax: Float32[Tensor, " groups"]
     n_chunks: int = 0
 
     def after(self, absmax: Float32[Tensor, " groups"], decay: float) -> "StreamingState":
-        """e' = decay * e + (1 - decay) * m, written so that a constant stays itself; the first chunk gives e' = m."""
+        """State after a chunk: e' = decay * e + (1 - decay) * m, and e' = m for the first chunk."""
+        # As e + (1 - decay) (m - e) a constant absmax stays the same number; the two products need not add up to it.
         running = self.absmax + (1 - decay) * (absmax - self.absmax) if self.n_chunks else absmax
         return StreamingState(absmax=running, n_chunks=self.n_chunks + 1)
 
@@ -47,26 +48,26 @@ class StreamingState:
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Streaming(Quantizer):
-    """Symmetric codes whose scales follow the largest magnitude of each channel from chunk to chunk.
+    """Symmetric uniform quantizer with scales from an exponential moving average of each channel's absmax per chunk.
 
     With m the largest magnitude in a chunk and e the running one, the chunk included, a channel's scale is
-    e / (2^(bits-1) - 1). What lies beyond -2^(bits-1) .. 2^(bits-1) - 1 steps saturates: the one code more on the
-    negative side reaches the further, the fewer the bits. Where m exceeds a threshold the channel is promoted for this
-    chunk: it has `high_bits` bits and the scale m / (2^(high_bits-1) - 1), which holds every value.
+    e / (2^(bits-1) - 1). Values beyond -2^(bits-1) .. 2^(bits-1) - 1 steps saturate (the negative side has one code
+    more). Where m exceeds a threshold the channel is an outlier and is promoted for this chunk: it has `high_bits` bits
+    and the scale m / (2^(high_bits-1) - 1), which holds every value.
 
-    Each chunk's scales are kept in float16 beside its codes, so that later chunks change nothing about it; but a
-    token's scale does look at the later tokens of its own chunk, as `tokens_per_scale` says.
+    The scales of a chunk are stored in float16 beside its codes, so that later chunks do not change it; the scale of a
+    token does depend on the later tokens of its own chunk, as `tokens_per_scale` says.
 
     Parameters
     ----------
     bits, high_bits : int
-        Code width of ordinary and of promoted channels; from 2, and from `bits`, to 8.
+        Code width of normal and of promoted channels; from 2, and from `bits`, to 8.
     chunk_tokens : int
-        Consecutive tokens that share scales, from 2. Of one call only the last chunk may be shorter.
+        Consecutive tokens with one set of scales, from 2. Only the last chunk of a call may be shorter.
     decay : float
         Weight of the past in the running magnitude, from 0 to below 1.
     groups : int
-        Groups of consecutive channels, each with one magnitude and one scale; 0 for every channel its own.
+        Groups of consecutive channels, each with one absmax and one scale; 0 for one per channel.
     outlier_threshold_relative : float or None
         Promotes where m > outlier_threshold_relative * e; above 1, and never reached from 1 / (1 - decay) on.
     outlier_threshold_abs : float or None
@@ -97,7 +98,7 @@ class Streaming(Quantizer):
 
     @property
     def tokens_per_scale(self) -> int | None:
-        """The chunk."""
+        """Tokens of a chunk."""
         return self.chunk_tokens
 
     @property
@@ -106,7 +107,7 @@ class Streaming(Quantizer):
         return StreamingState(absmax=torch.zeros(self._n_groups))
 
     def encode_from(self, x: Float[Tensor, "tokens channels"], state: StreamingState) -> tuple[Codes, StreamingState]:
-        """The codes of tokens that follow those of `state`, and the state after them.
+        """Codes of tokens that follow those of `state`, and the state after them.
 
         Calls for whole chunks, one after the other from `start`, give the codes that `encode` gives for all tokens.
 
@@ -185,7 +186,7 @@ class Streaming(Quantizer):
         return unpack(codes.tensors["promoted"], 1, self._n_groups).bool()
 
     def _streams(self, promoted: Bool[Tensor, "chunks groups"]) -> list[tuple[str, int, Tensor]]:
-        """Name, code width and channels of what is packed apart; each chunk begins at a whole byte."""
+        """Name, code width and channels of the two packed streams; each chunk begins at a whole byte."""
         high = self._by_channel(promoted)
         return [("codes", self.bits, ~high), ("high_codes", self.high_bits, high)]
 

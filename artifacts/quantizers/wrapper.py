@@ -1,4 +1,4 @@
-"""What wrappers share: they hold another quantizer of the same channels and change what it sees."""
+"""Base classes of quantizers that wrap another one of the same channels and change its input."""
 
 from abc import abstractmethod
 from copy import copy
@@ -16,7 +16,7 @@ from artifacts.quantizer import Context, Quantizer
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AbstractWrapper(Quantizer):
-    """A quantizer around another one, which always gets float32.
+    """Base of wrappers; the wrapped quantizer always gets float32.
 
     Parameters
     ----------
@@ -35,7 +35,7 @@ class AbstractWrapper(Quantizer):
 
     @final
     def wrapping(self, inner: Quantizer) -> "AbstractWrapper":
-        """The same wrapper around another quantizer; what was prepared of its own fields stays prepared."""
+        """The same wrapper around another quantizer, with the cached results of its own fields."""
         other = copy(self)
         other.__dict__["inner"] = inner
         other.__dict__.pop("_moved", None)  # those hold what was wrapped before
@@ -44,38 +44,38 @@ class AbstractWrapper(Quantizer):
 
     @property
     def tokens_per_scale(self) -> int | None:
-        """That of the wrapped quantizer."""
+        """Tokens per scale of the wrapped quantizer."""
         return self.inner.tokens_per_scale
 
     @property
     def looks_ahead(self) -> bool:
-        """As the wrapped quantizer."""
+        """Causality of the wrapped quantizer."""
         return self.inner.looks_ahead
 
     @property
     def decode_multiply_adds(self) -> int:
-        """Those of the wrapped quantizer."""
+        """Multiply-adds of the wrapped quantizer."""
         return self.inner.decode_multiply_adds
 
     def outside(self, x: Float[Tensor, "tokens channels"]) -> Bool[Tensor, "tokens channels"] | None:
-        """Where the wrapped quantizer's range ends, whatever is kept beside it."""
+        """Range check of the wrapped quantizer."""
         return self.inner.outside(x)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AbstractTransform(AbstractWrapper):
-    """A wrapper that maps each token to another one of as many channels, and back; it stores nothing per token."""
+    """Base of invertible transforms of a token, of as many channels, that store nothing per token."""
 
     @abstractmethod
     def transform(self, x: Float32[Tensor, "tokens channels"]) -> Float32[Tensor, "tokens channels"]:
-        """What the wrapped quantizer sees."""
+        """Input of the wrapped quantizer for x."""
 
     @abstractmethod
     def invert(self, z: Float32[Tensor, "tokens channels"]) -> Float32[Tensor, "tokens channels"]:
-        """What is made of the wrapped quantizer's answer."""
+        """Inverse of `transform`, applied to the dequantized z."""
 
     def outside(self, x: Float[Tensor, "tokens channels"]) -> Bool[Tensor, "tokens channels"] | None:
-        """Where the wrapped quantizer's range ends, among the values that it sees."""
+        """Range check of the wrapped quantizer for the transformed values."""
         return self.inner.outside(self.transform(x.float()))
 
     @final
