@@ -1,6 +1,6 @@
-"""What a quantizer is: sites, quantizers, their codes, and the file that keeps them.
+"""Quantizers, sites, codes, and the artifact file that stores them.
 
-Names are resolved when first used, so that tools which only read a file's header need not wait for torch.
+Names are imported on first use, so that tools which only read the header of a file do not wait for torch.
 """
 
 import importlib

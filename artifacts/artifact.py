@@ -1,4 +1,4 @@
-"""A set of fitted quantizers with their manifest, and its way to and from a file."""
+"""Artifact: fitted quantizers by site with their manifest, saved to and loaded from one file."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -29,11 +29,11 @@ class Artifact(Mapping[Site, Quantizer]):
     Parameters
     ----------
     quantizers : Mapping[Site, Quantizer]
-        What was fitted.
+        Fitted quantizers.
     manifest : Manifest
-        Where it comes from; its specifications are those of the quantizers.
+        Provenance; its specifications must be those of the quantizers.
     ngrams : Tensor or None
-        Sketch of the calibration text, to tell whether evaluation text was seen.
+        Sketch of the calibration text, to detect its overlap with an evaluation text.
     """
 
     quantizers: Mapping[Site, Quantizer]
@@ -44,7 +44,13 @@ class Artifact(Mapping[Site, Quantizer]):
         labelled = {site: self.quantizers[site].at(site) for site in sorted(self.quantizers)}
         object.__setattr__(self, "quantizers", labelled)
         if {site: quantizer.spec for site, quantizer in labelled.items()} != dict(self.manifest.specs):
-            raise CorruptArtifactError("artifact: the manifest describes other quantizers than it comes with")
+            wrong = sorted(
+                site
+                for site in {*labelled, *self.manifest.specs}
+                if site not in labelled or labelled[site].spec != self.manifest.specs.get(site)
+            )
+            named = ", ".join(map(str, wrong[:3])) + (", ..." if len(wrong) > 3 else "")
+            raise CorruptArtifactError(f"artifact: the manifest must describe its quantizers; it differs at {named}")
 
     def __getitem__(self, site: Site) -> Quantizer:
         return self.quantizers[site]
@@ -57,24 +63,24 @@ class Artifact(Mapping[Site, Quantizer]):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the content, the same for both file formats."""
+        """SHA-256 of the content, equal for both file formats."""
         return self._stored().digest
 
     def check_model(self, fingerprint: Mapping[str, object]) -> None:
-        """The model is the one that was calibrated; tokenizers are compared where both are known.
+        """Validates that the model is the calibrated one; tokenizers are compared where both are known.
 
-        An imported artifact knows no model: that is logged, and the number of layers and channels is all that can be
+        An imported artifact has no fingerprint: that is logged, and only the numbers of layers and channels can be
         compared when it runs.
 
         Raises
         ------
         MismatchError
-            If it is not; the message lists every difference.
+            If the fingerprints differ; the message lists every difference.
         """
         wanted = self.manifest.model
         if not wanted:
             source = self.manifest.recipe.get("source", "an unknown tool")
-            _LOG.warning("artifact: imported from %s, it does not say for which model", source)
+            _LOG.warning("artifact: imported from %s, without the fingerprint of a model to compare with", source)
             return
         keys = {*wanted, *fingerprint} - ({"tokenizer"} - (set(wanted) & set(fingerprint)))
         different = [key for key in sorted(keys) if wanted.get(key) != fingerprint.get(key)]
@@ -94,7 +100,7 @@ class Artifact(Mapping[Site, Quantizer]):
 
 
 def save(artifact: Artifact, path: str | Path) -> None:
-    """Writes an artifact; `.safetensors` or `.pkl`, the same content gives the same bytes.
+    """Writes an artifact as `.safetensors` or `.pkl`; equal content gives equal bytes.
 
     Parameters
     ----------
@@ -106,13 +112,13 @@ def save(artifact: Artifact, path: str | Path) -> None:
     Raises
     ------
     ArtifactError
-        If the suffix is neither.
+        If the path has another suffix.
     """
     write(Path(path), artifact._stored())
 
 
 def load(path: str | Path) -> Artifact:
-    """Reads an artifact and checks all of it; never runs code.
+    """Reads and validates an artifact; never executes code from the file.
 
     Parameters
     ----------
@@ -127,7 +133,7 @@ def load(path: str | Path) -> Artifact:
     Raises
     ------
     ArtifactError
-        `CorruptArtifactError`, `UnsupportedVersionError` or `UnknownKindError`, by what is wrong.
+        `CorruptArtifactError`, `UnsupportedVersionError` or `UnknownKindError`.
     """
     stored = read(Path(path), FORMAT)
     with naming(Path(path)):
@@ -138,12 +144,12 @@ def load(path: str | Path) -> Artifact:
 
 
 def from_stored(stored: Stored) -> Artifact:
-    """The artifact that a file's content describes.
+    """Artifact from the content of a file.
 
     Raises
     ------
     ArtifactError
-        If it describes none.
+        If manifest or arrays are missing or inconsistent.
     """
     manifest = Manifest.from_json(stored.header)
     tensors = {name: torch.from_numpy(np.array(array)) for name, array in stored.arrays.items()}
@@ -154,7 +160,8 @@ def from_stored(stored: Stored) -> Artifact:
         by_site.setdefault(place, {})[own_name] = tensor
     stray = set(by_site) - {str(site) for site in manifest.specs}
     if stray or not manifest.specs:
-        raise CorruptArtifactError(f"artifact: arrays for sites without a specification: {sorted(stray) or 'no site'}")
+        got = f"arrays of {sorted(stray)} without one" if stray else "no specification"
+        raise CorruptArtifactError(f"artifact: expected a specification for every site; got {got}")
     quantizers = {site: build(spec, by_site.get(str(site), {}), site) for site, spec in manifest.specs.items()}
     return Artifact(quantizers, manifest, ngrams)
 

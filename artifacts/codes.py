@@ -1,4 +1,4 @@
-"""What a quantizer stores for some tokens."""
+"""Codes: the encoded form of some tokens, as a packed cache stores it."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,21 +15,21 @@ _ONE_EACH = Span()
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Codes:
-    """Encoded tokens: the very bytes that a packed cache holds.
+    """Encoded tokens: packed codes with scales, offsets and outliers, exactly the bytes that a packed cache holds.
 
     Parameters
     ----------
     tensors : Mapping[str, Tensor]
-        Packed codes and the parameters of this call (scales, outliers, ...), by name; each is ordered by token along
+        Packed codes and the dynamic parameters (scales, offsets, outliers, ...) by name, each ordered by token along
         its first axis.
     shape : tuple[int, int]
-        Tokens and channels of what was encoded.
+        Tokens and channels of the encoded tensor.
     dtype : torch.dtype
-        Dtype of what was encoded and will be decoded.
+        Dtype of the encoded tensor and of the decoded one.
     spans : Mapping[str, Span]
-        How the entries of these tensors belong to tokens; where one is missing, it has one entry for each token.
+        Layout of these tensors along the tokens; a tensor without a span has one entry per token.
     inner : Codes or None
-        What the wrapped quantizer of a wrapper stored.
+        Codes of the wrapped quantizer, for a wrapper.
     """
 
     tensors: Mapping[str, Tensor]
@@ -45,39 +45,39 @@ class Codes:
             if wanted not in (None, len(tensor)):
                 raise ValueError(
                     f"Codes: {name} has {len(tensor)} entries; {self.shape[0]} tokens with {span.entries} for each "
-                    f"{span.tokens} need {wanted}. Say in `spans` how its entries belong to tokens"
+                    f"{span.tokens} need {wanted}. Give the number of entries for each run of tokens in `spans`"
                 )
 
     def span(self, name: str) -> Span:
-        """How the entries of a tensor belong to tokens."""
+        """Layout of a tensor along the tokens."""
         return self.spans.get(name, _ONE_EACH)
 
     def check(self) -> None:
-        """Asked where codes come from a file: numbers that are stored as `counts` are those of the entries.
+        """Validates codes that were read from a file: tensors have as many entries as `counts` says.
 
         Raises
         ------
         ValueError
-            If they are not.
+            If a tensor has another number of entries.
         """
         for name, tensor in self.tensors.items():
             n_counted = int(self.tensors["counts"].sum()) if self.span(name).entries == "counts" else len(tensor)
             if n_counted != len(tensor):
-                raise ValueError(f"Codes: {name} has {len(tensor)} entries; their counts say {n_counted}")
+                raise ValueError(f"Codes: {name} must have the {n_counted} entries that counts says; got {len(tensor)}")
 
     @property
     def nbytes(self) -> int:
-        """Bytes of everything that is stored, scales and indices included."""
+        """Bytes of all stored tensors, scales and outlier indices included."""
         return sum(tensor.nbytes for tensor in self.all_tensors())
 
     def all_tensors(self) -> Iterator[Tensor]:
-        """Everything that is stored, the wrapper's before that of what it wraps."""
+        """All stored tensors, those of a wrapper before those of the quantizer inside."""
         yield from self.tensors.values()
         if self.inner is not None:
             yield from self.inner.all_tensors()
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Codes":
-        """The same codes with every tensor changed, such as moved to another device."""
+        """The same codes with a function applied to every tensor, such as a move to another device."""
         return replace(
             self,
             tensors={name: change(tensor) for name, tensor in self.tensors.items()},
@@ -86,7 +86,7 @@ class Codes:
 
     @staticmethod
     def cat(parts: Sequence["Codes"], join: Callable[[list[Tensor]], Tensor] = torch.cat) -> "Codes":
-        """The codes of consecutive tokens as one: what their quantizer gives for all of them at once.
+        """Concatenation of the codes of consecutive tokens, equal to encoding them in one call.
 
         Parameters
         ----------
@@ -113,16 +113,16 @@ class Codes:
         )
 
     def first(self, n_tokens: int) -> "Codes":
-        """The codes of the first `n_tokens` tokens; see `select`."""
+        """Codes of the first `n_tokens` tokens; see `select`."""
         return self.select(torch.arange(self.shape[0]) < n_tokens)
 
     def select(self, kept: Bool[Tensor, " tokens"]) -> "Codes":
-        """The codes of the tokens where `kept` is true, in memory of their own unless it is so everywhere.
+        """Codes of the tokens where `kept` is true, as a copy unless all are kept.
 
         Raises
         ------
         ValueError
-            If that would divide a group of tokens, or a list whose entries cannot be told apart by token.
+            If that would divide a group of tokens, or a packed stream without known boundaries between tokens.
         """
         if kept.all():
             return self
@@ -134,7 +134,7 @@ class Codes:
         )
 
     def _of_tokens(self, name: str, kept: Bool[Tensor, " tokens"]) -> Bool[Tensor, " entries"]:
-        """Which entries of a tensor belong to the tokens."""
+        """Mask of the entries of a tensor that belong to kept tokens."""
         span, n_entries = self.span(name), len(self.tensors[name])
         runs = span.runs(kept.to(self.tensors[name].device))
         if span.entries == "counts":

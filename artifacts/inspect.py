@@ -1,4 +1,4 @@
-"""What an artifact file holds, told without torch."""
+"""Summary and comparison of artifact files, without torch."""
 
 from typing import Any
 
@@ -14,12 +14,12 @@ _ABSENT = "nothing"
 
 
 def report(stored: Stored) -> dict[str, Any]:
-    """Provenance and one entry per site, as JSON values.
+    """Provenance of an artifact and one entry per site, as JSON values.
 
     Raises
     ------
     CorruptArtifactError
-        If the manifest is not whole, or the arrays are not those of its specifications.
+        If the manifest is damaged, or the arrays do not fit its specifications.
     """
     manifest = Manifest.from_json(stored.header)
     sites = {str(site): _site(site, spec, manifest, stored) for site, spec in sorted(manifest.specs.items())}
@@ -29,7 +29,7 @@ def report(stored: Stored) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """The report for people."""
+    """The report as a text table."""
     corpus, model = found["corpus"], found["model"]
     model_name = (
         f"{found['model_id'] or 'a local folder'} ({model['model_type']}, {model['n_layers']} layers)"
@@ -43,8 +43,8 @@ def table(found: dict[str, Any]) -> str:
         f"recipe     {found['recipe'].get('name', '-')}: {found['recipe'].get('source', '')}",
         f"model      {model_name}",
         f"text       {corpus['name']}" + (f": {windows}" if corpus["n_windows"] else ""),
-        f"sinks      first {found['sink_tokens']} tokens exact and left out of the fit",
-        f"static     {found['static_bytes']:,} bytes, stored once whatever the number of tokens",
+        f"sinks      first {found['sink_tokens']} tokens in full precision and left out of the fit",
+        f"static     {found['static_bytes']:,} bytes, stored once for any number of tokens",
         f"written by kvgauge {found['tool_version']}, digest {found['digest'][:16]}",
         "",
         f"{'site':24} {'bits':>4} {'bytes':>8}  {'range':26} quantizer",
@@ -59,7 +59,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 def differences(one: Stored, other: Stored) -> list[str]:
-    """Every entry of the manifest and every array in which two files differ."""
+    """Differences between two files: entries of the manifest, and arrays."""
     rows = _different_values("", one.header, other.header)
     for name in sorted({*one.arrays, *other.arrays}):
         a, b = one.arrays.get(name), other.arrays.get(name)
@@ -77,7 +77,7 @@ def _site(site: Site, spec: QuantSpec, manifest: Manifest, stored: Stored) -> di
     try:
         return _entry(site, spec, manifest, stored)
     except (ValueError, TypeError, IndexError, KeyError) as error:
-        raise CorruptArtifactError(f"{site}: arrays and specification do not fit together ({error})") from error
+        raise CorruptArtifactError(f"{site}: the arrays do not fit the specification ({error})") from error
 
 
 def _entry(site: Site, spec: QuantSpec, manifest: Manifest, stored: Stored) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def _entry(site: Site, spec: QuantSpec, manifest: Manifest, stored: Stored) -> d
 
 
 def _tables(tensors: dict[str, Array]) -> list[Array]:
-    """Tables of levels, of equal or of different lengths."""
+    """Codebooks of a site, of equal or different lengths."""
     levels, lengths = tensors.get("levels"), tensors.get("n_levels")
     if levels is None:
         return []
@@ -105,7 +105,7 @@ def _tables(tensors: dict[str, Array]) -> list[Array]:
 
 
 def _range(tensors: dict[str, Array], tables: list[Array], spec: QuantSpec) -> list[float] | None:
-    """Smallest and largest value that static parameters can give back, over all channels; None where none say so."""
+    """Smallest and largest value that can be decoded, over all channels; None without static scales."""
     if "scale" not in tensors or not _in_units_of_x(spec):
         return None
     scale = tensors["scale"].astype(np.float64)
@@ -120,7 +120,7 @@ def _range(tensors: dict[str, Array], tables: list[Array], spec: QuantSpec) -> l
 
 
 def _in_units_of_x(spec: QuantSpec) -> bool:
-    """Whether the innermost scale is that of the values themselves: a grid or a codebook behind no transform."""
+    """True if the innermost scale is in units of x: a uniform quantizer or codebook without a transform around it."""
     if spec.inner is not None:
         return spec.kind.endswith("_sparse") and _in_units_of_x(spec.inner)
     return "bits" in spec.options

@@ -1,4 +1,4 @@
-"""Where an artifact comes from and what it is for."""
+"""Manifest: provenance of an artifact and specifications of its quantizers."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -13,7 +13,7 @@ from artifacts.spec import QuantSpec
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusRecord:
-    """What was read during calibration.
+    """Record of the calibration text.
 
     Parameters
     ----------
@@ -24,9 +24,9 @@ class CorpusRecord:
     n_windows, n_tokens, seqlen : int
         Windows, tokens in all (padding excluded), tokens of the longest window.
     seed : int or None
-        Seed of the window sampling, where windows were sampled.
+        Seed of the window sampling; None for windows that were not sampled.
     start_token : int or None
-        What every window was begun with, where it was; absent from a file otherwise.
+        Token put before every window, if any; absent from a file otherwise.
     """
 
     name: str
@@ -38,7 +38,7 @@ class CorpusRecord:
     start_token: int | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values."""
+        """Record as JSON values."""
         return {name: value for name, value in asdict(self).items() if name != "start_token" or value is not None}
 
     def __post_init__(self) -> None:
@@ -52,21 +52,21 @@ class Manifest:
     Parameters
     ----------
     specs : Mapping[Site, QuantSpec]
-        What stands at each site.
+        Specification of the quantizer at each site.
     model : Mapping[str, Any]
         Fingerprint of the model (see `artifacts.model.fingerprint`).
     model_id : str or None
-        Hub id; None for a local folder, whose path is nobody else's business.
+        Hub id; None for a local folder, whose path is private.
     corpus : CorpusRecord
-        What it was calibrated on.
+        Calibration text.
     recipe : Mapping[str, Any]
-        The recipe as it was fitted, flags included.
+        Recipe as it was fitted, flags included.
     sink_tokens : int
-        First positions of a sequence that are meant to stay exact, and took no part in the fit.
+        First positions of a sequence that the cache keeps in full precision and the fit left out.
     fit_sources : Mapping[str, str]
-        By site, what the fit was read from: exact statistics, or an approximation and which.
+        By site, the statistics that were fitted: exact ones, or the name of an approximation.
     tool_version : str
-        The kvgauge that fitted it.
+        Version of kvgauge that fitted it.
     """
 
     specs: Mapping[Site, QuantSpec]
@@ -84,7 +84,7 @@ class Manifest:
             raise ValueError(f"sink_tokens must be an integer from 0; got {self.sink_tokens!r}")
 
     def to_json(self) -> dict[str, Any]:
-        """The manifest as JSON values."""
+        """Manifest as JSON values."""
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("specs", "corpus")}
         return {
             **{name: dict(value) if isinstance(value, Mapping) else value for name, value in plain.items()},
@@ -94,12 +94,12 @@ class Manifest:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Manifest":
-        """The manifest that `to_json` wrote.
+        """Manifest from the output of `to_json`.
 
         Raises
         ------
         CorruptArtifactError
-            If a field is missing, left over or of another type.
+            If a field is missing, unknown or of another type.
         """
         try:
             specs = {Site.parse(site): QuantSpec.from_json(spec) for site, spec in data["specs"].items()}

@@ -1,10 +1,10 @@
-"""The contract of every quantizer.
+"""Base class of all quantizers, and the contract of a new one.
 
-A final subclass is a frozen dataclass. Its tensor fields are what was fitted, its other fields are its configuration:
-both must be plain, because `spec` and `tensors()` are read off them and are all that a file keeps. It implements
-`_encode` and `_decode` for finite input of the right width, is stateless and deterministic, and `_encode` may use no
-token's neighbours unless `tokens_per_scale` says so, and `Codes.spans` what they share. Nothing else has to be read to
-write a quantizer.
+A final subclass is a frozen dataclass. Tensor fields are fitted parameters, other fields are configuration; both must
+be plain, because a file stores only `spec` and `tensors()`, which are read off the fields. It implements `_encode` and
+`_decode` for finite input of the right width, stateless and deterministic. `_encode` must treat tokens independently
+unless `tokens_per_scale` declares a group of tokens, whose common entries `Codes.spans` describes. Nothing else has to
+be read to write a quantizer.
 """
 
 import copy
@@ -26,21 +26,21 @@ from artifacts.spec import QuantSpec
 Context = tuple[Tensor, ...]
 
 RANGE_SLACK = 1 + 2.0**-10
-"""By how much a value may pass the end of a fitted range and count as inside: rounding differs with the batch."""
+"""Factor by which a value may exceed a fitted range and still count as inside: rounding differs with the batch."""
 
 _LARGEST_HALF = torch.finfo(torch.float16).max
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Quantizer(ABC):
-    """A lossy codec for the vectors of one site.
+    """Lossy codec for the key or value vectors of one site.
 
     Parameters
     ----------
     channels : int
         Width of the vectors: kv_heads * head_dim.
     site : Site or None
-        Where it belongs; named in errors, set when it enters an `Artifact`.
+        Site of the quantizer; named in errors, set when it enters an `Artifact`.
     """
 
     channels: int
@@ -48,10 +48,10 @@ class Quantizer(ABC):
 
     kind: ClassVar[str]
     sources: ClassVar[tuple[Site, ...]] = ()
-    """Earlier sites whose dequantized vectors of the same tokens are the context; empty for all but predictors."""
+    """Earlier sites whose dequantized vectors of the same tokens are the context; empty except for predictors."""
 
     def __post_init__(self) -> None:
-        """Settings are of the very type they are declared with: a file may have been written by anyone."""
+        """Validates the types of settings, which may come from a file that anyone wrote."""
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type in (bool, int, float) and type(value) is not field.type:
@@ -61,17 +61,17 @@ class Quantizer(ABC):
 
     @property
     def tokens_per_scale(self) -> int | None:
-        """How many tokens share what is stored per call: 1, a group, or None for all tokens of the call."""
+        """Tokens with common dynamic parameters: 1, the size of a group, or None for all tokens of the call."""
         return 1
 
     @property
     def looks_ahead(self) -> bool:
-        """Whether what a token is decoded to depends on later tokens of its call."""
+        """True for a non-causal quantizer: the decoded token depends on later tokens of its call."""
         return self.tokens_per_scale != 1
 
     @final
     def encode(self, x: Float[Tensor, "tokens channels"], context: Context = ()) -> Codes:
-        """What a cache stores for the tokens `x`.
+        """Codes of the tokens `x`, as a cache stores them.
 
         Raises
         ------
@@ -86,17 +86,17 @@ class Quantizer(ABC):
 
     @final
     def decode(self, codes: Codes, context: Context = ()) -> Float[Tensor, "tokens channels"]:
-        """The tokens as attention reads them back, in the dtype that was encoded; never infinite."""
+        """Dequantized tokens, in the dtype that was encoded; never infinite."""
         x = self._decode(codes, context)
         if x.dtype == codes.dtype:
             return x
-        if codes.dtype == torch.float16:  # the last step of a range can lie beyond what float16 holds
+        if codes.dtype == torch.float16:  # outward rounding can put the last level beyond 65504
             x = x.clamp(-_LARGEST_HALF, _LARGEST_HALF)
         return x.to(codes.dtype)
 
     @final
     def simulate(self, x: Float[Tensor, "tokens channels"], context: Context = ()) -> Float[Tensor, "tokens channels"]:
-        """`decode(encode(x))`: bit for bit what a cache gives back."""
+        """`decode(encode(x))`: fake quantization, bit for bit equal to a packed cache."""
         return self.decode(self.encode(x, context), context)
 
     def _check(self, x: Float[Tensor, "tokens channels"]) -> None:
@@ -122,29 +122,29 @@ class Quantizer(ABC):
     def _decode(self, codes: Codes, context: Context) -> Float[Tensor, "tokens channels"]: ...
 
     def deviation(self, x: Float[Tensor, "tokens channels"]) -> Float[Tensor, "tokens channels"]:
-        """How far out each value lies, to rank outliers: distance from the token's own mean."""
+        """Outlier score of each value: distance from the mean of its token."""
         return (x - x.mean(dim=1, keepdim=True)).abs()
 
     def outside(self, x: Float[Tensor, "tokens channels"]) -> Bool[Tensor, "tokens channels"] | None:
-        """True where a value lies beyond the static range that was fitted; None where no range is static."""
+        """True where a value lies beyond the fitted static range; None for quantizers without one."""
         return None
 
     @property
     def label(self) -> str:
-        """The site, or the kind where no site is known."""
+        """Name for errors: the site, or the kind where no site is known."""
         return str(self.site) if self.site is not None else self.kind
 
     @final
     @property
     def spec(self) -> QuantSpec:
-        """Everything but the tensors."""
+        """Specification: everything but the tensors."""
         own = {name: value for name, value in self._fields().items() if not isinstance(value, Tensor | Quantizer)}
         inner = self._fields().get("inner")
         return QuantSpec(kind=self.kind, options=own, inner=inner.spec if isinstance(inner, Quantizer) else None)
 
     @final
     def tensors(self) -> dict[str, Tensor]:
-        """The fitted tensors by name; those of a wrapped quantizer behind `inner.`."""
+        """Fitted tensors by name; those of a wrapped quantizer have the prefix `inner.`."""
         found = {}
         for name, value in self._fields().items():
             if isinstance(value, Tensor):
@@ -155,16 +155,16 @@ class Quantizer(ABC):
 
     @property
     def static_bytes(self) -> int:
-        """Bytes that are stored once, whatever the number of tokens."""
+        """Bytes of the fitted tensors, stored once for any number of tokens."""
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
     @property
     def decode_multiply_adds(self) -> int:
-        """Multiply-adds to decode a token from its codes: one a channel, where it is scaled and shifted."""
+        """Multiply-adds to decode one token; one per channel for scale and offset."""
         return self.channels
 
     def to(self, device: torch.device) -> "Quantizer":
-        """The same quantizer with its tensors on `device`; itself where they are there already, else one for ever."""
+        """The same quantizer with its tensors on `device`: itself, or one cached copy per device."""
         if device in self._moved:
             return self._moved[device]
         held = {name: value for name, value in self._fields().items() if isinstance(value, Tensor | Quantizer)}
@@ -175,21 +175,21 @@ class Quantizer(ABC):
 
     @cached_property
     def _moved(self) -> dict[torch.device, "Quantizer"]:
-        """What `to` has made: inverses, cuts and tables that are worked out there serve every context after."""
+        """Copies on other devices, kept because their cached inverses, layouts and tables are costly to compute."""
         return {}
 
     def at(self, site: Site) -> "Quantizer":
-        """The same quantizer, and what it wraps, as the one of `site`; itself where it is that already."""
+        """The same quantizer, with all it wraps, at `site`; itself if it is there already."""
         wrapped = {name: value.at(site) for name, value in self._fields().items() if isinstance(value, Quantizer)}
         if self.site == site and all(value is getattr(self, name) for name, value in wrapped.items()):
             return self
-        placed = copy.copy(self)  # with all that was worked out from its tensors
-        placed.__dict__.pop("_moved", None)  # which belong to this site
+        placed = copy.copy(self)  # keeps the cached properties of its tensors
+        placed.__dict__.pop("_moved", None)  # copies on other devices name the old site
         placed.__dict__.update(wrapped, site=site)
         return placed
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Quantizer":
-        """Itself: nothing of it ever changes, so that copies of caches share it."""
+        """Itself: quantizers are immutable, so copies of a cache use the same one."""
         return self
 
     def replace(self, **changes: Any) -> "Quantizer":
@@ -198,7 +198,7 @@ class Quantizer(ABC):
 
     @final
     def holding(self, **same: Any) -> "Quantizer":
-        """The same quantizer with fields of the same content in place of its own, which are not checked again."""
+        """The same quantizer with some fields replaced by equal content, without validation."""
         other = object.__new__(type(self))
         other.__dict__.update({field.name: getattr(self, field.name) for field in fields(self)} | same)
         return other

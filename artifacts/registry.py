@@ -1,4 +1,4 @@
-"""The closed table of quantizers: a file can name these and nothing else."""
+"""Registry of quantizers, a closed table: a file can name these kinds only."""
 
 import difflib
 from collections.abc import Callable, Mapping
@@ -55,14 +55,14 @@ KINDS: dict[str, type[Quantizer]] = {
 
 
 def build(spec: QuantSpec, tensors: Mapping[str, Tensor], site: Site) -> Quantizer:
-    """The quantizer that gave this specification and these tensors.
+    """Quantizer from its specification and tensors.
 
     Raises
     ------
     UnknownKindError
         If no quantizer has the name.
     CorruptArtifactError
-        If options or tensors are missing, left over or out of range.
+        If options or tensors are missing, unknown or out of range.
     """
     if spec.kind not in KINDS:
         near = difflib.get_close_matches(spec.kind, KINDS, n=1)
@@ -76,7 +76,7 @@ def build(spec: QuantSpec, tensors: Mapping[str, Tensor], site: Site) -> Quantiz
         kind: Callable[..., Quantizer] = KINDS[spec.kind]
         wrapped = {} if spec.inner is None else {"inner": build(spec.inner, inner, site)}
         if spec.inner is None and inner:
-            raise ValueError(f"{spec.kind}: tensors {sorted(inner)} belong to no wrapped quantizer")
+            raise ValueError(f"{spec.kind}: it wraps no quantizer; got tensors {sorted(inner)} of one")
         return kind(**spec.options, **own, **wrapped, site=site)
     except ArtifactError:
         raise

@@ -1,4 +1,4 @@
-"""Names of the places in a model where cached tensors are taken."""
+"""Sites: names of the places in a model where cached tensors are taken."""
 
 import functools
 import re
@@ -23,14 +23,14 @@ class Site:
     layer : int
         Index of the attention layer, from 0.
     tensor : {'key', 'value', 'query'}
-        What is taken. Queries are observed during calibration, never cached.
+        Tensor at the site. Queries are observed during calibration, never cached.
     stage : {'pre_rope', 'post_rope'} or None
         Before or after the rotary embedding; None for values, which are not rotated.
 
     Raises
     ------
     ValueError
-        If the three do not name a place.
+        If the three do not name a site.
 
     Examples
     --------
@@ -63,7 +63,7 @@ class Site:
 
     @classmethod
     def parse(cls, text: str) -> "Site":
-        """The site that `str` wrote.
+        """Site of a name, the inverse of `str`.
 
         Raises
         ------

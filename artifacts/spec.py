@@ -1,4 +1,4 @@
-"""What a quantizer is, apart from its tensors."""
+"""Specification of a quantizer: its kind and settings, without its tensors."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,21 +8,21 @@ from typing import Any
 Option = int | float | bool | str
 
 _FORMAT_BITS: Mapping[object, Option] = {"e4m3": 8, "e5m2": 8, "mxfp4": 4, "nvfp4": 4}
-"""Code widths of the floating-point formats."""
+"""Code width of each floating-point format."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantSpec:
-    """All that is needed to rebuild a quantizer except its tensors; plain JSON both ways.
+    """Everything needed to rebuild a quantizer except its tensors, as plain JSON both ways.
 
     Parameters
     ----------
     kind : str
         Name of the quantizer class in the closed table `artifacts.registry.KINDS`.
     options : Mapping[str, int | float | bool | str]
-        The class's own settings by name, such as `bits` and `channels`.
+        Settings of the class by name, such as `bits` and `channels`.
     inner : QuantSpec or None
-        The wrapped quantizer of a wrapper.
+        Specification of the wrapped quantizer, for a wrapper.
 
     Raises
     ------
@@ -49,17 +49,17 @@ class QuantSpec:
         object.__setattr__(self, "options", MappingProxyType(dict(sorted(self.options.items()))))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copies and pickles as what it was made from: a view of its options can be neither."""
+        """Pickle support: a mapping proxy can be neither pickled nor copied, its JSON can."""
         return type(self).from_json, (self.to_json(),)
 
     def to_json(self) -> dict[str, Any]:
-        """The specification as JSON values."""
+        """Specification as JSON values."""
         inner = {} if self.inner is None else {"inner": self.inner.to_json()}
         return {"kind": self.kind, "options": dict(self.options), **inner}
 
     @classmethod
     def from_json(cls, data: object) -> "QuantSpec":
-        """The specification that `to_json` wrote.
+        """Specification from the output of `to_json`.
 
         Raises
         ------
@@ -75,12 +75,12 @@ class QuantSpec:
 
     @property
     def bits(self) -> float:
-        """Code width of the innermost quantizer, a mean where widths differ; 16 means kept exact.
+        """Code width of the innermost quantizer, a mean where widths differ; 16 means full precision.
 
         Raises
         ------
         ValueError
-            If the option is no such width.
+            If the option is not a number from 0 to 16.
         """
         if self.inner is not None:
             return self.inner.bits
@@ -90,12 +90,12 @@ class QuantSpec:
         return float(bits)
 
     def describe(self) -> str:
-        """One phrase for tables, such as `percentile_sparse(outlier_fraction=0.01) of codebook(bits=3)`."""
+        """Short text for tables, such as `percentile_sparse(outlier_fraction=0.01) of codebook(bits=3)`."""
         shown = ", ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in self._shown())
         own = f"{self.kind}({shown})" if shown else self.kind
         return own if self.inner is None else f"{own} of {self.inner.describe()}"
 
     def _shown(self) -> list[tuple[str, Option]]:
-        """Options worth a word."""
+        """Options for `describe`: without those that follow from the model, and flags that are off."""
         hidden = ("channels", "source_sites")
         return [(name, value) for name, value in self.options.items() if name not in hidden and value is not False]

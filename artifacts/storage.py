@@ -1,7 +1,7 @@
-"""Bytes on disk: one JSON header and named arrays, as safetensors or as a pickle of builtin containers.
+"""File container: a JSON header and named arrays, as safetensors or as a pickle of builtin containers.
 
-Both hold the same content and the same digest. The suffix decides which is written, the content which is read; reading
-never runs code and needs no torch. Statistics are kept in the same container under another `format`.
+Both have the same content and digest. Writing chooses by suffix, reading by content; reading never executes code and
+needs no torch. Statistics and saved caches use the same container under another `format`.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from artifacts.whole_file import write_whole
 Array = NDArray[Any]
 
 FORMAT_VERSION = 1
-"""Of a format that has not changed since there are files of it."""
+"""Version of a format that has not changed since its first files."""
 SUFFIXES = (".safetensors", ".pkl")
 _METADATA_KEY = "kvgauge"
 _DTYPES = ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64")
@@ -41,12 +41,12 @@ _LFS_POINTER = b"version https://git-lfs"
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """What a file holds.
+    """Content of a file.
 
     Parameters
     ----------
     format : str
-        What the file is: `kvgauge.artifact`, `kvgauge.statistics` or `kvgauge.cache`.
+        Type of the content: `kvgauge.artifact`, `kvgauge.statistics` or `kvgauge.cache`.
     version : int
         Version of that format.
     header : Mapping[str, Any]
@@ -72,24 +72,24 @@ class Stored:
 
 
 def canonical_json(value: object) -> str:
-    """JSON text that is the same for the same content."""
+    """Canonical JSON text: equal content gives equal text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
 def check_suffix(path: Path) -> None:
-    """The path ends in a suffix that can be written.
+    """Validates the suffix of a file to write.
 
     Raises
     ------
     ArtifactError
-        If it does not.
+        If it is neither `.safetensors` nor `.pkl`.
     """
     if path.suffix not in SUFFIXES:
         raise ArtifactError(f"{path}: expected a name that ends in {' or '.join(SUFFIXES)}, got {path.suffix!r}")
 
 
 def write(path: Path, stored: Stored) -> None:
-    """Writes the file whole or not at all.
+    """Writes a file atomically.
 
     Raises
     ------
@@ -107,7 +107,7 @@ def write(path: Path, stored: Stored) -> None:
 
 
 def written_by_kvgauge(path: Path) -> bool:
-    """Whether a file has a kvgauge header, be it of another version or format."""
+    """True if a file has a kvgauge header, of any version and format."""
     try:
         text, _ = _parse(path, _read_bytes(path))
         return str(json.loads(text)["format"]).startswith("kvgauge.")
@@ -116,7 +116,7 @@ def written_by_kvgauge(path: Path) -> bool:
 
 
 def read(path: Path, expected_format: str, expected_version: int = FORMAT_VERSION) -> Stored:
-    """Reads and verifies a file.
+    """Reads a file and verifies header, dtypes and digest.
 
     Raises
     ------
@@ -130,7 +130,7 @@ def read(path: Path, expected_format: str, expected_version: int = FORMAT_VERSIO
         top = json.loads(text)
         version, digest = top["version"], top["digest"]
         stored = Stored(format=top["format"], header=top["header"], arrays=arrays, version=expected_version)
-        canonical_json(top)  # refuses what JSON text can say and canonical JSON cannot: NaN and infinities
+        canonical_json(top)  # raises for NaN and infinity, which `json.loads` accepts
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptArtifactError(
             f"{path}: the header is not the JSON object that kvgauge writes ({error})"
@@ -140,7 +140,7 @@ def read(path: Path, expected_format: str, expected_version: int = FORMAT_VERSIO
     if type(version) is not int or version != expected_version:
         raise UnsupportedVersionError(
             f"{path}: {expected_format} of format version {version!r:.20}; this kvgauge reads version "
-            f"{expected_version}. Install the kvgauge that wrote it, or write it anew."
+            f"{expected_version}. Install the kvgauge that wrote it, or write the file again."
         )
     foreign = sorted({str(array.dtype) for array in arrays.values()} - set(_DTYPES))
     if foreign:
@@ -152,7 +152,7 @@ def read(path: Path, expected_format: str, expected_version: int = FORMAT_VERSIO
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Refusals raised inside say which file they are about."""
+    """Adds the path of a file to the errors that are raised inside the context."""
     try:
         yield
     except ArtifactError as error:
@@ -176,7 +176,8 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _parse(path: Path, data: bytes) -> tuple[str, dict[str, Array]]:
-    if data[8:9] == b"{":  # asked first: the length before it may begin with any byte, that of a pickle included
+    # safetensors begins with a header length of 8 bytes, which may start with any byte, a pickle's 0x80 included.
+    if data[8:9] == b"{":
         return _from_safetensors(path, data)
     if data[:1] == b"\x80":
         return _from_pickle(path, data)
@@ -216,30 +217,30 @@ def _to_pickle(text: str, arrays: Mapping[str, Array]) -> bytes:
     ]
     buffer = io.BytesIO()
     pickler = pickle.Pickler(buffer, protocol=4)
-    pickler.fast = True  # no memo: equal content gives equal bytes, whichever objects happen to be shared
+    pickler.fast = True  # no memo: bytes do not depend on which objects happen to be identical
     pickler.dump({_METADATA_KEY: text, "arrays": rows})
     return buffer.getvalue()
 
 
 class _BuiltinsOnly(pickle.Unpickler):
-    """Builds builtin containers; every reference to a class or function is refused."""
+    """Unpickler of builtin containers that raises for every reference to a class or function."""
 
     def find_class(self, module: str, name: str) -> Any:
         raise ArtifactError(f"it refers to {module}.{name}")
 
 
 def _check_instructions(data: bytes) -> None:
-    """The pickle uses only the instructions that `_to_pickle` writes.
+    """Validates that a pickle uses only the instructions that `_to_pickle` writes.
 
-    They make containers, texts, bytes and integers. Those that call or refer to code are missing, and so is the memo:
-    with it a few bytes can claim gigabytes, or nest a list in itself.
+    They make containers, texts, bytes and integers. Instructions that call or refer to code are not among them, and
+    neither is the memo, with which a few bytes can claim gigabytes or nest a list in itself.
 
     Raises
     ------
     ArtifactError
         At the first other instruction.
     ValueError
-        If the bytes are no instructions at all, or go on after the end.
+        If the bytes are no pickle, or continue after its end.
     """
     position = -1
     for instruction, _, at in pickletools.genops(data):
@@ -256,8 +257,8 @@ def _from_pickle(path: Path, data: bytes) -> tuple[str, dict[str, Array]]:
         content = _BuiltinsOnly(io.BytesIO(data)).load()
     except ArtifactError as error:
         raise CorruptArtifactError(
-            f"{path}: {error}, which no kvgauge pickle does: it holds plain containers, and nothing in it is ever run. "
-            "Pickles of other tools: artifact convert FILE q.safetensors."
+            f"{path}: {error}, but a kvgauge pickle holds plain containers only; nothing in it was executed. "
+            "For a pickle of another tool use: artifact convert FILE q.safetensors"
         ) from error
     except Exception as error:  # a damaged pickle can raise anything
         raise CorruptArtifactError(f"{path}: not a whole pickle ({type(error).__name__}: {error!s:.100})") from error
@@ -267,10 +268,10 @@ def _from_pickle(path: Path, data: bytes) -> tuple[str, dict[str, Array]]:
             raise TypeError("header or arrays of another type")
         return text, {row[0]: _to_array(*row) for row in rows}
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, RecursionError) as error:
-        raise CorruptArtifactError(f"{path}: a pickle, but not one that kvgauge wrote ({error!s:.100})") from error
+        raise CorruptArtifactError(f"{path}: a pickle, but not one written by kvgauge ({error!s:.100})") from error
 
 
 def _to_array(name: str, dtype: str, shape: tuple[int, ...], data: bytes) -> Array:
     if not isinstance(name, str) or dtype not in _DTYPES or not isinstance(data, bytes):
-        raise ValueError(f"array {name!r:.60} of dtype {dtype!r:.20}")
+        raise ValueError(f"expected a named array of a known dtype; got {name!r:.60} of dtype {dtype!r:.20}")
     return np.frombuffer(data, dtype=dtype).reshape(shape)

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Atomic file writes."""
 
 import os
 import secrets
@@ -7,10 +7,10 @@ from pathlib import Path
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all, replacing an earlier one, with the permissions that the umask leaves.
+    """Writes a file atomically, replacing an earlier one, with the permissions that the umask leaves.
 
-    A temporary sibling takes the content and is renamed when that is on the disk: a rename alone may get there first,
-    and after a loss of power the name stands for an empty file.
+    A temporary sibling takes the content, is flushed to disk and then renamed. Without the flush the rename may reach
+    the disk first, and a loss of power leaves an empty file under the final name.
 
     Raises
     ------
@@ -22,7 +22,7 @@ def write_whole(path: Path, data: bytes) -> None:
     try:
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     except OSError as error:
-        raise OSError(f"{path}: cannot be written there: {error.strerror}") from error
+        raise OSError(f"{path}: cannot write into {path.parent} ({error.strerror})") from error
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -36,7 +36,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """The rename itself, where the file system knows how."""
+    """Flushes the rename itself to disk, where the file system supports it."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

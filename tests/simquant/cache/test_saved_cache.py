@@ -200,7 +200,7 @@ def test_wrong_counts_are_named(tiny_llama: LlamaForCausalLM, tmp_path: Path) ->
                     for codes in store.blocks
                 ]
         save_cache(cache, path)
-        with pytest.raises(CorruptArtifactError, match="entries; their counts say"):
+        with pytest.raises(CorruptArtifactError, match="entries that counts says; got"):
             load_cache(path, new())
 
 
