@@ -1,7 +1,7 @@
 # Everything is installed into $(VENV) and nowhere else. Variables, all settable on the command line:
 #   PYTHON        the interpreter that makes the virtual environment        make setup PYTHON=python3.12
 #   TRANSFORMERS  another release than the pinned one, in a .venv of its own   make test TRANSFORMERS=5.17.0
-#   PYTEST_ARGS   what pytest is given                                      make test PYTEST_ARGS="-x tests/test_affine.py"
+#   PYTEST_ARGS   what pytest is given                                      make test PYTEST_ARGS="-x tests/simquant/policy"
 
 PYTHON ?= python3
 TRANSFORMERS ?=

@@ -5,6 +5,9 @@ import os
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", MPLBACKEND="Agg")  # read when the libraries are imported
 
 import jaxtyping
+import pytest
+
+pytest.register_assert_rewrite("helpers")  # before their import: they assert
 
 # Checks each jaxtyping annotation of the three packages; it must stand before their first import.
 jaxtyping.install_import_hook(["artifacts", "calib", "simquant"], "beartype.beartype")
@@ -13,9 +16,8 @@ import random
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
-from random_models import random_llama
+from helpers.models import random_llama
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,

@@ -3,7 +3,7 @@
 `tests/golden/` freezes format 1: two files with the same small artifact, and what its quantizers store and give back.
 After a deliberate change of the format (a new version number, never the same) write them again with
 
-    PYTHONPATH=. python tests/test_artifact.py
+    PYTHONPATH=.:tests python tests/artifacts/test_artifact.py
 """
 
 import errno
@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from helpers.golden_files import ARTIFACT_FILES
 from torch import Tensor
 
 import artifacts
@@ -50,7 +51,6 @@ from artifacts.sites import Site
 from artifacts.storage import SUFFIXES, Stored, canonical_json, read, write
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-ARTIFACT_FILES = {"artifact.safetensors", "artifact.pkl", "decoded.safetensors"}
 CHANNELS = 8
 KEY, VALUE = Site(0, "key", "pre_rope"), Site(0, "value")
 
@@ -443,13 +443,21 @@ FOREIGN: dict[str, tuple[Callable[[Path], object], type[ArtifactError], str]] = 
         CorruptArtifactError,
         "not a whole safetensors file",
     ),
-    "runs-code": (pickle_file(lambda path: RunsCode(path.parent / "harm")), CorruptArtifactError, "nothing in it was executed"),
+    "runs-code": (
+        pickle_file(lambda path: RunsCode(path.parent / "harm")),
+        CorruptArtifactError,
+        "nothing in it was executed",
+    ),
     "runs-code-inside": (
         pickle_file(lambda path: {"kvgauge": header_text(), "arrays": [RunsCode(path.parent / "harm")]}),
         CorruptArtifactError,
         "nothing in it was executed",
     ),
-    "runs-code-old": (pickle_file(lambda path: RunsCode(path.parent / "harm"), 2), CorruptArtifactError, "nothing in it was executed"),
+    "runs-code-old": (
+        pickle_file(lambda path: RunsCode(path.parent / "harm"), 2),
+        CorruptArtifactError,
+        "nothing in it was executed",
+    ),
     "pickled-tensor": (pickle_file(lambda path: {"a": torch.ones(2)}), CorruptArtifactError, "Pickles of other tools"),
     "pickled-list": (plain_pickle("{}", [1, 2]), CorruptArtifactError, "not one written by kvgauge"),
     "pickled-number": (raw(pickle.dumps(7, 4)), CorruptArtifactError, "not one written by kvgauge"),

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from test_quantizers import QUANTIZERS, every_quantizer, make, tokens
+from helpers.quantizers import QUANTIZERS, every_quantizer, make, tokens
 
 from artifacts.codes import Codes
 from artifacts.coding.span import Span

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from random_models import random_llama
+from helpers.models import random_llama
 
 from artifacts.artifact import Artifact
 from artifacts.model.attention import attention_layers

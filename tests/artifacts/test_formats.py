@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from golden_files import (
+from helpers.golden_files import (
+    ARTIFACT_FILES,
     CACHES,
     CODES_FORMAT,
     DTYPES,
@@ -27,7 +28,6 @@ from golden_files import (
     words_file,
     write_all,
 )
-from test_artifact import ARTIFACT_FILES
 from torch import Tensor
 
 from artifacts.artifact import load, save
@@ -77,7 +77,7 @@ def assert_same_codes(one: Codes, other: Codes) -> None:
 
 
 def test_every_kind_has_golden_codes() -> None:
-    assert {spec.kind for spec in frozen_specs()} == set(KINDS), "add it to FAMILIES of tests/golden_files.py"
+    assert {spec.kind for spec in frozen_specs()} == set(KINDS), "add it to FAMILIES of tests/helpers/golden_files.py"
 
 
 def test_every_packing_has_golden_codes() -> None:

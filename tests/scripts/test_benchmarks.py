@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from random_models import random_llama
+from helpers.models import random_llama
 
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import test_quantizers as contract
 import torch
+from helpers.contract import every_check, every_check_by_dtype
+from helpers.quantizers import BITS, QUANTIZERS, every_dtype
+from helpers.sites import everywhere
 from matplotlib.figure import Figure
-from test_simulate import everywhere
 from transformers import LlamaForCausalLM
 
 from artifacts.model.attention import attention_layers
@@ -70,40 +71,24 @@ def test_notebooks_are_kept_without_outputs(path: Path) -> None:
 # --- the example
 
 
-def example(channels: int, bits: int = contract.BITS) -> SquareLevels:
+def example(channels: int, bits: int = BITS) -> SquareLevels:
     return SquareLevels(channels=channels, bits=bits)
-
-
-CHECKS: list[Callable[[str], None]] = [
-    contract.test_check_no_tokens_are_no_bytes,
-    contract.test_check_same_codes_every_time,
-    contract.test_check_bytes_are_counted,
-    contract.test_check_memory_layout_is_of_no_account,
-    contract.test_check_more_bits_never_raise_the_error,
-    contract.test_check_another_width_is_refused,
-    contract.test_check_without_a_site_errors_name_the_kind,
-]
-BY_DTYPE: list[Callable[[str, torch.dtype], None]] = [
-    contract.test_check_shape_and_dtype,
-    contract.test_check_simulate_is_decode_of_encode,
-    contract.test_check_chunked_is_one_shot,
-]
 
 
 @pytest.fixture
 def in_matrix(monkeypatch: pytest.MonkeyPatch) -> str:
     """The example's name in the matrix of quantizers."""
-    monkeypatch.setitem(contract.QUANTIZERS, "example", example)
+    monkeypatch.setitem(QUANTIZERS, "example", example)
     return "example"
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@every_check
 def test_the_example_keeps_the_contract(check: Callable[[str], None], in_matrix: str) -> None:
     check(in_matrix)
 
 
-@pytest.mark.parametrize("dtype", contract.DTYPES, ids=str)
-@pytest.mark.parametrize("check", BY_DTYPE, ids=lambda check: check.__name__)
+@every_dtype
+@every_check_by_dtype
 def test_the_example_keeps_the_contract_in_every_dtype(
     check: Callable[[str, torch.dtype], None], dtype: torch.dtype, in_matrix: str
 ) -> None:

@@ -6,8 +6,10 @@ from typing import ClassVar
 
 import pytest
 import torch
+from helpers.models import IDS, both_stages, build, every_architecture, left_padded, logits, n_hooks
+from helpers.sites import CHANNELS, Quantizers, everywhere, identity, per_channel, per_token
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, PreTrainedModel
+from transformers import DynamicCache, LlamaForCausalLM
 
 from artifacts.artifact import Artifact
 from artifacts.errors import MismatchError, NonFiniteError
@@ -22,68 +24,6 @@ from artifacts.sites import Site, Stage
 from calib import calibrate
 from calib.capture import capture
 from simquant import CachePolicy, Usage, simulate
-
-ARCHITECTURES: dict[str, dict[str, object]] = {
-    "llama": {},
-    "qwen3": {"head_dim": 8},
-    "gemma3_text": {"head_dim": 8, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
-    "phi3": {},
-}
-STAGES: tuple[Stage, ...] = ("pre_rope", "post_rope")
-IDS = torch.arange(1, 25).reshape(2, 12)
-CHANNELS = 16
-
-Quantizers = dict[Site, Quantizer]
-
-every_architecture = pytest.mark.parametrize("kind", ARCHITECTURES)
-both_stages = pytest.mark.parametrize("stage", STAGES)
-
-
-def per_token(bits: int = 4) -> Quantizer:
-    return DynamicAffine(channels=CHANNELS, bits=bits)
-
-
-def per_channel(bits: int = 4) -> Quantizer:
-    return DynamicAffine(channels=CHANNELS, bits=bits, per="channel")
-
-
-def identity() -> Quantizer:
-    return Identity(channels=CHANNELS)
-
-
-def everywhere(make: Callable[[], Quantizer], stage: Stage = "pre_rope") -> Quantizers:
-    """The same quantizer for keys and values of both layers."""
-    sites = [site for layer in range(2) for site in (Site(layer, "key", stage), Site(layer, "value"))]
-    return {site: make() for site in sites}
-
-
-def build(kind: str, **options: object) -> PreTrainedModel:
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
-    tokens = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    config = {**sizes, **tokens, "num_hidden_layers": 2, "initializer_range": 0.2, **ARCHITECTURES[kind], **options}
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**config)).eval()
-
-
-def n_hooks(model: nn.Module) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-
-
-@torch.no_grad()
-def logits(model: nn.Module, ids: Tensor = IDS, mask: Tensor | None = None) -> Tensor:
-    return model(ids, **({} if mask is None else padding(mask)), use_cache=False).logits
-
-
-def padding(mask: Tensor) -> dict[str, Tensor]:
-    return {"attention_mask": mask.long(), "position_ids": (mask.long().cumsum(1) - 1).clamp_min(0)}
-
-
-def left_padded(*lengths: int) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Ids and mask of a batch that is padded on the left, and each sequence alone."""
-    width = max(lengths)
-    alone = [torch.arange(3 + 7 * row, 3 + 7 * row + length)[None] for row, length in enumerate(lengths)]
-    ids = torch.cat([nn.functional.pad(one, (width - one.shape[1], 0)) for one in alone])
-    return ids, ids > 0, alone
 
 
 def observers(sites: Iterable[Site], into: dict[Site, list[Tensor]]) -> dict[Site, Callable[[Tensor], None]]:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_evaluate import CHANNELS, everywhere, per_token
+from helpers.sites import CHANNELS, everywhere, per_token
 from transformers import LlamaForCausalLM
 
 from artifacts.artifact import Artifact

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from random_models import random_llama
+from helpers.models import random_llama
 from torch import Tensor
 
 from artifacts.coding import finite

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from foreign_files import (
+from helpers.foreign_files import (
     CHANNELS,
     LAYERS,
     kvquant_content,

@@ -1,47 +1,18 @@
 """Sites of real architectures: found, verified, observed and replaced; those that cannot be, refused with a reason."""
 
 from collections.abc import Callable
-from functools import cache
 
 import pytest
 import torch
+from helpers.architectures import EXPERTS, SUPPORTED, build, supported
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from artifacts.errors import MismatchError, UnsupportedModelError
 from artifacts.model.attention import AttentionLayer, Hook, attention_layers, hooked, rotate, site_table
 from artifacts.model.transformers_release import cache_argument, returned_cache
 from artifacts.sites import Site
 
-BASE = {
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 64,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-EXPERTS = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
-SUPPORTED: dict[str, dict[str, object]] = {
-    "llama": {},
-    "mistral": {"sliding_window": 4},
-    "mixtral": {"num_local_experts": 2},
-    "qwen2": {},
-    "qwen3": {"head_dim": 16},
-    "gemma2": {"head_dim": 8, "sliding_window": 4},
-    "gemma3_text": {"head_dim": 8, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
-    "phi3": {},
-    "olmo2": {},
-    "stablelm": {"qk_layernorm": True, "partial_rotary_factor": 0.5},
-    "cohere": {},
-    "glm": {"head_dim": 8},
-    "gpt_oss": {"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1},
-    "smollm3": {"no_rope_layer_interval": 2},
-}
 LATENT = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
 LINEAR = {
     "linear_num_value_heads": 2,
@@ -83,18 +54,6 @@ QUERY, ROTATED_QUERY = Site(1, "query", "pre_rope"), Site(1, "query", "post_rope
 IDS = torch.arange(1, 15).reshape(2, 7)
 
 every_architecture = pytest.mark.parametrize("kind", SUPPORTED)
-
-
-def build(kind: str, options: dict[str, object]) -> PreTrainedModel:
-    torch.manual_seed(0)
-    config = CONFIG_MAPPING[kind](**{**BASE, **options})
-    return AutoModelForCausalLM.from_config(config).eval()
-
-
-@cache
-def supported(kind: str) -> tuple[PreTrainedModel, tuple[AttentionLayer, ...]]:
-    model = build(kind, SUPPORTED[kind])
-    return model, attention_layers(model)
 
 
 def n_hooks(model: nn.Module) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from constriction import stream
-from test_quantizers import SITE, dynamic, entropy_coded, rotated, tokens
+from helpers.quantizers import SITE, dynamic, entropy_coded, rotated, tokens
 from torch import Tensor
 
 from artifacts.coding.frequency_coder import LARGEST_INDEX, TOTAL, FrequencyCoder

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from random_models import random_llama
+from helpers.models import random_llama
 from torch import Tensor
 from transformers import LlamaForCausalLM
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from random_models import random_llama
+from helpers.models import random_llama
 from torch import Tensor
 
 from artifacts.model.attention import attention_layers

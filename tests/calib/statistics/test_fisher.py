@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from random_models import random_llama
+from helpers.models import random_llama
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm

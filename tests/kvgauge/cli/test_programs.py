@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -14,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from foreign_files import kvquant_content, kvquant_levels, write_msmodelslim, write_pickle
+from helpers.foreign_files import kvquant_content, kvquant_levels, write_msmodelslim, write_pickle
+from helpers.programs import prose, save_model, save_tokenizer
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -24,7 +23,6 @@ from transformers import (
     FalconConfig,
     GPT2Config,
     LlamaConfig,
-    LlamaForCausalLM,
     OPTConfig,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
@@ -54,24 +52,6 @@ REQUIRED = {
     "protocol",
     "seconds",
 }
-WORDS = (
-    "the",
-    "a",
-    "on",
-    "under",
-    "and",
-    "cat",
-    "dog",
-    "sun",
-    "rain",
-    "hill",
-    "sat",
-    "ran",
-    "fell",
-    "red",
-    "blue",
-    "old",
-)
 
 
 @dataclass(frozen=True)
@@ -117,28 +97,6 @@ def works(type_in: Program) -> Program:
         return ran
 
     return call
-
-
-def prose(seed: int, n_words: int = 900) -> str:
-    rng = random.Random(seed)
-    return " ".join(rng.choice(WORDS) for _ in range(n_words))
-
-
-def save_model(folder: Path, **changes: object) -> None:
-    """A random Llama that reads bytes, 2 layers, context 64."""
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
-    limits = {"vocab_size": 256, "num_hidden_layers": 2, "max_position_embeddings": 64, "initializer_range": 0.2}
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**{**sizes, **limits, **changes})).save_pretrained(folder)
-
-
-def save_tokenizer(folder: Path, **special: str) -> None:
-    """One token for each byte."""
-    vocabulary = {piece: number for number, piece in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,8 @@ import json
 
 import pytest
 import torch
-from test_packed_cache import per_group, step
-from test_simulate import everywhere
+from helpers.caches import step
+from helpers.sites import everywhere, per_group
 from transformers import LlamaForCausalLM
 
 from calib import calibrate

@@ -8,7 +8,7 @@ from statistics import stdev
 from typing import Any
 
 import pytest
-from test_programs import prose, save_model, save_tokenizer
+from helpers.programs import prose, save_model, save_tokenizer
 
 from calib.fitting.fit import fit
 from calib.recipe.recipe import Recipe, RecipeError, load_recipe, shipped_recipes

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.architectures import SUPPORTED, supported
+from helpers.programs import prose, save_model, save_tokenizer
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from test_attention import SUPPORTED, supported
-from test_programs import prose, save_model, save_tokenizer
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 

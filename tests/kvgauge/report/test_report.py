@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.models import random_llama
 from PIL import Image
-from random_models import random_llama
 from transformers import LlamaForCausalLM
 
 from artifacts.artifact import Artifact

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_programs import prose, save_model, save_tokenizer
+from helpers.programs import prose, save_model, save_tokenizer
 
 from calib.recipe.recipe import load_recipe
 from calib.text.corpus import load_corpus

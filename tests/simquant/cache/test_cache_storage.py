@@ -4,8 +4,8 @@ import gc
 
 import pytest
 import torch
-from test_packed_cache import filled, step, store_of
-from test_quantizers import (
+from helpers.caches import filled, step, store_of
+from helpers.quantizers import (
     QUANTIZERS,
     all_codes,
     assert_same,
@@ -18,7 +18,7 @@ from test_quantizers import (
     rank,
     tokens,
 )
-from test_simulate import everywhere
+from helpers.sites import everywhere
 from torch import Tensor
 from transformers import LlamaForCausalLM
 

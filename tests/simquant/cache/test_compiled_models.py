@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_packed_cache import per_token, step
-from test_simulate import IDS, everywhere, logits
+from helpers.caches import step
+from helpers.models import IDS, logits
+from helpers.sites import everywhere, per_token
 from torch import nn
 from transformers import LlamaForCausalLM
 

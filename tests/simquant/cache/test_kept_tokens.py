@@ -4,10 +4,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from test_packed_cache import generate, identity, per_group, per_token, step, store_of
-from test_protocols import IDS, STEPS, both_ways, streams, through_the_cache
-from test_quantizers import QUANTIZERS, all_codes, assert_same, make, tokens
-from test_simulate import both_stages, build, everywhere, left_padded, logits
+from helpers.caches import generate, step, store_of
+from helpers.models import both_stages, build, left_padded, logits
+from helpers.protocols import IDS, STEPS, both_ways, streams, through_the_cache
+from helpers.quantizers import QUANTIZERS, all_codes, assert_same, make, tokens
+from helpers.sites import everywhere, identity, per_group, per_token
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 

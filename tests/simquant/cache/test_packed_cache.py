@@ -8,8 +8,10 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from test_quantizers import QUANTIZERS, all_codes, assert_same, make, tokens
-from test_simulate import both_stages, build, every_architecture, everywhere, left_padded, n_hooks
+from helpers.caches import IDS, filled, generate, step, store_of
+from helpers.models import both_stages, build, every_architecture, left_padded, n_hooks
+from helpers.quantizers import QUANTIZERS, all_codes, assert_same, make, tokens
+from helpers.sites import CHANNELS, everywhere, identity, per_group, per_token
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaForCausalLM
 
@@ -24,10 +26,8 @@ from artifacts.quantizers.streaming import Streaming
 from artifacts.sites import Site, Stage
 from simquant import CachePolicy, CacheStateError, ResidualWindow, packed_cache
 from simquant.cache.attention.block_attention import BlockAttention, Scoring
-from simquant.cache.store.token_store import TokenStore
 from simquant.policy.checks import check_cacheable, group_tokens
 
-CHANNELS = 16
 CAUSAL = [name for name in QUANTIZERS if make(name).tokens_per_scale == 1]
 GROUPED = [name for name in QUANTIZERS if (make(name).tokens_per_scale or 1) > 1]
 WINDOWS = {
@@ -35,41 +35,8 @@ WINDOWS = {
     "recent": CachePolicy(sink_tokens=2, residual_tokens=5),
     "blocks": CachePolicy(sink_tokens=1, residual_tokens=3, block_tokens=4),
 }
-IDS = torch.arange(3, 27).reshape(2, 12)
 
 every_window = pytest.mark.parametrize("policy", WINDOWS.values(), ids=WINDOWS)
-
-
-def per_token(bits: int = 4) -> Quantizer:
-    return DynamicAffine(channels=CHANNELS, bits=bits)
-
-
-def per_group(bits: int = 4) -> Quantizer:
-    return DynamicAffine(channels=CHANNELS, bits=bits, per="channel", group_size=4)
-
-
-def identity() -> Quantizer:
-    return Identity(channels=CHANNELS)
-
-
-def store_of(quantizer: Quantizer, policy: CachePolicy, block_tokens: int = 8) -> TokenStore:
-    return TokenStore(quantizer, policy, policy.window("key"), block_tokens)
-
-
-def filled(store: TokenStore, x: Tensor, sizes: list[int]) -> TokenStore:
-    for part in x.split(sizes):
-        store.append(part)
-    return store
-
-
-@torch.no_grad()
-def step(model: nn.Module, cache: object, ids: Tensor, **options: Tensor) -> Tensor:
-    return model(ids, **cache_argument(model, cache), use_cache=True, **options).logits
-
-
-def generate(model: nn.Module, ids: Tensor, cache: object = None, **options: Any) -> Tensor:
-    greedy = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, **options}
-    return model.generate(ids, **cache_argument(model, cache), **greedy)
 
 
 # --- codes

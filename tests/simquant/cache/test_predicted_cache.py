@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
-from random_models import random_llama
+from helpers.models import random_llama
 from torch import Tensor
 from transformers import LlamaForCausalLM
 

@@ -6,22 +6,14 @@ from functools import partial
 from typing import Any
 
 import pytest
-import torch
-from test_packed_cache import IDS, step
-from test_simulate import everywhere, identity, logits, n_hooks
+from helpers.caches import IDS, step
+from helpers.models import diff_llama, logits, n_hooks
+from helpers.sites import everywhere, identity
 from torch import Tensor, nn
-from transformers import DiffLlamaConfig, DiffLlamaForCausalLM, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaForCausalLM
 
 from artifacts.errors import UnsupportedModelError
 from simquant import decode_exact, packed_cache
-
-
-def diff_llama() -> PreTrainedModel:
-    """Attends twice, each time to half of the values."""
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "head_dim": 8}
-    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    return DiffLlamaForCausalLM(DiffLlamaConfig(**sizes, **heads)).eval()
 
 
 def run_decode(model: nn.Module) -> Tensor:

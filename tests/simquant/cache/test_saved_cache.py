@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_packed_cache import generate, step
-from test_quantizers import QUANTIZERS
-from test_simulate import build, everywhere
+from helpers.caches import generate, step
+from helpers.models import build
+from helpers.quantizers import QUANTIZERS
+from helpers.sites import everywhere
 from torch import Tensor
 from transformers import LlamaForCausalLM
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from random_models import random_llama
+from helpers.models import random_llama
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, StaticCache
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_simulate import n_hooks
+from helpers.models import n_hooks
 from torch import Tensor
 from transformers import (
     CLIPVisionConfig,

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_simulate import CHANNELS, both_stages, build, everywhere, left_padded, logits, n_hooks, per_channel, per_token
+from helpers.models import both_stages, build, left_padded, logits, n_hooks
+from helpers.sites import CHANNELS, everywhere, per_channel, per_token
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, PreTrainedModel
 

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from test_evaluate import CHANNELS, everywhere, per_token
-from test_quantizers import every_quantizer, make, tokens
+from helpers.quantizers import every_quantizer, make, tokens
+from helpers.sites import CHANNELS, everywhere, per_token
 from torch import Tensor
 from transformers import LlamaForCausalLM
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers.sites import CHANNELS, everywhere, identity, per_channel, per_token
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
@@ -17,7 +18,6 @@ from artifacts.artifact import Artifact
 from artifacts.errors import NonFiniteError
 from artifacts.quantizer import Quantizer
 from artifacts.quantizers.dynamic_affine import DynamicAffine
-from artifacts.quantizers.identity import Identity
 from artifacts.quantizers.sparse import ThresholdSparse
 from artifacts.sites import Site, Stage
 from calib import calibrate
@@ -26,7 +26,6 @@ from simquant.evaluation import scoring
 from simquant.evaluation.costs import Costs
 from simquant.evaluation.figures import clustered_mean, clustered_rms, perplexity_of
 
-CHANNELS = 16
 REQUIRED = {
     "costs",
     "fp",
@@ -61,23 +60,6 @@ def windows(tiny_llama: LlamaForCausalLM) -> Tensor:
 @pytest.fixture
 def calibrated(tiny_llama: LlamaForCausalLM) -> Artifact:
     return calibrate(tiny_llama, torch.randint(0, 64, (4, 32)), "kvquant", bits=3)
-
-
-def per_token(bits: int = 4) -> Quantizer:
-    return DynamicAffine(channels=CHANNELS, bits=bits)
-
-
-def per_channel(bits: int = 4) -> Quantizer:
-    return DynamicAffine(channels=CHANNELS, bits=bits, per="channel")
-
-
-def everywhere(make: Callable[[], Quantizer], stage: Stage = "pre_rope") -> dict[Site, Quantizer]:
-    sites = [site for layer in range(2) for site in (Site(layer, "key", stage), Site(layer, "value"))]
-    return {site: make() for site in sites}
-
-
-def identity() -> dict[Site, Quantizer]:
-    return everywhere(lambda: Identity(channels=CHANNELS))
 
 
 @torch.no_grad()
@@ -139,7 +121,7 @@ def test_every_figure_against_its_formula(tiny_llama: LlamaForCausalLM, windows:
 
 
 def test_identity_loses_nothing(tiny_llama: LlamaForCausalLM, windows: Tensor) -> None:
-    found = evaluate(tiny_llama, windows, identity(), batch_size=3)
+    found = evaluate(tiny_llama, windows, everywhere(identity), batch_size=3)
     assert found.perplexity == found.fp_perplexity
     for name in ("loss_nats", "kl_mean", "top1_flips", "delta_p_mean", "delta_p_rms"):
         assert (getattr(found, name), getattr(found, f"{name}_stderr")) == (0, 0)
@@ -304,13 +286,14 @@ def test_a_comparison_without_quantization_is_refused(
     policy = CachePolicy(sink_tokens=sink_tokens)
     with pytest.raises(NothingQuantizedError, match=rf"first {sink_tokens} tokens exact, windows of 24 tokens"):
         evaluate(tiny_llama, windows, everywhere(per_token), policy=policy)
-    assert evaluate(tiny_llama, windows, identity(), policy=policy).quantized_fraction == 0  # 16 bits: nothing is meant
+    sixteen_bits = evaluate(tiny_llama, windows, everywhere(identity), policy=policy)
+    assert sixteen_bits.quantized_fraction == 0, "nothing is meant to be quantized"
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (3, 1), (3, 0)])
 def test_windows_without_targets_are_refused(shape: tuple[int, int], tiny_llama: LlamaForCausalLM) -> None:
     windows = torch.zeros(shape, dtype=torch.int64)
-    for run in (lambda: perplexity(tiny_llama, windows), lambda: evaluate(tiny_llama, windows, identity())):
+    for run in (lambda: perplexity(tiny_llama, windows), lambda: evaluate(tiny_llama, windows, everywhere(identity))):
         with pytest.raises(ValueError, match=rf"at least one window .* got shape \({shape[0]}, {shape[1]}\)"):
             run()
 

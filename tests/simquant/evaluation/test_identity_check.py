@@ -5,9 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_packed_cache import per_token
-from test_replaced_attention import diff_llama
-from test_simulate import build, everywhere, identity
+from helpers.models import build, diff_llama
+from helpers.sites import everywhere, identity, per_token
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_evaluate import everywhere, per_token
+from helpers.sites import everywhere, per_token
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_evaluate import everywhere, identity, per_token
+from helpers.sites import everywhere, identity, per_token
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
@@ -180,7 +180,7 @@ def changed_weight(model: nn.Module) -> nn.Module:
     [
         ("windows", {"windows": WINDOWS.flip(0)}),
         ("quantizers", {"quantizers": everywhere(lambda: per_token(3))}),
-        ("quantizers", {"quantizers": identity()}),
+        ("quantizers", {"quantizers": everywhere(identity)}),
         ("protocols", {"policy": CachePolicy(sink_tokens=2)}),
         ("protocols", {"protocol": "decode"}),
         ("batch_sizes", {"batch_size": 2}),

@@ -1,7 +1,7 @@
 """Triton kernels against the torch path: codes bit for bit, attention within rounding.
 
 Triton decides when it is imported whether programs are interpreted. So the tests below run in a process of their own,
-started by the one test that the suite sees; ``TRITON_INTERPRET=1 python -m pytest tests/test_kernels.py`` runs them
+started by the one test that the suite sees; ``TRITON_INTERPRET=1 python -m pytest tests/simquant/kernels`` runs them
 directly, and with 0 on a GPU.
 """
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from test_packed_cache import generate, step
-from test_quantizers import QUANTIZERS, all_codes, assert_same, make, tokens
-from test_simulate import both_stages, build, everywhere, identity, left_padded, per_token
+from helpers.caches import generate, step
+from helpers.models import both_stages, build, left_padded
+from helpers.quantizers import QUANTIZERS, all_codes, assert_same, make, tokens
+from helpers.sites import everywhere, identity, per_token
 from torch import Tensor
 from transformers import LlamaForCausalLM
 

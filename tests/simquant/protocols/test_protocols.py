@@ -2,19 +2,20 @@
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pytest
 import torch
-from test_packed_cache import identity, per_group, per_token
-from test_quantizers import all_codes
-from test_simulate import both_stages, build, every_architecture, everywhere, left_padded, logits, n_hooks
+from helpers.models import both_stages, build, every_architecture, left_padded, logits, n_hooks
+from helpers.protocols import IDS, STEPS, both_ways, through_the_cache
+from helpers.quantizers import all_codes
+from helpers.sites import everywhere, identity, per_group, per_token
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from artifacts.codes import Codes
 from artifacts.errors import MismatchError
-from artifacts.model.attention import AttentionLayer, attention_layers, hooked
+from artifacts.model.attention import attention_layers, hooked
 from artifacts.model.layout import to_rows
 from artifacts.model.transformers_release import cache_argument, returned_cache
 from artifacts.quantizer import Quantizer
@@ -27,7 +28,6 @@ from simquant import (
     ResidualWindow,
     decode_exact,
     evaluate,
-    packed_cache,
     simulate,
 )
 from simquant.cache.attention.block_attention import Scoring
@@ -44,13 +44,6 @@ POLICIES = {
         residual_tokens=1, block_tokens=8, values=ResidualWindow(residual_tokens=9), exact_prefill=True
     ),
 }
-STEPS = {
-    "decoding": Chunking(),
-    "chunks": Chunking(prefill_tokens=4, chunk_tokens=4),
-    "prefill": Chunking(prefill_tokens=21, chunk_tokens=1),
-    "whole": Chunking(prefill_tokens=99),
-}
-IDS = torch.randint(3, 64, (2, 40), generator=torch.Generator().manual_seed(3))
 
 every_policy = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
 every_chunking = pytest.mark.parametrize("chunking", STEPS.values(), ids=STEPS)
@@ -58,40 +51,6 @@ every_chunking = pytest.mark.parametrize("chunking", STEPS.values(), ids=STEPS)
 
 def sparse_per_token(bits: int = 3) -> Quantizer:
     return PercentileSparse(channels=16, inner=per_token(bits), outlier_fraction=0.1)
-
-
-@torch.no_grad()
-def through_the_cache(
-    model: nn.Module,
-    quantizers: dict[Site, Quantizer],
-    policy: CachePolicy,
-    chunking: Chunking,
-    ids: Tensor = IDS,
-    layers: Sequence[AttentionLayer] | None = None,
-) -> tuple[Tensor, dict[tuple[Site, int], Codes | None]]:
-    """Logits, and the codes of each site and sequence."""
-    with packed_cache(model, quantizers, policy=policy, layers=layers) as new:
-        cache = new()
-        spans = chunking.spans(ids.shape[1])
-        parts = [model(ids[:, start:end], **cache_argument(model, cache)).logits for start, end in spans]
-    stores = [(store.key_site, stream.key, row) for store, row, stream in streams(cache)]
-    stores += [(store.value_site, stream.value, row) for store, row, stream in streams(cache)]
-    return torch.cat(parts, 1), {(site, row): tokens.codes() for site, tokens, row in stores}
-
-
-def both_ways(
-    model: nn.Module, quantizers: dict[Site, Quantizer], policy: CachePolicy, chunking: Chunking
-) -> tuple[Tensor, Tensor]:
-    """Logits step by step and of one pass; in float64, so that rounding hardly ever moves a value to another code."""
-    layers = attention_layers(model)
-    model.double()
-    stepwise, _ = through_the_cache(model, quantizers, policy, chunking, IDS, layers)
-    with decode_exact(model, quantizers, policy=policy, chunking=chunking, layers=layers):
-        return stepwise, logits(model, IDS)
-
-
-def streams(cache: object) -> list[tuple[object, int, object]]:
-    return [(layer.store, row, stream) for layer in cache.layers for row, stream in enumerate(layer.store.sequences)]
 
 
 def equal_fraction(one: Codes | None, other: Codes | None) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """The files under `tests/golden` that freeze the formats: what stands in them, and how they are written.
 
-Run `PYTHONPATH=.:tests python tests/golden_files.py` to write those that are missing. What is there stays as it is: a
-file is only written anew, by hand and under a new version or kind, when a format has been changed on purpose.
+Run `PYTHONPATH=.:tests python tests/helpers/golden_files.py` to write those that are missing. What is there stays as it
+is: a file is only written anew, by hand and under a new version or kind, when a format has been changed on purpose.
 """
 
 import tempfile
@@ -13,7 +13,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from random_models import random_llama
+from helpers.models import random_llama
 from torch import Tensor
 
 from artifacts.artifact import Artifact, load, save
@@ -45,7 +45,8 @@ from simquant.cache.saving.tensor_pool import TensorPool, take
 from simquant.cache.store.rotary_tables import RotaryTables
 from simquant.cache.transformers_cache import PackedCache
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
+ARTIFACT_FILES = {"artifact.safetensors", "artifact.pkl", "decoded.safetensors"}
 CHANNELS, N_TOKENS = 8, 7
 CODES_FORMAT = "kvgauge.golden.codes"
 
