@@ -1,6 +1,5 @@
 """A model whose cache is compressed while it reads, without calibration, by a `CompressionConfig`."""
 
-import argparse
 from collections.abc import Mapping
 from typing import Any, Self, final
 
@@ -11,6 +10,7 @@ from calib.capture import site_shapes
 from calib.recipe.compression_config import compression_config as recipe_of
 from calib.recipe.layer_choice import check
 from calib.recipe.recipe import Recipe
+from kvgauge.configuration.model import ModelConfig
 from kvgauge.loading.models import LoadedModel, load_model
 from simquant import CachePolicy, CacheStateError, PackedCache, packed_cache
 from simquant.policy.checks import group_tokens
@@ -67,7 +67,7 @@ class CompressedModel:
         dtype: str = "auto",
     ) -> Self:
         """Loads a folder or hub id; device and dtype as in `load_with_kivi`."""
-        options = argparse.Namespace(model=model_id, device=device, dtype=dtype, maxseqlen=None)
+        options = ModelConfig(model=model_id, device=device, dtype=dtype)
         return cls(load_model(options), compression_config)
 
     def generate(self, *args: Any, **options: Any) -> Any:

@@ -1,8 +1,8 @@
 """A model with KIVI's cache, loaded in one call."""
 
-import argparse
 from typing import Any
 
+from kvgauge.configuration.model import ModelConfig
 from kvgauge.loading.models import load_model
 from simquant.compat.kivi import KIVISettings
 from simquant.compat.kivi_patch import patch_model
@@ -43,6 +43,6 @@ def load_with_kivi(
     ...     return tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0])
     """
     KIVISettings(**settings)  # refused here rather than after a download
-    loaded = load_model(argparse.Namespace(model=model_id, device=device, dtype=dtype, maxseqlen=None))
+    loaded = load_model(ModelConfig(model=model_id, device=device, dtype=dtype))
     patch_model(loaded.model, auto_inject_cache=auto_inject_cache, **settings)
     return loaded.model, loaded.tokenizer

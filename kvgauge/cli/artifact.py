@@ -3,13 +3,53 @@
 import argparse
 import json
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 from artifacts.storage import check_suffix, naming, read, written_by_kvgauge
-from kvgauge.cli.options.foreign import add_foreign_options, foreign_hints
+from kvgauge.cli.options.common import parsed
+from kvgauge.cli.options.foreign import add_foreign_options
+from kvgauge.configuration.model import Dtype, ModelConfig
+from kvgauge.configuration.recipe import RecipeConfig, foreign_hints
 from kvgauge.terminal.console import Parser, UsageError, run, say
 
 FORMAT = "kvgauge.artifact"
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig:
+    """An artifact to look into."""
+
+    file: Path
+    json: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidateConfig:
+    """An artifact to check, and a model that it should fit."""
+
+    file: Path
+    model: ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffConfig:
+    """Two artifacts to compare."""
+
+    file: Path
+    other: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """A file to convert, and what a file of another tool does not say."""
+
+    file: Path
+    output: Path
+    recipe: RecipeConfig
+    force: bool = False
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,8 +68,8 @@ def parser() -> argparse.ArgumentParser:
     validate = commands.add_parser("validate", help="check every rule of the format, and that it fits a model")
     validate.add_argument("file", type=Path, help="what `calibrate` wrote")
     validate.add_argument("--model", help="folder or hub id that it should fit")
-    validate.add_argument("--device", default="cpu", help="where to run the model (default: cpu)")
-    validate.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    validate.add_argument("--device", help="where to run the model (default: cpu)")
+    validate.add_argument("--dtype", choices=get_args(Dtype), help="of the model (default: as stored)")
     diff = commands.add_parser("diff", help="how two artifacts differ; exit status 1 if they do")
     diff.add_argument("file", type=Path, help="one artifact")
     diff.add_argument("other", type=Path, help="the other")
@@ -45,64 +85,69 @@ def parser() -> argparse.ArgumentParser:
 
 def _main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
-    commands = {"inspect": _inspect, "validate": _validate, "diff": _diff, "convert": _convert}
-    return commands[args.command](args)
+    commands: dict[str, Callable[[], int]] = {
+        "inspect": lambda: _inspect(parsed(InspectConfig, args)),
+        "validate": lambda: _validate(parsed(ValidateConfig, args)),
+        "diff": lambda: _diff(parsed(DiffConfig, args)),
+        "convert": lambda: _convert(parsed(ConvertConfig, args)),
+    }
+    return commands[args.command]()
 
 
-def _inspect(args: argparse.Namespace) -> int:
+def _inspect(config: InspectConfig) -> int:
     from artifacts.inspect import report, table
 
-    stored = read(args.file, FORMAT)
-    with naming(args.file):
+    stored = read(config.file, FORMAT)
+    with naming(config.file):
         found = report(stored)
-    print(json.dumps(found, indent=2, allow_nan=False) if args.json else table(found))
+    print(json.dumps(found, indent=2, allow_nan=False) if config.json else table(found))
     return 0
 
 
-def _validate(args: argparse.Namespace) -> int:
+def _validate(config: ValidateConfig) -> int:
     from artifacts.artifact import load
 
-    artifact = load(args.file)
-    if args.model:
+    artifact = load(config.file)
+    if config.model.model:
         from kvgauge.loading.models import load_model
         from kvgauge.terminal.console import set_up_logging
         from simquant.policy.checks import check_coverage
 
         set_up_logging(verbose=False)
-        loaded = load_model(argparse.Namespace(**vars(args), maxseqlen=None))
+        loaded = load_model(replace(config.model, device=config.model.device or "cpu"))
         layers = loaded.layers()
         artifact.check_model(loaded.fingerprint(layers))
         check_coverage(artifact, layers)
-    fits = f", fits {args.model}" if args.model else ""
-    print(f"{args.file}: valid, {len(artifact)} sites, digest {artifact.digest[:16]}{fits}")
+    fits = f", fits {config.model.model}" if config.model.model else ""
+    print(f"{config.file}: valid, {len(artifact)} sites, digest {artifact.digest[:16]}{fits}")
     return 0
 
 
-def _diff(args: argparse.Namespace) -> int:
+def _diff(config: DiffConfig) -> int:
     from artifacts.inspect import differences
 
-    rows = differences(read(args.file, FORMAT), read(args.other, FORMAT))
+    rows = differences(read(config.file, FORMAT), read(config.other, FORMAT))
     print("\n".join(rows) if rows else "same content")
     return 1 if rows else 0
 
 
-def _convert(args: argparse.Namespace) -> int:
+def _convert(config: ConvertConfig) -> int:
     from artifacts.artifact import save
     from artifacts.importers import Hints, open_foreign
 
-    check_suffix(args.output)
-    if args.output.exists() and not args.force:
-        raise UsageError(f"{args.output} exists; --force replaces it")
-    if args.output.exists() and not written_by_kvgauge(args.output):
-        raise UsageError(f"{args.output} is not a file that kvgauge wrote; --force does not replace it")
-    hints = foreign_hints(args)
-    opened = open_foreign(args.file, hints)
+    check_suffix(config.output)
+    if config.output.exists() and not config.force:
+        raise UsageError(f"{config.output} exists; --force replaces it")
+    if config.output.exists() and not written_by_kvgauge(config.output):
+        raise UsageError(f"{config.output} is not a file that kvgauge wrote; --force does not replace it")
+    hints = foreign_hints(config.recipe)
+    opened = open_foreign(config.file, hints)
     if not opened.notices and hints != Hints():
-        raise UsageError(f"{args.file} is no file of another tool; drop the flags that describe one")
+        raise UsageError(f"{config.file} is no file of another tool; drop the flags that describe one")
     for notice in opened.notices:
         say(f"note: {notice}")
-    save(opened.artifact, args.output)
-    print(f"{args.output}: written")
+    save(opened.artifact, config.output)
+    print(f"{config.output}: written")
     return 0
 
 

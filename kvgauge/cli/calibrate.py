@@ -8,10 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvgauge.cli.options import common as options
-from kvgauge.cli.options.recipe import add_recipe_options, recipe_changes
+from kvgauge.cli.options.common import parsed
+from kvgauge.cli.options.recipe import add_recipe_options
+from kvgauge.configuration.calibrate import CalibrateConfig
+from kvgauge.configuration.gather import NSAMPLES
+from kvgauge.configuration.model import short_name
+from kvgauge.configuration.recipe import recipe_changes
 from kvgauge.running.gathered_statistics import gathered_statistics
 from kvgauge.terminal.console import Parser, bar, run, set_up_logging
-from kvgauge.terminal.outputs import check_outputs, output_path
+from kvgauge.terminal.outputs import check_outputs, default_output
 
 if TYPE_CHECKING:
     from artifacts.artifact import Artifact
@@ -31,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_text_options(parser)
     add_recipe_options(parser, "default")
     parser.add_argument(
-        "--nsamples", type=options.positive, metavar="N", help=f"calibration windows (default: {options.NSAMPLES})"
+        "--nsamples", type=options.positive, metavar="N", help=f"calibration windows (default: {NSAMPLES})"
     )
     parser.add_argument(
         "--quantizer-path", type=Path, metavar="FILE", help=".safetensors or .pkl (default: under runs/)"
@@ -46,7 +51,6 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--statistics",
         choices=("basic", "full"),
-        default="basic",
         help="what to gather (default: what the recipe reads)",
     )
     parser.add_argument(
@@ -72,50 +76,54 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _main(argv: list[str]) -> int:
-    args = parser().parse_args(argv)
-    set_up_logging(args.verbose)
+    config = parsed(CalibrateConfig, parser().parse_args(argv))
+    set_up_logging(config.verbose)
     from calib.recipe.recipe import load_recipe, shipped_recipes
 
-    if args.list_recipes:
+    if config.list_recipes:
         width = max(map(len, shipped_recipes()))
         print("\n".join(f"{name:{width}}  {load_recipe(name).source}" for name in shipped_recipes()))
         return 0
-    recipe = load_recipe(args.recipe or "default")
-    recipe = recipe.edited(recipe_changes(args, recipe.model_dump(mode="json")))
-    if args.print_recipe:
+    recipe = load_recipe(config.recipe.recipe or "default")
+    recipe = recipe.edited(recipe_changes(config.recipe, recipe.model_dump(mode="json")))
+    if config.print_recipe:
         print(recipe.to_yaml(), end="")
         return 0
-    if not (args.from_statistics or args.merge):
-        options.choose_defaults(args)
-    if args.list_sites:
-        return _list_sites(args)
-    part = bool(args.shard and args.save_statistics and not args.quantizer_path)
-    output = args.save_statistics if part else output_path(args, recipe)
-    check_outputs(output, None if part else args.save_statistics, force=args.force)
-    statistics = gathered_statistics(args, recipe)
-    if args.save_statistics:
-        statistics.save(args.save_statistics)
-    return _report_part(args, statistics) if part else _fit(args, recipe, statistics, output)
+    if not config.gather.files:
+        config = config.of_model()
+    return _list_sites(config) if config.list_sites else _calibrate(config, recipe)
 
 
-def _fit(args: argparse.Namespace, recipe: "Recipe", statistics: "ModelStatistics", output: Path) -> int:
+def _calibrate(config: CalibrateConfig, recipe: "Recipe") -> int:
+    """Statistics, and what is fitted to them; of a shard the statistics alone."""
+    saved = config.gather.save_statistics
+    shard = config.gather.shard if config.quantizer_path is None else None
+    if saved and shard:
+        check_outputs(saved, None, force=config.force)
+        statistics = gathered_statistics(config, recipe)
+        statistics.save(saved)
+        print(f"{saved}: {len(statistics.windows)} windows, shard {shard[0]} of {shard[1]}")
+        print("Next, with the statistics of all shards: calibrate --merge FILE FILE ... --quantizer-path q.safetensors")
+        return 0
+    source = short_name(config.model.model) if config.model.model else "statistics"
+    output = config.quantizer_path or default_output(source, recipe)
+    check_outputs(output, saved, force=config.force)
+    statistics = gathered_statistics(config, recipe)
+    if saved:
+        statistics.save(saved)
+    return _fit(config, recipe, statistics, output)
+
+
+def _fit(config: CalibrateConfig, recipe: "Recipe", statistics: "ModelStatistics", output: Path) -> int:
     from artifacts.artifact import save
     from calib.fitting.fit import fit
 
-    jobs = args.jobs and min(args.jobs, os.cpu_count() or 1)
+    jobs = config.jobs and min(config.jobs, os.cpu_count() or 1)
     artifact = fit(statistics, recipe, jobs=jobs, progress=lambda fits: bar(fits, "fitting"))
     save(artifact, output)
     print(_summary(artifact, output))
-    model = args.model or artifact.manifest.model_id or "MODEL"
+    model = config.model.model or artifact.manifest.model_id or "MODEL"
     print(f"Next: {shlex.join(['evaluate', model, '--quantizer-path', str(output)])}")
-    return 0
-
-
-def _report_part(args: argparse.Namespace, statistics: "ModelStatistics") -> int:
-    """One of several shards has no artifact of its own."""
-    number, total = args.shard
-    print(f"{args.save_statistics}: {len(statistics.windows)} windows, shard {number} of {total}")
-    print("Next, with the statistics of all shards: calibrate --merge FILE FILE ... --quantizer-path q.safetensors")
     return 0
 
 
@@ -135,11 +143,11 @@ def _summary(artifact: "Artifact", output: Path) -> str:
     )
 
 
-def _list_sites(args: argparse.Namespace) -> int:
+def _list_sites(config: CalibrateConfig) -> int:
     from artifacts.model.attention import site_table
     from kvgauge.loading.models import load_model
 
-    for row in site_table(load_model(args).model):
+    for row in site_table(load_model(config.model).model):
         shape = f"{row.kv_heads} x {row.head_dim}" if row.kv_heads else "-"
         print(f"{row.layer:5}  {row.status:8} {shape:10} {' '.join(row.hooks) or '-':34} {row.why}".rstrip())
     return 0

@@ -7,11 +7,14 @@ scores are kept in the output folder as they are found; the same command goes on
 import argparse
 import shlex
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvgauge.cli.options import common as options
-from kvgauge.cli.options.common import NSAMPLES
+from kvgauge.cli.options.common import parsed, parsed_settings
+from kvgauge.configuration.gather import NSAMPLES
+from kvgauge.configuration.model import ModelConfig, short_name
 from kvgauge.running.evaluate_text import tell, warn_of_overlap
 from kvgauge.terminal.console import Parser, UsageError, run, say, set_up_logging
 from kvgauge.terminal.outputs import output_folder
@@ -19,6 +22,32 @@ from kvgauge.terminal.outputs import output_folder
 if TYPE_CHECKING:
     from calib.recipe.recipe import Recipe
     from kvgauge.comparing.compared_recipe import ComparedRecipe
+    from kvgauge.sweeping.settings import Settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """A model and recipes to compare; how they are run stands in `Settings`.
+
+    Parameters
+    ----------
+    model : ModelConfig
+        That all recipes are fitted to.
+    recipes : str or None
+        Names or files, with commas between; None is all that are shipped.
+    error_windows : int
+        Windows for the errors of single layers.
+    output : Path or None
+        Folder for the results.
+    verbose : bool
+        Log what happens.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    recipes: str | None = None
+    error_windows: int = 4
+    output: Path | None = None
+    verbose: bool = False
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,29 +65,27 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--statistics", choices=("basic", "full"), default="full", help="what to gather (default: full)"
     )
-    for name, default, what in (
-        ("nsamples", NSAMPLES, f"calibration windows (default: {NSAMPLES})"),
-        ("limit", None, "windows to evaluate at most (default: all)"),
-        ("batch-size", 1, "windows per forward pass (default: 1)"),
-        ("error-windows", 4, "windows for the errors of single layers (default: 4)"),
+    for name, what in (
+        ("nsamples", f"calibration windows (default: {NSAMPLES})"),
+        ("limit", "windows to evaluate at most (default: all)"),
+        ("batch-size", "windows per forward pass (default: 1)"),
+        ("error-windows", "windows for the errors of single layers (default: 4)"),
     ):
-        parser.add_argument(f"--{name}", type=options.positive, default=default, metavar="N", help=what)
+        parser.add_argument(f"--{name}", type=options.positive, metavar="N", help=what)
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="for the results (default: runs/compare-MODEL)")
     return parser
 
 
 def _main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
-    set_up_logging(args.verbose)
-    options.choose_defaults(args)
-    recipes = _recipes(args.recipes)
-    from kvgauge.loading.models import short_name
-
-    folder = output_folder(args.output or Path("runs") / f"compare-{short_name(args.model)}")
+    config, settings = parsed(CompareConfig, args), parsed_settings(args)
+    set_up_logging(config.verbose)
+    recipes = _recipes(config.recipes)
+    folder = output_folder(config.output or Path("runs") / f"compare-{short_name(config.model.name)}")
     from kvgauge.comparing.report import write_report
 
     try:
-        about, rows = _compare(args, recipes, folder)
+        about, rows = _compare(config, settings, recipes, folder)
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(
             f"What is finished is in {folder / 'kept'}; the same command goes on from there."
@@ -81,7 +108,7 @@ def _recipes(names: str | None) -> "list[Recipe]":
 
 
 def _compare(
-    args: argparse.Namespace, recipes: "list[Recipe]", folder: Path
+    config: CompareConfig, settings: "Settings", recipes: "list[Recipe]", folder: Path
 ) -> "tuple[dict[str, Any], list[ComparedRecipe]]":
     """What was compared on what, and the recipes in order."""
     from artifacts.model.evidence import text_config
@@ -91,33 +118,36 @@ def _compare(
     from kvgauge.comparing.comparison import Comparison
     from kvgauge.comparing.kept_comparison import KeptComparison
     from kvgauge.sweeping.gathering import loaded
-    from kvgauge.sweeping.settings import Settings
 
-    for source in (args.calibration_dataset or args.dataset, args.dataset):
+    model, text = config.model.name, settings.evaluation(config.model.name).text
+    for source in (settings.calibration_source(model), text.source):
         check_dataset(source)
-    settings = Settings(**{name: value for name, value in vars(args).items() if name in Settings.model_fields})
-    found = loaded(args.model, args.device, args.dtype, args.maxseqlen)
-    seqlen = found.window_tokens(args.seqlen)
-    start_token = found.start_token(args.bos)
-    held_out = found.corpus(args.dataset, "evaluation", args.field)
-    windows = split_windows(held_out, seqlen=seqlen, limit=args.limit, start_token=start_token)
+    found = loaded(settings.evaluation(model).model)
+    seqlen, start_token = found.window_tokens(text.seqlen), found.start_token(text.bos)
+    held_out = found.corpus(text.source, "evaluation", text.field)
+    windows = split_windows(held_out, seqlen=seqlen, limit=settings.limit, start_token=start_token)
     check_vocabulary(windows, text_config(found.model).vocab_size, held_out.name)
-    kept = KeptComparison.under(folder, args.model, settings)
+    kept = KeptComparison.under(folder, model, settings)
     comparison = Comparison(found.model, found.layers(), recipes, kept)
-    comparison.calibrate(args.model, settings)
-    comparison.measure_layers(windows[: args.error_windows])
-    rows = in_order(comparison.evaluate(windows, args.batch_size))
+    comparison.calibrate(model, settings)
+    comparison.measure_layers(windows[: config.error_windows])
+    rows = in_order(comparison.evaluate(windows, settings.batch_size))
     warn_of_overlap(rows[0].artifact, windows)
     tell(rows[0].result)
     corpus = rows[0].artifact.manifest.corpus
     about = {
-        "model": args.model,
+        "model": model,
         "perplexity": rows[0].result.fp_perplexity,
         "window_tokens": seqlen,
         "start_token": start_token,
-        "calibration": {"text": corpus.name, "n_windows": corpus.n_windows, "seed": args.seed, "tier": args.statistics},
-        "evaluation": {"text": held_out.name, "n_windows": len(windows), "batch_size": args.batch_size},
-        "error_windows": min(args.error_windows, len(windows)),
+        "calibration": {
+            "text": corpus.name,
+            "n_windows": corpus.n_windows,
+            "seed": settings.seed,
+            "tier": settings.statistics,
+        },
+        "evaluation": {"text": held_out.name, "n_windows": len(windows), "batch_size": settings.batch_size},
+        "error_windows": min(config.error_windows, len(windows)),
         "skipped": comparison.skipped,
     }
     return about, rows

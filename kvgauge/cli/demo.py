@@ -7,13 +7,23 @@ import json
 import shlex
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kvgauge.cli import calibrate, evaluate
+from kvgauge.cli.options.common import parsed
 from kvgauge.terminal.console import Parser, UsageError, run, say
 
 BITS = (4, 3, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """A folder to write to, and windows to evaluate."""
+
+    output: Path = Path("runs/demo")
+    limit: int = 32
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,24 +34,24 @@ def main(argv: list[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The options."""
     parser = Parser("kvgauge demo", __doc__)
-    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder (default: runs/demo)")
-    parser.add_argument("--limit", type=int, default=32, help="windows to evaluate (default: 32)")
+    parser.add_argument("--output", type=Path, help="folder (default: runs/demo)")
+    parser.add_argument("--limit", type=int, help="windows to evaluate (default: 32)")
     return parser
 
 
 def _main(argv: list[str]) -> int:
-    args = parser().parse_args(argv)
+    config = parsed(DemoConfig, parser().parse_args(argv))
     started = time.monotonic()
-    statistics = args.output / "statistics.safetensors"
-    files = {bits: args.output / f"nuq{bits}.safetensors" for bits in BITS}
+    statistics = config.output / "statistics.safetensors"
+    files = {bits: config.output / f"nuq{bits}.safetensors" for bits in BITS}
     results: list[dict[str, Any]] = []
     for bits, file in files.items():
         source = ["--from-statistics", statistics] if results else ["--nsamples", 16, "--save-statistics", statistics]
         _call(calibrate, *source, "--nuq", "--abits", bits, "--quantizer-path", file, "--force")
-        report = _call(evaluate, "--quantizer-path", file, "--limit", args.limit, "--json")
+        report = _call(evaluate, "--quantizer-path", file, "--limit", config.limit, "--json")
         results.append(json.loads(report))
     print(table(BITS, results))
-    print(f"\nin {time.monotonic() - started:.0f} s. What was fitted lies in {args.output}; look into it with")
+    print(f"\nin {time.monotonic() - started:.0f} s. What was fitted lies in {config.output}; look into it with")
     print(f"  artifact inspect {shlex.quote(str(files[BITS[0]]))}")
     return 0
 

@@ -8,16 +8,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvgauge.cli.options import common as options
+from kvgauge.cli.options.common import parsed
 from kvgauge.cli.options.foreign import add_normal_float
+from kvgauge.cli.options.harness import OF_LM_EVAL, add_lm_eval_options
 from kvgauge.cli.options.protocol import add_protocol_options
 from kvgauge.cli.options.recipe import add_recipe_options
 from kvgauge.cli.options.report import add_report_options, check_report_options
 from kvgauge.cli.options.scoring import OF_TEXTS, add_scoring_options
-from kvgauge.cli.options.tasks import PERPLEXITY, add_task_options, task_names
+from kvgauge.cli.options.tasks import add_task_options
+from kvgauge.configuration.evaluate import EvaluateConfig
+from kvgauge.configuration.fields import refuse_given
+from kvgauge.configuration.tasks import PERPLEXITY, task_names
 from kvgauge.running.evaluate_tasks import run_tasks
 from kvgauge.running.evaluate_text import run_text
 from kvgauge.running.evaluated import Evaluated, chosen_recipe, fitted, load_artifact
-from kvgauge.running.lm_eval_adapter import OF_LM_EVAL, add_lm_eval_options, lm_eval_table, run_lm_eval
+from kvgauge.running.lm_eval_adapter import lm_eval_table, run_lm_eval
 from kvgauge.terminal.console import Parser, UsageError, run, say, set_up_logging
 
 if TYPE_CHECKING:
@@ -50,12 +55,11 @@ def parser() -> argparse.ArgumentParser:
     add_report_options(parser)
     parser.add_argument("--limit", type=options.positive, metavar="N", help="windows at most (default: all)")
     parser.add_argument(
-        "--batch-size", type=options.positive, default=1, metavar="N", help="windows per forward pass (default: 1)"
+        "--batch-size", type=options.positive, metavar="N", help="windows per forward pass (default: 1)"
     )
     parser.add_argument(
         "--normalization",
         choices=("targets", "gptq"),
-        default="targets",
         help="perplexity over all targets, or as GPTQ and KVQuant over the windows' means",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -69,96 +73,104 @@ def _main(argv: list[str]) -> int:
         from kvgauge.cli import calibrate
 
         return calibrate._main(argv)
-    args = parser().parse_args(argv)
-    set_up_logging(args.verbose)
-    if args.score is None:
-        _evaluate(args, argv)
+    config = parsed(EvaluateConfig, parser().parse_args(argv))
+    set_up_logging(config.verbose)
+    if config.tasks.score is None:
+        _evaluate(config, argv)
     else:
-        _score(args)
+        _score(config, config.tasks.score)
     return 0
 
 
-def _score(args: argparse.Namespace) -> None:
+def _score(config: EvaluateConfig, answers: Path) -> None:
     """Answers that were written earlier."""
-    options.refuse_given(args, _OF_MODELS, "--score reads answers that are written; no model is run")
+    refuse_given(config, _OF_MODELS, "--score reads answers that are written; no model is run")
     from simquant.tasks import score_predictions
 
-    _show(args, _tasks_report(args, score_predictions(args.score)))
+    _show(config, _tasks_report(config, score_predictions(answers)))
 
 
-def _show(args: argparse.Namespace, found: dict[str, Any]) -> None:
-    if args.json:
+def _show(config: EvaluateConfig, found: dict[str, Any]) -> None:
+    if config.json:
         print(json.dumps(found, indent=2, allow_nan=False), flush=True)
 
 
-def _evaluate(args: argparse.Namespace, argv: Sequence[str]) -> None:
+def _evaluate(config: EvaluateConfig, argv: Sequence[str]) -> None:
     """A model that is run now."""
-    artifact = load_artifact(args)
-    recipe = chosen_recipe(args, artifact)
-    if args.model is None and artifact is not None:
-        args.model = artifact.manifest.model_id
-        if args.model is None:
-            raise UsageError(
-                "name the model: evaluate MODEL --quantizer-path FILE (a local folder's path is not kept in the file)"
-            )
-    options.choose_defaults(args)
-    names = task_names(args)
-    if PERPLEXITY not in names:
-        options.refuse_given(args, OF_TEXTS, "only losses on a text have it; add perplexity to --tasks")
-    if args.lm_eval is None:
-        options.refuse_given(args, OF_LM_EVAL, "no task of the harness is asked for; add --lm-eval")
-    if args.report is not None or {PERPLEXITY, "drift"} & set(names):
-        from calib.text.corpus import check_dataset
-
-        for dataset in _datasets(args):
-            check_dataset(dataset)
-    check_report_options(args)
+    path = config.quantizer_path
+    artifact = load_artifact(path, config.recipe)
+    recipe = chosen_recipe(config.recipe, artifact, path)
+    own = None if artifact is None else artifact.manifest.model_id
+    if config.model.model is None and artifact is not None and own is None:
+        raise UsageError(
+            "name the model: evaluate MODEL --quantizer-path FILE (a local folder's path is not kept in the file)"
+        )
+    config = config.of_model(own)
+    names = _checked_names(config)
+    check_report_options(config.report)
     from kvgauge.loading.models import load_model
 
-    loaded = load_model(args)
-    evaluated = fitted(args, loaded, artifact, recipe)
-    found = _found(args, names, loaded, evaluated)
-    _show(args, found)
-    if args.report is not None:
-        _report(args, argv, loaded, evaluated, found)
+    loaded = load_model(config.model)
+    evaluated = fitted(loaded, artifact, recipe, config.recipe.sink_tokens)
+    found = _found(config, names, loaded, evaluated)
+    _show(config, found)
+    if config.report.report is not None:
+        _report(config, argv, loaded, evaluated, found)
 
 
-def _found(
-    args: argparse.Namespace, names: Sequence[str], loaded: "LoadedModel", evaluated: Evaluated
-) -> dict[str, Any]:
+def _checked_names(config: EvaluateConfig) -> tuple[str, ...]:
+    """The tasks, when no option is without effect, and the texts are there.
+
+    Raises
+    ------
+    UsageError
+        If an option belongs to something that is not asked for.
+    """
+    names = task_names(config.tasks, harness=config.harness.lm_eval is not None)
+    if PERPLEXITY not in names:
+        refuse_given(config, OF_TEXTS, "only losses on a text have it; add perplexity to --tasks")
+    if config.harness.lm_eval is None:
+        refuse_given(config, OF_LM_EVAL, "no task of the harness is asked for; add --lm-eval")
+    if config.report.report is not None or {PERPLEXITY, "drift"} & set(names):
+        from calib.text.corpus import check_dataset
+
+        for dataset in config.text.datasets:
+            check_dataset(dataset)
+    return names
+
+
+def _found(config: EvaluateConfig, names: Sequence[str], loaded: "LoadedModel", evaluated: Evaluated) -> dict[str, Any]:
     """Texts, tasks and the harness's tasks, whichever are asked for."""
     found: dict[str, Any] = {}
     if PERPLEXITY in names:
-        results = {dataset: run_text(args, loaded, evaluated, dataset) for dataset in _datasets(args)}
+        results = {dataset: run_text(config, loaded, evaluated, dataset) for dataset in config.text.datasets}
         found = next(iter(results.values())) if len(results) == 1 else {"datasets": results}
     tasks = [name for name in names if name != PERPLEXITY]
     if tasks:
-        found |= _tasks_report(args, run_tasks(args, tasks, loaded, evaluated))
-    if args.lm_eval is not None:
-        result = run_lm_eval(args, loaded, evaluated.quantizers, evaluated.settings(args, "cache")["policy"])
+        found |= _tasks_report(config, run_tasks(config, tasks, loaded, evaluated))
+    if config.harness.lm_eval is not None:
+        policy = evaluated.settings(config, "cache")["policy"]
+        result = run_lm_eval(config.harness, loaded, evaluated.quantizers, policy, seed=config.text.seed)
         found |= {"lm_eval": result}
-        if not args.json:
+        if not config.json:
             print(lm_eval_table(result))
     return found
 
 
-def _datasets(args: argparse.Namespace) -> list[str]:
-    return [name for name in args.dataset.split(",") if name] or [args.dataset]
-
-
 def _report(
-    args: argparse.Namespace, argv: Sequence[str], loaded: "LoadedModel", evaluated: Evaluated, found: dict[str, Any]
+    config: EvaluateConfig, argv: Sequence[str], loaded: "LoadedModel", evaluated: Evaluated, found: dict[str, Any]
 ) -> None:
     from kvgauge.report.gather import gather
     from kvgauge.report.page import write_report
     from kvgauge.report.reported_run import ReportedRun
 
-    write_report(args.report, gather(ReportedRun.of(args, argv, loaded, evaluated, found)))
-    say(f"report: {args.report / 'report.html'}")
+    assert config.report.report is not None
+    write_report(config.report.report, gather(ReportedRun.of(config, argv, loaded, evaluated, found)))
+    say(f"report: {config.report.report / 'report.html'}")
 
 
-def _tasks_report(args: argparse.Namespace, results: "Sequence[TaskResult]") -> dict[str, Any]:
-    if not args.json:
+def _tasks_report(config: EvaluateConfig, results: "Sequence[TaskResult]") -> dict[str, Any]:
+    if not config.json:
         print("\n\n".join([*(result.table() for result in results), f"protocol: {results[0].protocol}"]))
     return {"tasks": {result.task: result.to_json() for result in results}}
 

@@ -8,16 +8,53 @@ are relative to the folder where the program is started.
 import argparse
 import shlex
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from kvgauge.cli.options import common as options
+from kvgauge.cli.options.common import parsed
 from kvgauge.terminal.console import FAILURE, Parser, UsageError, run, say, set_up_logging
 from kvgauge.terminal.outputs import output_folder
 
 if TYPE_CHECKING:
     from kvgauge.sweeping.grid import Grid
     from kvgauge.sweeping.run import Runner
+    from kvgauge.sweeping.workers import Backend
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """A grid, the workers that run it, and a search where one is asked for.
+
+    Parameters
+    ----------
+    grid : Path
+        A .yaml file.
+    output : Path or None
+        Folder for cells and results.
+    jobs : int
+        Cells at a time.
+    backend : {'loky', 'dask', 'ray'}
+        See `kvgauge.sweeping.workers.Workers`.
+    scheduler : str or None
+        Address of a Dask cluster.
+    search : int or None
+        Settings to try; None runs the grid.
+    sampler : {'random', 'optuna'}
+        Chooses them.
+    verbose : bool
+        Log what happens.
+    """
+
+    grid: Path
+    output: Path | None = None
+    jobs: int = 1
+    backend: "Backend" = "loky"
+    scheduler: str | None = None
+    search: int | None = None
+    sampler: Literal["random", "optuna"] = "random"
+    verbose: bool = False
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,39 +69,36 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output", type=Path, metavar="FOLDER", help="for cells and results (default: runs/sweep-GRID)"
     )
-    parser.add_argument("--jobs", type=options.positive, default=1, metavar="N", help="cells at a time (default: 1)")
+    parser.add_argument("--jobs", type=options.positive, metavar="N", help="cells at a time (default: 1)")
     parser.add_argument(
         "--backend",
         choices=("loky", "dask", "ray"),
-        default="loky",
         help="what runs them (default: loky, on this machine)",
     )
     parser.add_argument("--scheduler", metavar="ADDRESS", help="Dask cluster to use (default: one on this machine)")
     parser.add_argument("--search", type=options.positive, metavar="N", help="try N settings of what `search` names")
-    parser.add_argument(
-        "--sampler", choices=("random", "optuna"), default="random", help="how they are chosen (default: random)"
-    )
+    parser.add_argument("--sampler", choices=("random", "optuna"), help="how they are chosen (default: random)")
     parser.add_argument("--verbose", action="store_true", help="log what happens")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
 def _main(argv: list[str]) -> int:
-    args = parser().parse_args(argv)
-    set_up_logging(args.verbose)
+    config = parsed(SweepConfig, parser().parse_args(argv))
+    set_up_logging(config.verbose)
     from kvgauge.sweeping.grid import load_grid
     from kvgauge.sweeping.run import Runner
     from kvgauge.sweeping.workers import Workers
 
-    grid = load_grid(args.grid)
-    folder = output_folder(args.output or Path("runs") / f"sweep-{args.grid.stem}").resolve()
+    grid = load_grid(config.grid)
+    folder = output_folder(config.output or Path("runs") / f"sweep-{config.grid.stem}").resolve()
     command = shlex.join(["python", "-m", "kvgauge.cli.sweep", *argv])
-    workers = Workers(jobs=args.jobs, backend=args.backend, scheduler=args.scheduler)
+    workers = Workers(jobs=config.jobs, backend=config.backend, scheduler=config.scheduler)
     try:
         with workers.started():
             runner = Runner(folder, workers)
-            if args.search:
-                return _search(args, grid, runner, command)
+            if config.search:
+                return _search(config, config.search, grid, runner, command)
             return _sweep(grid, runner, command)
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(f"Finished cells are in {folder}; the same command goes on with the others.") from error
@@ -91,18 +125,18 @@ def _sweep(grid: "Grid", runner: "Runner", command: str) -> int:
     return FAILURE if failures(outcomes) else 0
 
 
-def _search(args: argparse.Namespace, grid: "Grid", runner: "Runner", command: str) -> int:
+def _search(config: SweepConfig, n_trials: int, grid: "Grid", runner: "Runner", command: str) -> int:
     from kvgauge.sweeping.search.report import write_search
     from kvgauge.sweeping.search.samplers import OptunaSampler, RandomSampler
     from kvgauge.sweeping.search.search import search
 
     parameters = grid.search.parameters if grid.search else {}
     sampler = (
-        OptunaSampler(parameters, grid.seed, args.jobs)
-        if args.sampler == "optuna"
+        OptunaSampler(parameters, grid.seed, config.jobs)
+        if config.sampler == "optuna"
         else RandomSampler(parameters, grid.seed)
     )
-    found = search(grid, args.search, sampler, runner)
+    found = search(grid, n_trials, sampler, runner)
     write_search(runner.folder, command, found)
     print((runner.folder / "search.md").read_text(encoding="utf-8"), end="")
     say(f"{runner.folder}: search.json, search.md" + (", best.yaml" if found.best else ""))

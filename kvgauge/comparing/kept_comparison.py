@@ -32,8 +32,8 @@ class KeptComparison:
     @classmethod
     def under(cls, output: Path, model: str, settings: Settings) -> "KeptComparison":
         """That of a model and settings; says whether it goes on, and whether other settings have left something."""
-        args = settings.arguments(model)
-        sources = sorted({model, args.dataset, args.calibration_dataset})
+        evaluated, calibrated = settings.evaluation(model).text.source, settings.calibration_source(model)
+        sources = sorted({model, evaluated, calibrated})
         identity = {
             "model": model,
             "settings": settings.model_dump(mode="json"),

@@ -1,10 +1,8 @@
 """Loading models, tokenizers and text for the programs."""
 
-import argparse
 import os
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +14,7 @@ from artifacts.model.fingerprint import model_fingerprint, vocabulary_digest
 from artifacts.model.transformers_release import check_release
 from calib.demo import model_folder
 from calib.text.corpus import Corpus, PaddingIds, Split, load_corpus
-from kvgauge.cli.options.common import DEMO
+from kvgauge.configuration.model import DEMO, ModelConfig
 from kvgauge.loading.checkpoint import check_weights, other_format, remote_code
 from kvgauge.loading.rope_stretch import stretch
 from kvgauge.terminal.console import UsageError, say
@@ -119,8 +117,8 @@ class LoadedModel:
         return seqlen or min(2048, self.context)
 
 
-def load_model(args: argparse.Namespace) -> LoadedModel:
-    """The model that the command line names.
+def load_model(config: ModelConfig) -> LoadedModel:
+    """The model of a configuration, ready to run.
 
     Raises
     ------
@@ -132,18 +130,18 @@ def load_model(args: argparse.Namespace) -> LoadedModel:
         If the installed release of transformers is not supported.
     """
     check_release()
-    name, dtype = str(args.model), args.dtype
+    name, dtype = config.name, config.dtype
     if name == DEMO:
         name, dtype = str(model_folder()), "float32" if dtype == "auto" else dtype
-    device = _device(args.device)
+    device = _device(config.device)
     offline = _is_offline(name)
     told = other_format(name, offline)
     if told is not None:
         raise OSError(f"{name} {told}")
-    model = _model(name, offline, args.maxseqlen, dtype=dtype, **({"device_map": "auto"} if device == "auto" else {}))
+    model = _model(name, offline, config.maxseqlen, dtype=dtype, **({"device_map": "auto"} if device == "auto" else {}))
     if device != "auto":
         model = model.to(device)
-    return LoadedModel(model.eval(), _load_tokenizer(name, offline), _model_id(args.model))
+    return LoadedModel(model.eval(), _load_tokenizer(name, offline), _model_id(config.name))
 
 
 def _model(name: str, offline: bool, max_tokens: int | None, **options: Any) -> Any:
@@ -197,11 +195,6 @@ def _device(name: str | None) -> str:
     if kind == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"--device {name}: this torch sees no CUDA device; use --device cpu")
     return name
-
-
-def short_name(model: str) -> str:
-    """A model's name for a folder."""
-    return Path(model.rstrip("/")).name or "model"
 
 
 def _model_id(name: str) -> str | None:

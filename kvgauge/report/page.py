@@ -6,7 +6,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from kvgauge.loading.models import short_name
+from kvgauge.configuration.model import short_name
 from kvgauge.report.drawing.markup import Markup, element, text
 from kvgauge.report.sections import layers as layer_sections
 from kvgauge.report.sections import results as result_sections

@@ -1,6 +1,5 @@
 """What an evaluation leaves for its report."""
 
-import argparse
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ from artifacts.artifact import Artifact
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
 from calib.text.windows import split_windows
-from kvgauge.cli.options.report import WINDOWS
+from kvgauge.configuration.evaluate import EvaluateConfig
+from kvgauge.configuration.report import REPORT_WINDOWS
 from kvgauge.loading.models import LoadedModel
 from kvgauge.running.calibration_text import calibration_windows
 from kvgauge.running.evaluated import Evaluated
@@ -65,7 +65,7 @@ class ReportedRun:
     @classmethod
     def of(
         cls,
-        args: argparse.Namespace,
+        config: EvaluateConfig,
         argv: Sequence[str],
         loaded: LoadedModel,
         evaluated: Evaluated,
@@ -75,8 +75,10 @@ class ReportedRun:
 
         Parameters
         ----------
-        args, argv
-            The command line, parsed and as it came.
+        config : EvaluateConfig
+            What was asked for.
+        argv : sequence of str
+            The command line as it came.
         loaded : LoadedModel
             Model and tokenizer.
         evaluated : Evaluated
@@ -84,23 +86,23 @@ class ReportedRun:
         found : mapping
             What `evaluate --json` prints.
         """
-        dataset = args.dataset.split(",")[0]
-        text = loaded.corpus(dataset, "evaluation", args.field)
-        seqlen, start_token = loaded.window_tokens(args.seqlen), loaded.start_token(args.bos)
-        wanted = args.report_windows or WINDOWS
-        limit = min(wanted, args.limit or wanted)
+        dataset = config.text.datasets[0]
+        text = loaded.corpus(dataset, "evaluation", config.text.field)
+        seqlen, start_token = loaded.window_tokens(config.text.seqlen), loaded.start_token(config.text.bos)
+        wanted = config.report.report_windows or REPORT_WINDOWS
+        limit = min(wanted, config.scoring.limit or wanted)
         artifact = evaluated.artifact
         single = {dataset: {name: value for name, value in found.items() if name not in _BESIDE_TEXT}}
         return cls(
             loaded=loaded,
             quantizers=evaluated.quantizers,
-            settings=evaluated.settings(args),
+            settings=evaluated.settings(config),
             windows=split_windows(text, seqlen=seqlen, limit=limit, start_token=start_token),
-            calibration_windows=None if artifact is None else calibration_windows(args, loaded, artifact),
+            calibration_windows=None if artifact is None else calibration_windows(config.text, loaded, artifact),
             results=found.get("datasets") or (single if "loss_nats" in found else {}),
             tasks=found.get("tasks", {}),
             lm_eval=found.get("lm_eval"),
-            model=args.model,
+            model=config.model.name,
             command=shlex.join(["evaluate", *argv]),
-            compared=args.report_compare,
+            compared=config.report.report_compare,
         )

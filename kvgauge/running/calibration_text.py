@@ -1,8 +1,10 @@
 """Windows that an artifact was calibrated on, where they are at hand."""
 
-import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from kvgauge.configuration.model import DEMO
+from kvgauge.configuration.text import TextConfig
 
 if TYPE_CHECKING:
     from jaxtyping import Int64
@@ -16,14 +18,14 @@ _WINDOWS = 8
 
 
 def calibration_windows(
-    args: argparse.Namespace, loaded: "LoadedModel", artifact: "Artifact"
+    text: TextConfig, loaded: "LoadedModel", artifact: "Artifact"
 ) -> "Int64[Tensor, 'windows tokens'] | None":
     """Some of the very windows, if their text is bundled or being evaluated; None otherwise.
 
     Parameters
     ----------
-    args : argparse.Namespace
-        With `dataset` and `field`.
+    text : TextConfig
+        What is being evaluated.
     loaded : LoadedModel
         The model, for its tokenizer.
     artifact : Artifact
@@ -34,13 +36,13 @@ def calibration_windows(
     from calib.text.windows import sample_windows, window_digests
 
     corpus = artifact.manifest.corpus
-    source = next((name for name in ("demo", *args.dataset.split(",")) if Path(name).name == corpus.name), None)
+    source = next((name for name in (DEMO, *text.datasets) if Path(name).name == corpus.name), None)
     if source is None or corpus.seed is None or not corpus.n_windows:
         return None
     try:
-        text = loaded.corpus(source, "calibration", args.field)
+        words = loaded.corpus(source, "calibration", text.field)
         windows = sample_windows(
-            text,
+            words,
             n_windows=corpus.n_windows,
             seqlen=corpus.seqlen,
             seed=corpus.seed,

@@ -1,6 +1,5 @@
 """Tasks for `evaluate`: answers of both models, and their scores."""
 
-import argparse
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,7 +10,8 @@ from typing import TYPE_CHECKING, Any, final
 
 from calib.demo import tasks as demo
 from calib.demo.draws import Draws
-from kvgauge.cli.options.common import DEMO
+from kvgauge.configuration.evaluate import EvaluateConfig
+from kvgauge.configuration.model import DEMO
 from kvgauge.terminal.console import UsageError, bar
 from simquant.tasks import TASKS, Item, Prediction, Task, TaskOptions
 from simquant.tasks.synthetic.grid import DEPTHS, Place, places
@@ -91,14 +91,14 @@ if TYPE_CHECKING:
 
 
 def run_tasks(
-    args: argparse.Namespace, names: Sequence[str], loaded: "LoadedModel", evaluated: "Evaluated"
+    config: EvaluateConfig, names: Sequence[str], loaded: "LoadedModel", evaluated: "Evaluated"
 ) -> "list[TaskResult]":
     """Asks both models all items of the tasks, and scores their answers; a prompt enters the cache at once by default.
 
     Parameters
     ----------
-    args : argparse.Namespace
-        With the options of tasks and protocol.
+    config : EvaluateConfig
+        Its model, text, tasks and protocol count.
     names : sequence of str
         Of tasks, without groups.
     loaded : LoadedModel
@@ -117,10 +117,10 @@ def run_tasks(
 
     if loaded.tokenizer is None:
         raise UsageError("--tasks needs text: the model has no tokenizer that could be loaded")
-    tasks, options = _tasks(args), _options(args, names, loaded)
-    settings = evaluated.settings(args, protocol="cache")
+    tasks, options = _tasks(config), _options(config, names, loaded)
+    settings = evaluated.settings(config, protocol="cache")
     items = [item for name in names for item in tasks[name].items(options)]
-    with _predictions_file(args.predictions) as path:
+    with _predictions_file(config.tasks.predictions) as path:
         predict(
             loaded.model,
             loaded.tokenizer,
@@ -128,44 +128,45 @@ def run_tasks(
             evaluated.quantizers,
             path,
             policy=settings["policy"],
-            chunking=settings["chunking"] if args.prefill_tokens or args.chunk_tokens else None,
+            chunking=settings["chunking"] if config.protocol.prefill_tokens or config.protocol.chunk_tokens else None,
             progress=lambda own: bar(own, "answering"),
         )
         return score_predictions(path, tasks, only={(item.task, item.id) for item in items})
 
 
-def _tasks(args: argparse.Namespace) -> "Mapping[str, Task]":
+def _tasks(config: EvaluateConfig) -> "Mapping[str, Task]":
     from kvgauge.running.evaluate_tasks import demo_tasks
     from simquant.tasks import TASKS
     from simquant.tasks.longbench.tasks import longbench_tasks
 
-    own = demo_tasks() if args.model == DEMO else TASKS
-    return own if args.task_prompts is None else {**own, **longbench_tasks(args.task_prompts)}
+    own = demo_tasks() if config.model.name == DEMO else TASKS
+    prompts = config.tasks.task_prompts
+    return own if prompts is None else {**own, **longbench_tasks(prompts)}
 
 
-def _options(args: argparse.Namespace, names: Sequence[str], loaded: "LoadedModel") -> "TaskOptions":
+def _options(config: EvaluateConfig, names: Sequence[str], loaded: "LoadedModel") -> "TaskOptions":
     from simquant.tasks import TaskOptions
 
     return TaskOptions(
         count_tokens=lambda text: len(loaded.encode(text)),
         context_tokens=loaded.context,
-        limit=args.task_limit,
-        seed=args.seed,
-        lengths=args.task_lengths,
-        depths=args.task_depths,
-        data=args.task_data,
-        texts=_texts(args, loaded) if "drift" in names else (),
+        limit=config.tasks.task_limit,
+        seed=config.text.seed,
+        lengths=config.tasks.task_lengths,
+        depths=config.tasks.task_depths,
+        data=config.tasks.task_data,
+        texts=_texts(config, loaded) if "drift" in names else (),
     )
 
 
-def _texts(args: argparse.Namespace, loaded: "LoadedModel") -> tuple[str, ...]:
+def _texts(config: EvaluateConfig, loaded: "LoadedModel") -> tuple[str, ...]:
     """Windows of the first evaluation text, short enough to be gone on with."""
     from calib.text.windows import split_windows
     from simquant.tasks.drift import Drift
 
-    limit, room = args.task_limit or Drift.n_items, loaded.context - Drift.max_new_tokens
-    n_tokens = args.task_lengths[0] if args.task_lengths else max(2, min(_DRIFT_TOKENS, room))
-    corpus = loaded.corpus(args.dataset.split(",")[0], "evaluation", args.field)
+    limit, room = config.tasks.task_limit or Drift.n_items, loaded.context - Drift.max_new_tokens
+    n_tokens = config.tasks.task_lengths[0] if config.tasks.task_lengths else max(2, min(_DRIFT_TOKENS, room))
+    corpus = loaded.corpus(config.text.datasets[0], "evaluation", config.text.field)
     windows = split_windows(corpus, seqlen=n_tokens, limit=limit)
     return tuple(loaded.tokenizer.decode(window, skip_special_tokens=True) for window in windows)
 

@@ -1,11 +1,13 @@
 """Losses on a text for `evaluate`, and what makes them look better than they are."""
 
-import argparse
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from kvgauge.cli.options.scoring import scoring_settings, scoring_windows
+from kvgauge.configuration.evaluate import EvaluateConfig
+from kvgauge.configuration.fields import flag
+from kvgauge.configuration.protocol import ProtocolConfig
+from kvgauge.running.scored_windows import scored_windows, scoring_settings
 from kvgauge.running.site_figures import site_figures
 from kvgauge.terminal.console import UsageError, bar, say
 
@@ -18,13 +20,13 @@ if TYPE_CHECKING:
     from simquant.evaluation.result import EvalResult
 
 
-def run_text(args: argparse.Namespace, loaded: "LoadedModel", evaluated: "Evaluated", dataset: str) -> dict[str, Any]:
+def run_text(config: EvaluateConfig, loaded: "LoadedModel", evaluated: "Evaluated", dataset: str) -> dict[str, Any]:
     """Evaluates one text, prints the table unless JSON is wanted, and returns what goes into the JSON.
 
     Parameters
     ----------
-    args : argparse.Namespace
-        The options of `evaluate`.
+    config : EvaluateConfig
+        Of the evaluation.
     loaded : LoadedModel
         Model and tokenizer.
     evaluated : Evaluated
@@ -36,38 +38,39 @@ def run_text(args: argparse.Namespace, loaded: "LoadedModel", evaluated: "Evalua
     from calib.text.windows import check_vocabulary
     from simquant import evaluate
 
-    start_token = loaded.start_token(args.bos)
-    corpus = loaded.corpus(dataset, "evaluation", args.field)
-    windows, scored = scoring_windows(args, corpus, loaded.window_tokens(args.seqlen), start_token)
+    text, scoring = config.text, config.scoring
+    start_token = loaded.start_token(text.bos)
+    corpus = loaded.corpus(dataset, "evaluation", text.field)
+    windows, scored = scored_windows(scoring, corpus, loaded.window_tokens(text.seqlen), start_token)
     check_vocabulary(windows, text_config(loaded.model).vocab_size, corpus.name)
     if evaluated.artifact is not None:
         warn_of_overlap(evaluated.artifact, windows)
         _warn_of_other_start(evaluated.artifact, start_token)
-    elif args.protocol == "full":
+    elif config.protocol.protocol == "full":
         _warn_of_later_tokens(evaluated.quantizers)
-    settings = evaluated.settings(args)
-    _check_steps(args, windows.shape[1])
+    settings = evaluated.settings(config)
+    _check_steps(config.protocol, windows.shape[1])
     result = evaluate(
         loaded.model,
         windows,
         evaluated.quantizers,
         **settings,
-        **scoring_settings(args, scored, len(args.dataset.split(","))),
-        batch_size=args.batch_size,
-        normalization=args.normalization,
+        **scoring_settings(scoring, scored, len(text.datasets)),
+        batch_size=scoring.batch_size,
+        normalization=scoring.normalization,
         progress=lambda batches: bar(batches, "evaluating"),
     )
-    if args.json:
+    if config.json:
         tell(result)
     else:
         print(
-            f"{args.model} on {corpus.name}"
+            f"{config.model.name} on {corpus.name}"
             + ("" if start_token is None else f", windows begun with token {start_token}")
-            + (f", {args.quantizer_path}" if args.quantizer_path else ", dynamic scales")
+            + (f", {config.quantizer_path}" if config.quantizer_path else ", dynamic scales")
         )
         print(result.table())
     begun = {} if start_token is None else {"start_token": start_token}
-    return result.to_json() | begun | site_figures(args, loaded, evaluated.quantizers, windows, settings)
+    return result.to_json() | begun | site_figures(config, loaded, evaluated.quantizers, windows, settings)
 
 
 def tell(result: "EvalResult") -> None:
@@ -76,7 +79,7 @@ def tell(result: "EvalResult") -> None:
         say(f"warning: {warning}")
 
 
-def _check_steps(args: argparse.Namespace, n_tokens: int) -> None:
+def _check_steps(config: ProtocolConfig, n_tokens: int) -> None:
     """A step longer than a window would be named in the report and never made.
 
     Raises
@@ -85,9 +88,10 @@ def _check_steps(args: argparse.Namespace, n_tokens: int) -> None:
         If one is asked for.
     """
     for name in ("prefill_tokens", "chunk_tokens"):
-        if (getattr(args, name) or 1) > n_tokens:
-            flag = f"--{name}".replace("_", "-")
-            raise UsageError(f"{flag} {getattr(args, name)}: windows have {n_tokens} tokens; use at most as many")
+        if (getattr(config, name) or 1) > n_tokens:
+            raise UsageError(
+                f"{flag(name)} {getattr(config, name)}: windows have {n_tokens} tokens; use at most as many"
+            )
 
 
 def _warn_of_later_tokens(quantizers: "Mapping[Site, Quantizer]") -> None:

@@ -1,13 +1,14 @@
 """What `evaluate` is to evaluate: an artifact, or quantizers with dynamic scales, and the recipe behind them."""
 
-import argparse
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvgauge.cli.options.foreign import foreign_hints
-from kvgauge.cli.options.protocol import protocol_settings
-from kvgauge.cli.options.recipe import recipe_changes
+from kvgauge.configuration.evaluate import EvaluateConfig
+from kvgauge.configuration.fields import flag, given
+from kvgauge.configuration.protocol import protocol_settings
+from kvgauge.configuration.recipe import RecipeConfig, foreign_hints, recipe_changes
 from kvgauge.terminal.console import UsageError, listing_of_runs, say
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from artifacts.sites import Site
     from calib.recipe.recipe import Recipe
     from kvgauge.loading.models import LoadedModel
+    from simquant.protocols.protocol import ProtocolName
 
 IMPORTED = "imported"
 _RECIPE_FLAGS = ("recipe", "key_bits", "value_bits", "symmetric", "clamp", "stage")
@@ -46,16 +48,28 @@ class Evaluated:
 
         return self.quantizers if isinstance(self.quantizers, Artifact) else None
 
-    def settings(self, args: argparse.Namespace, protocol: str | None = None) -> dict[str, Any]:
-        """Policy, protocol and chunking, as the command line has them; or under the protocol that is named."""
-        args = args if protocol is None else argparse.Namespace(**{**vars(args), "protocol": protocol})
-        return protocol_settings(args, self.quantizers, self.sink_tokens, self.cache)
+    def settings(self, config: EvaluateConfig, protocol: "ProtocolName | None" = None) -> dict[str, Any]:
+        """Policy, protocol and chunking, as they were asked for; or under the protocol that is named."""
+        own = config.protocol if protocol is None else replace(config.protocol, protocol=protocol)
+        answering = bool(config.tasks.tasks)
+        return protocol_settings(own, self.quantizers, self.sink_tokens, self.cache, answering=answering)
 
 
 def fitted(
-    args: argparse.Namespace, loaded: "LoadedModel", artifact: "Artifact | None", recipe: "Recipe | None"
+    loaded: "LoadedModel", artifact: "Artifact | None", recipe: "Recipe | None", sink_tokens: int | None = None
 ) -> Evaluated:
-    """What is to be evaluated, for this model.
+    """Quantizers for this model.
+
+    Parameters
+    ----------
+    loaded : LoadedModel
+        The model.
+    artifact : Artifact or None
+        Fitted quantizers; None is dynamic scales.
+    recipe : Recipe or None
+        Of either; None for an imported artifact.
+    sink_tokens : int or None
+        First tokens that stay exact; None is as the artifact or the recipe says.
 
     Raises
     ------
@@ -66,7 +80,7 @@ def fitted(
 
     layers = loaded.layers()
     own_sinks = artifact.manifest.sink_tokens if artifact is not None else recipe.sink_tokens if recipe else 0
-    sink_tokens = own_sinks if args.first_few_fp16 is None else max(0, args.first_few_fp16)
+    sink_tokens = own_sinks if sink_tokens is None else sink_tokens
     if artifact is not None:
         artifact.check_model(loaded.fingerprint(layers))
         return Evaluated(quantizers=artifact, sink_tokens=sink_tokens)
@@ -75,7 +89,7 @@ def fitted(
     return Evaluated(quantizers=dynamic(loaded.model, recipe, layers=layers), sink_tokens=sink_tokens, cache=cache)
 
 
-def load_artifact(args: argparse.Namespace) -> "Artifact | None":
+def load_artifact(path: Path | None, options: RecipeConfig) -> "Artifact | None":
     """The artifact, foreign or not; with what had to be assumed said.
 
     Raises
@@ -85,28 +99,28 @@ def load_artifact(args: argparse.Namespace) -> "Artifact | None":
     """
     from artifacts.importers import Hints, open_foreign
 
-    if args.quantizer_path is None:
-        if all(value is None for value in (args.abits, args.key_bits, args.value_bits, args.recipe)):
+    if path is None:
+        if not given(options, ("abits", "key_bits", "value_bits", "recipe")):
             raise UsageError(
                 "name an artifact with --quantizer-path FILE, or bits for dynamic scales with --abits N. "
                 + listing_of_runs()
             )
         return None
-    if not args.quantizer_path.exists():
-        raise UsageError(f"{args.quantizer_path}: no such file. {listing_of_runs()}")
-    hints = foreign_hints(args)
-    opened = open_foreign(args.quantizer_path, hints)
+    if not path.exists():
+        raise UsageError(f"{path}: no such file. {listing_of_runs()}")
+    hints = foreign_hints(options)
+    opened = open_foreign(path, hints)
     for notice in opened.notices:
         say(f"note: {notice}")
     if opened.artifact.manifest.recipe.get("name") == IMPORTED:
-        given = [name for name in _RECIPE_FLAGS if getattr(args, name) is not None]
-        if given or (hints != Hints() and not opened.notices):
-            flags = ", ".join(f"--{name}".replace("_", "-") for name in given) or "flags that describe quantizers"
-            raise UsageError(f"{args.quantizer_path} was imported and holds its quantizers as they are; drop {flags}")
+        flags = [flag(name) for name in _RECIPE_FLAGS if getattr(options, name) is not None]
+        if flags or (hints != Hints() and not opened.notices):
+            told = ", ".join(flags) or "flags that describe quantizers"
+            raise UsageError(f"{path} was imported and holds its quantizers as they are; drop {told}")
     return opened.artifact
 
 
-def chosen_recipe(args: argparse.Namespace, artifact: "Artifact | None") -> "Recipe | None":
+def chosen_recipe(options: RecipeConfig, artifact: "Artifact | None", path: Path | None) -> "Recipe | None":
     """The recipe of the artifact, with which the flags must agree; or the one that dynamic scales follow.
 
     None for an imported artifact, which had none.
@@ -119,19 +133,19 @@ def chosen_recipe(args: argparse.Namespace, artifact: "Artifact | None") -> "Rec
     from calib.recipe.recipe import Recipe, load_recipe
 
     if artifact is None:
-        recipe = load_recipe(args.recipe or "kvquant")
-        return recipe.edited(recipe_changes(args, recipe.model_dump(mode="json")))
+        recipe = load_recipe(options.recipe or "kvquant")
+        return recipe.edited(recipe_changes(options, recipe.model_dump(mode="json")))
     if artifact.manifest.recipe.get("name") == IMPORTED:
         return None
-    recipe = Recipe.parse(dict(artifact.manifest.recipe), str(args.quantizer_path))
+    recipe = Recipe.parse(dict(artifact.manifest.recipe), str(path))
     base = recipe.model_dump(mode="json")
-    asked = recipe.edited(recipe_changes(args, base)).model_dump(mode="json")
+    asked = recipe.edited(recipe_changes(options, base)).model_dump(mode="json")
     rows = [row for name in ("stage", "key", "value") for row in _differences(name, base[name], asked[name])]
-    if args.recipe and load_recipe(args.recipe).name != recipe.name:
-        rows.append(f"recipe: the file has {recipe.name}, the command line {args.recipe}")
+    if options.recipe and load_recipe(options.recipe).name != recipe.name:
+        rows.append(f"recipe: the file has {recipe.name}, the command line {options.recipe}")
     if rows:
         raise UsageError(
-            f"{args.quantizer_path}: the flags contradict the artifact:\n  "
+            f"{path}: the flags contradict the artifact:\n  "
             + "\n  ".join(rows)
             + "\nDrop the flags, or calibrate again with them."
         )

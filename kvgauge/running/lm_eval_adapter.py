@@ -1,13 +1,11 @@
-"""Tasks of lm-evaluation-harness on a packed cache: the options of `evaluate --lm-eval`, and what it finds."""
+"""Tasks of lm-evaluation-harness on a packed cache: the scores of both models."""
 
-import argparse
 import importlib
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvgauge.cli.options import common as options
+from kvgauge.configuration.harness import HarnessConfig
 from kvgauge.terminal.console import UsageError, bar
 
 if TYPE_CHECKING:
@@ -19,26 +17,13 @@ if TYPE_CHECKING:
     from simquant import CachePolicy, Usage
 
 
-OF_LM_EVAL = ("lm_eval_limit", "lm_eval_fewshot", "lm_eval_include")
-"""Names of options that go with its tasks alone."""
-
-
-def add_lm_eval_options(parser: argparse.ArgumentParser) -> None:
-    """Which tasks of the harness."""
-    group = parser.add_argument_group("lm-evaluation-harness (pip install lm-eval)")
-    group.add_argument("--lm-eval", metavar="TASKS", help="its tasks, such as gsm8k,wikitext")
-    group.add_argument("--lm-eval-limit", type=options.positive, metavar="N", help="documents of a task at most")
-    group.add_argument(
-        "--lm-eval-fewshot", type=int, metavar="N", help="examples in a prompt (default: the task's own)"
-    )
-    group.add_argument("--lm-eval-include", type=Path, metavar="FOLDER", help="more tasks, as .yaml files")
-
-
 def run_lm_eval(
-    args: argparse.Namespace,
+    config: HarnessConfig,
     loaded: "LoadedModel",
     quantizers: "Artifact | Mapping[Site, Quantizer]",
     policy: "CachePolicy",
+    *,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """What the harness finds for both models: by task and metric, and in `protocol` how the quantized one was run.
 
@@ -56,7 +41,7 @@ def run_lm_eval(
 
     if loaded.tokenizer is None:
         raise UsageError("--lm-eval needs text: the model has no tokenizer")
-    evaluate = _asked(args)
+    evaluate = _asked(config, seed)
     layers, usage = loaded.layers(), Usage(quantizers)
     speaker = partial(Respondent, model=loaded.model, tokenizer=loaded.tokenizer, context_tokens=loaded.context)
     with evaluating(loaded.model):
@@ -64,7 +49,7 @@ def run_lm_eval(
             quantized = evaluate(speaker(new_cache=new_cache, done=partial(_count, usage)))
         if usage.quantized_fraction == 0 and any(quantizer.spec.bits < 16 for quantizer in quantizers.values()):
             raise NothingQuantizedError(
-                f"--lm-eval {args.lm_eval}: fewer than 16 bits were asked for and no token was quantized "
+                f"--lm-eval {config.lm_eval}: fewer than 16 bits were asked for and no token was quantized "
                 f"({policy.describe()}). Take longer texts or keep fewer tokens exact."
             )
         exact = evaluate(speaker())
@@ -109,25 +94,22 @@ def _lm_eval(module: str = "") -> Any:
         ) from error
 
 
-def _asked(args: argparse.Namespace) -> Callable[["Respondent"], dict[str, Any]]:
+def _asked(config: HarnessConfig, seed: int) -> Callable[["Respondent"], dict[str, Any]]:
     """A run of the harness as the command line asks for it; the index of its tasks is read once, which takes long."""
-    if args.lm_eval_fewshot is not None and args.lm_eval_fewshot < 0:
-        raise UsageError(f"--lm-eval-fewshot: expected a number from 0; got {args.lm_eval_fewshot}")
     evaluate = _lm_eval().simple_evaluate
-    manager = _lm_eval("tasks").TaskManager(include_path=args.lm_eval_include and str(args.lm_eval_include))
-    names = [name.strip() for name in args.lm_eval.split(",") if name.strip()]
-    unknown = [name for name in names if not manager.match_tasks([name])]
-    if unknown or not names:
-        what = ", ".join(unknown) or repr(args.lm_eval)
+    manager = _lm_eval("tasks").TaskManager(include_path=config.lm_eval_include and str(config.lm_eval_include))
+    unknown = [name for name in config.names if not manager.match_tasks([name])]
+    if unknown or not config.names:
+        what = ", ".join(unknown) or repr(config.lm_eval)
         raise UsageError(f"--lm-eval: the harness has no task {what}; list them with: lm-eval ls tasks")
     seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
     return lambda respondent: evaluate(
         model=harness_model(respondent),
-        tasks=names,
-        num_fewshot=args.lm_eval_fewshot,
-        limit=args.lm_eval_limit,
+        tasks=config.names,
+        num_fewshot=config.lm_eval_fewshot,
+        limit=config.lm_eval_limit,
         task_manager=manager,
-        **dict.fromkeys(seeds, args.seed),
+        **dict.fromkeys(seeds, seed),
     )
 
 

@@ -1,11 +1,11 @@
 """What `evaluate` finds about single sites: what each costs alone, and how much lies beyond its range."""
 
-import argparse
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from kvgauge.configuration.evaluate import EvaluateConfig
 from kvgauge.running.calibration_text import calibration_windows
 from kvgauge.terminal.console import bar, say
 
@@ -21,7 +21,7 @@ _SHOWN = 5
 
 
 def site_figures(
-    args: argparse.Namespace,
+    config: EvaluateConfig,
     loaded: "LoadedModel",
     quantizers: "Mapping[Site, Quantizer]",
     windows: "Tensor",
@@ -31,8 +31,8 @@ def site_figures(
 
     Parameters
     ----------
-    args : argparse.Namespace
-        With the options of `add_scoring_options`, and `json`, `dataset`, `field` and `batch_size`.
+    config : EvaluateConfig
+        Its scoring, text, and `json` count.
     loaded : LoadedModel
         The model.
     quantizers : Artifact or mapping from Site to Quantizer
@@ -43,15 +43,15 @@ def site_figures(
         `policy`, `protocol` and `chunking` of the evaluation, as far as they are given.
     """
     found: dict[str, Any] = {}
-    if args.site_losses is not None:
-        found |= _losses(args, loaded, quantizers, windows[: args.site_losses], settings)
-    if args.clipping:
-        found |= _clipping(args, loaded, quantizers, windows, settings["policy"].sink_tokens)
+    if config.scoring.site_losses is not None:
+        found |= _losses(config, loaded, quantizers, windows[: config.scoring.site_losses], settings)
+    if config.scoring.clipping:
+        found |= _clipping(config, loaded, quantizers, windows, settings["policy"].sink_tokens)
     return found
 
 
 def _losses(
-    args: argparse.Namespace, loaded: "LoadedModel", quantizers: Any, windows: "Tensor", settings: dict[str, Any]
+    config: EvaluateConfig, loaded: "LoadedModel", quantizers: Any, windows: "Tensor", settings: dict[str, Any]
 ) -> dict[str, Any]:
     from simquant.evaluation.figures import error_text
     from simquant.site_losses import loss_shares, site_losses
@@ -61,11 +61,11 @@ def _losses(
         windows,
         quantizers,
         **settings,
-        batch_size=args.batch_size,
+        batch_size=config.scoring.batch_size,
         progress=lambda batches: bar(batches, "sites alone"),
     )
     shares = loss_shares(losses)
-    if not args.json:
+    if not config.json:
         print(f"lost by each site alone, {len(windows)} windows:")
         for site in list(shares)[:_SHOWN]:
             loss = losses[site]
@@ -79,14 +79,14 @@ def _json(loss: "SiteLoss") -> dict[str, float | None]:
 
 
 def _clipping(
-    args: argparse.Namespace, loaded: "LoadedModel", quantizers: Any, windows: "Tensor", sink_tokens: int
+    config: EvaluateConfig, loaded: "LoadedModel", quantizers: Any, windows: "Tensor", sink_tokens: int
 ) -> dict[str, Any]:
     from artifacts.artifact import Artifact
     from simquant.evaluation.clipping import clipped_shares, drift_warning
 
     layers = loaded.layers()
     evaluated = clipped_shares(loaded.model, windows, quantizers, sink_tokens=sink_tokens, layers=layers)
-    text = calibration_windows(args, loaded, quantizers) if isinstance(quantizers, Artifact) else None
+    text = calibration_windows(config.text, loaded, quantizers) if isinstance(quantizers, Artifact) else None
     calibrated = (
         None if text is None else clipped_shares(loaded.model, text, quantizers, sink_tokens=sink_tokens, layers=layers)
     )
@@ -94,7 +94,7 @@ def _clipping(
         warning = drift_warning(evaluated, calibrated, calibration_tokens=quantizers.manifest.corpus.n_tokens)
         if warning is not None:
             say(f"warning: {warning}")
-    if not args.json:
+    if not config.json:
         _show(evaluated, calibrated)
     known = calibrated or {}
     return {"clipped": {str(s): {"evaluation": x, "calibration": known.get(s)} for s, x in evaluated.items()}}

@@ -10,8 +10,8 @@ from typing import Any
 from artifacts.manifest import tool_version
 from artifacts.storage import canonical_json
 from calib.recipe.recipe import Recipe
-from kvgauge.cli.options.tasks import PERPLEXITY
-from kvgauge.loading.models import short_name
+from kvgauge.configuration.model import short_name
+from kvgauge.configuration.tasks import PERPLEXITY
 from kvgauge.sweeping.settings import Settings
 from kvgauge.terminal.console import say
 from kvgauge.terminal.outputs import replace_text
@@ -43,11 +43,11 @@ class Cell:
 
     def identity(self) -> dict[str, Any]:
         """All that the result depends on: the same identity, the same result."""
-        args = self.settings.arguments(self.model)
+        config = self.settings.evaluation(self.model)
         of_tasks = {name for name in Settings.model_fields if name.startswith("task_")}
-        sources = {self.model, args.dataset, args.calibration_dataset}
+        sources = {self.model, config.text.source, self.settings.calibration_source(self.model)}
         if self.task != PERPLEXITY:
-            sources |= {str(path) for path in (args.task_data, args.task_prompts) if path}
+            sources |= {str(path) for path in (config.tasks.task_data, config.tasks.task_prompts) if path}
         return {
             "model": self.model,
             "recipe": self.recipe.model_dump(mode="json"),

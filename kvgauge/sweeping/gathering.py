@@ -1,6 +1,5 @@
 """Statistics of a model for several recipes, from one pass over the calibration text, and a file that keeps them."""
 
-import argparse
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,6 +14,7 @@ from calib.recipe.recipe import Recipe
 from calib.statistics.model_statistics import ModelStatistics
 from calib.statistics.site_statistics import Tier
 from calib.text.windows import sample_windows
+from kvgauge.configuration.model import ModelConfig
 from kvgauge.loading.models import LoadedModel, load_model
 from kvgauge.sweeping.cell import digest_name, stamp
 from kvgauge.sweeping.settings import Settings
@@ -24,9 +24,9 @@ from simquant.evaluate import Progress
 
 
 @lru_cache(maxsize=1)
-def loaded(model: str, device: str | None, dtype: str, maxseqlen: int | None) -> LoadedModel:
+def loaded(config: ModelConfig) -> LoadedModel:
     """A model, loaded once as long as a process uses no other."""
-    return load_model(argparse.Namespace(model=model, device=device, dtype=dtype, maxseqlen=maxseqlen))
+    return load_model(config)
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,10 @@ class Gathering:
 
         After Ctrl-C the windows that are finished are kept in the file `unfinished`; the next call goes on from them.
         """
-        args = self.settings.arguments(self.model)
-        found = self.load_model()
-        text = found.corpus(args.calibration_dataset, "calibration", args.field)
-        seqlen, start_token = found.window_tokens(args.seqlen), found.start_token(args.bos)
-        windows = sample_windows(text, n_windows=args.nsamples, seqlen=seqlen, seed=args.seed, start_token=start_token)
+        own, found = self.settings, self.load_model()
+        text = found.corpus(own.calibration_source(self.model), "calibration", own.field)
+        seqlen, start_token = found.window_tokens(own.seqlen), found.start_token(own.bos)
+        windows = sample_windows(text, n_windows=own.nsamples, seqlen=seqlen, seed=own.seed, start_token=start_token)
         layers = found.layers()
         statistics = new_statistics(
             found.model,
@@ -79,7 +78,7 @@ class Gathering:
             fisher=self.fisher,
             model_id=found.model_id,
             corpus=text.name,
-            seed=args.seed,
+            seed=own.seed,
             start_token=start_token,
             tokenizer_digest=found.tokenizer_digest,
         )
@@ -97,7 +96,7 @@ class Gathering:
 
     def load_model(self) -> LoadedModel:
         """The model."""
-        return loaded(self.model, self.settings.device, self.settings.dtype, self.settings.maxseqlen)
+        return loaded(self.settings.evaluation(self.model).model)
 
     def path(self, folder: Path) -> Path:
         """Where `keep` keeps them."""
@@ -133,14 +132,15 @@ class Gathering:
             return None
 
     def _identity(self) -> dict[str, Any]:
-        args = self.settings.arguments(self.model)
-        names = ("calibration_dataset", "field", "nsamples", "seqlen", "bos", "seed", "device", "dtype")
+        source = self.settings.calibration_source(self.model)
+        names = ("field", "nsamples", "seqlen", "bos", "seed", "device", "dtype", "maxseqlen")
         return {
             "model": self.model,
             "stage": self.stage,
             "tier": self.tier,
             "fisher": self.fisher,
-            **{name: getattr(args, name) for name in (*names, "maxseqlen")},
-            "sources": [stamp(self.model), stamp(args.calibration_dataset)],
+            "calibration_dataset": source,
+            **{name: getattr(self.settings, name) for name in names},
+            "sources": [stamp(self.model), stamp(source)],
             "tool_version": tool_version(),
         }

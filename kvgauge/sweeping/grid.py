@@ -1,6 +1,5 @@
 """The file of a sweep: which recipes, on which models, for which tasks."""
 
-import argparse
 import json
 import re
 from pathlib import Path
@@ -12,7 +11,7 @@ from artifacts.errors import KVGaugeError
 from calib.recipe.errors import RecipeError, mark, refusal
 from calib.recipe.recipe import Recipe, load_recipe
 from calib.recipe.recipe_file import Document, parse_document
-from kvgauge.cli.options.tasks import task_names
+from kvgauge.configuration.tasks import TaskConfig, task_names
 from kvgauge.sweeping.recipe_edits import edited
 from kvgauge.sweeping.search.space import Search
 from kvgauge.sweeping.settings import Settings
@@ -54,7 +53,7 @@ class RecipeChoice(BaseModel):
 
 def _known_task(name: str) -> str:
     try:
-        task_names(argparse.Namespace(tasks=name, task_data=None))
+        task_names(TaskConfig(tasks=name))
     except UsageError as error:
         raise ValueError(str(error).removeprefix("--tasks: ")) from error
     return name
@@ -83,7 +82,7 @@ class Grid(Settings):
     @property
     def single_tasks(self) -> tuple[str, ...]:
         """The tasks, each once, with groups resolved."""
-        return task_names(argparse.Namespace(tasks=",".join(self.tasks), task_data=self.task_data))
+        return task_names(TaskConfig(tasks=",".join(self.tasks), task_data=self.task_data))
 
     @property
     def settings(self) -> Settings:

@@ -9,8 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from kvgauge.cli.options.tasks import PERPLEXITY
 from kvgauge.comparing.pareto import Point, save_pareto
+from kvgauge.configuration.tasks import PERPLEXITY
 from kvgauge.sweeping.cell import Cell, readable
 from kvgauge.sweeping.run import Outcome
 from kvgauge.sweeping.tasks import TASKS

@@ -1,16 +1,16 @@
 """How the cells of a sweep are calibrated and evaluated."""
 
-import argparse
-from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from calib.statistics.site_statistics import Tier
-from kvgauge.cli import evaluate
-from kvgauge.cli.options.common import NSAMPLES, choose_defaults
-from kvgauge.cli.options.protocol import _OF_STEPS
+from kvgauge.configuration.evaluate import EvaluateConfig
+from kvgauge.configuration.fields import filled
+from kvgauge.configuration.gather import NSAMPLES
+from kvgauge.configuration.model import Dtype
+from kvgauge.configuration.protocol import OF_STEPS
 from simquant.protocols.protocol import ProtocolName
 
 
@@ -72,25 +72,21 @@ class Settings(BaseModel):
     task_lengths: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(default=None, min_length=1)
     task_depths: tuple[Annotated[float, Field(ge=0, le=1)], ...] | None = Field(default=None, min_length=1)
     device: str | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Dtype = "auto"
     maxseqlen: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
     def _possible(self) -> "Settings":
-        given = [name for name in _OF_STEPS if getattr(self, name, None) is not None]
+        given = [name for name in OF_STEPS if getattr(self, name) is not None]
         if self.protocol == "full" and given:
             raise ValueError(f"{', '.join(given)}: the protocol full has no window and no steps; use protocol: decode")
         return self
 
-    def arguments(self, model: str) -> argparse.Namespace:
-        """What the programs' functions read, as if it had been typed for this model."""
+    def evaluation(self, model: str) -> EvaluateConfig:
+        """The same as if it had been typed for this model."""
         own = {name: getattr(self, name) for name in Settings.model_fields}
-        args = argparse.Namespace(**{**_defaults(), **own, "model": model})
-        choose_defaults(args)
-        args.calibration_dataset = args.calibration_dataset or args.dataset
-        return args
+        return filled(EvaluateConfig, {**own, "model": model}).of_model(model)
 
-
-@lru_cache
-def _defaults() -> dict[str, Any]:
-    return vars(evaluate.parser().parse_args([]))
+    def calibration_source(self, model: str) -> str:
+        """Text to calibrate this model on."""
+        return self.calibration_dataset or self.evaluation(model).text.source

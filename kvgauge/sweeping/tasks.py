@@ -1,7 +1,7 @@
 """What the cells of a sweep measure: a closed table of tasks."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ from artifacts.artifact import Artifact
 from artifacts.model.evidence import text_config
 from calib.text.corpus import CorpusError
 from calib.text.windows import check_vocabulary, split_windows
-from kvgauge.cli.options.protocol import protocol_settings
-from kvgauge.cli.options.tasks import PERPLEXITY
+from kvgauge.configuration.evaluate import EvaluateConfig
+from kvgauge.configuration.protocol import protocol_settings
+from kvgauge.configuration.tasks import PERPLEXITY
 from kvgauge.loading.models import LoadedModel
 from kvgauge.running.evaluate_tasks import run_tasks
 from kvgauge.running.evaluate_text import tell, warn_of_overlap
@@ -44,10 +45,14 @@ class Bench:
     artifact: Artifact
     answers: Path | None = None
 
+    @property
+    def config(self) -> EvaluateConfig:
+        """The evaluation of the cell, as if it had been typed."""
+        return self.cell.settings.evaluation(self.cell.model)
+
     def protocol(self) -> dict[str, Any]:
-        """What `simquant.evaluate` is told of the protocol."""
-        args = self.cell.settings.arguments(self.cell.model)
-        return protocol_settings(args, self.artifact, self.cell.recipe.sink_tokens)
+        """Policy, protocol and chunking, as `simquant.evaluate` takes them."""
+        return protocol_settings(self.config.protocol, self.artifact, self.cell.recipe.sink_tokens)
 
     def windows(self) -> Int64[Tensor, "windows tokens"]:
         """Of the evaluation text, as many as the settings say, from `first_window` on.
@@ -57,14 +62,14 @@ class Bench:
         CorpusError
             If the text holds too few, or token ids that the model does not know.
         """
-        args, first = self.cell.settings.arguments(self.cell.model), self.cell.first_window
-        text = self.loaded.corpus(args.dataset, "evaluation", args.field)
-        limit = None if args.limit is None else first + args.limit
-        seqlen, start_token = self.loaded.window_tokens(args.seqlen), self.loaded.start_token(args.bos)
+        own, wanted, first = self.config.text, self.config.scoring.limit, self.cell.first_window
+        text = self.loaded.corpus(own.source, "evaluation", own.field)
+        limit = None if wanted is None else first + wanted
+        seqlen, start_token = self.loaded.window_tokens(own.seqlen), self.loaded.start_token(own.bos)
         windows = split_windows(text, seqlen=seqlen, limit=limit, start_token=start_token)
-        if first and len(windows) < first + args.limit:
+        if first and limit is not None and len(windows) < limit:
             raise CorpusError(
-                f"{text.name}: expected {first + args.limit} windows, half of them held out; it has {len(windows)}. "
+                f"{text.name}: expected {limit} windows, half of them held out; it has {len(windows)}. "
                 f"Use limit: {len(windows) // 2}, a smaller seqlen, or more text"
             )
         check_vocabulary(windows, text_config(self.loaded.model).vocab_size, text.name)
@@ -112,10 +117,10 @@ def _perplexity_headline(result: Mapping[str, Any]) -> Headline:
 
 
 def _answers(bench: Bench) -> dict[str, Any]:
-    args = bench.cell.settings.arguments(bench.cell.model)
-    args.predictions = bench.answers
+    config = bench.config
+    config = replace(config, tasks=replace(config.tasks, predictions=bench.answers))
     evaluated = Evaluated(quantizers=bench.artifact, sink_tokens=bench.cell.recipe.sink_tokens)
-    [result] = run_tasks(args, [bench.cell.task], bench.loaded, evaluated)
+    [result] = run_tasks(config, [bench.cell.task], bench.loaded, evaluated)
     return result.to_json()
 
 

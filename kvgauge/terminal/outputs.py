@@ -1,6 +1,5 @@
 """Where the programs write, and whether they can, found out before a model runs."""
 
-import argparse
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,15 +17,10 @@ if TYPE_CHECKING:
     from calib.recipe.recipe import Recipe
 
 
-def output_path(args: argparse.Namespace, recipe: "Recipe") -> Path:
-    """The artifact's path: as asked, else under `runs/`, named after model, recipe and bits."""
-    if args.quantizer_path:
-        return Path(args.quantizer_path)
-    from kvgauge.loading.models import short_name
-
-    model = short_name(args.model) if args.model else "statistics"
+def default_output(source: str, recipe: "Recipe") -> Path:
+    """A path under `runs/` for an artifact, named after a model or other source, the recipe and its bits."""
     key, value = (_bits(entry) for entry in (recipe.key, recipe.value))
-    return Path("runs") / f"{model}-{recipe.name}" / f"quantizers-k{key}v{value}.safetensors"
+    return Path("runs") / f"{source}-{recipe.name}" / f"quantizers-k{key}v{value}.safetensors"
 
 
 def _bits(entry: Any) -> int:

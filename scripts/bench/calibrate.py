@@ -21,6 +21,7 @@ from artifacts.model.attention import attention_layers
 from artifacts.model.evidence import text_config
 from calib.calibration import add_windows, new_statistics
 from calib.statistics.site_statistics import Tier
+from kvgauge.configuration.model import ModelConfig
 from kvgauge.loading.models import load_model
 from kvgauge.running.machine import hardware
 from scripts.bench.ratio import HEADER, company_row, row, seconds
@@ -88,7 +89,7 @@ def compare_times(job: Job) -> list[str]:
 
 def compare_real(name: str, tokens: int, windows: int) -> Iterator[str]:
     """Rows for `basic` against forward passes, and `full` with Fisher against forward and backward passes."""
-    model = load_model(argparse.Namespace(model=name, device="cpu", dtype="float32", maxseqlen=None)).model
+    model = load_model(ModelConfig(model=name, device="cpu", dtype="float32")).model
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(text_config(model).vocab_size, (windows, tokens), generator=generator)
     works: list[tuple[str, Tier, bool, Callable[[], None]]] = [

@@ -17,6 +17,7 @@ from calib.recipe.layer_choice import resolve
 from calib.recipe.recipe import load_recipe
 from calib.text.corpus import load_corpus
 from calib.text.windows import sample_windows, split_windows
+from kvgauge.configuration.model import ModelConfig
 from kvgauge.loading.models import LoadedModel, load_model
 from kvgauge.terminal.console import bar, run, set_up_logging
 from simquant import evaluate
@@ -38,7 +39,7 @@ def _main(argv: list[str]) -> int:
     parser.add_argument("--output", type=Path, help="folder for figures.json, and for curves.png from its log.jsonl")
     args = parser.parse_args(argv)
     set_up_logging(verbose=False)
-    loaded = load_model(argparse.Namespace(model=args.model, device="cpu", dtype="float32", maxseqlen=None))
+    loaded = load_model(ModelConfig(model=args.model, device="cpu", dtype="float32"))
     found = json.dumps(figures(loaded), indent=1)
     print(found)
     if args.output:

@@ -14,7 +14,8 @@ from artifacts.model.attention import attention_layers
 from calib.calibration import add_windows, new_statistics
 from calib.statistics.model_statistics import ModelStatistics
 from kvgauge.cli.calibrate import parser
-from kvgauge.cli.options.recipe import recipe_changes
+from kvgauge.cli.options.common import parsed
+from kvgauge.configuration.recipe import RecipeConfig, recipe_changes
 
 FULL_PRECISION = 4.814
 KVQUANT = [
@@ -48,7 +49,7 @@ class Reference:
 
     def perplexity(self, recipe: str, flags: str, windows: Tensor | None = None, batch_size: int = 8) -> float:
         base = calib.load_recipe(recipe)
-        changes = recipe_changes(parser().parse_args(flags.split()), base.model_dump(mode="json"))
+        changes = recipe_changes(parsed(RecipeConfig, parser().parse_args(flags.split())), base.model_dump(mode="json"))
         artifact = calib.fit(self.statistics, base.edited(changes))
         with simquant.simulate(self.model, artifact):
             return simquant.perplexity(self.model, self.windows if windows is None else windows, batch_size=batch_size)

@@ -1,13 +1,14 @@
 """Options of the command line that several programs share, and the kinds of their values."""
 
 import argparse
-from collections.abc import Sequence
+from typing import TYPE_CHECKING, get_args
 
+from kvgauge.configuration.fields import Configuration, filled
+from kvgauge.configuration.model import Dtype
 from kvgauge.terminal.console import UsageError
 
-DEMO = "demo"
-NSAMPLES = 16
-"""Calibration windows, unless another number is asked for."""
+if TYPE_CHECKING:
+    from kvgauge.sweeping.settings import Settings
 
 BITS = (1, 2, 3, 4, 5, 6, 7, 8, 16)
 
@@ -26,8 +27,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--dtype",
-        choices=("auto", "float64", "float32", "bfloat16", "float16"),
-        default="auto",
+        choices=get_args(Dtype),
         help="of the model; statistics are always float32 or wider (default: as stored)",
     )
     group.add_argument(
@@ -51,9 +51,7 @@ def add_text_options(parser: argparse.ArgumentParser) -> None:
         help="demo, wikitext2, c4, ptb, or a file: text, .jsonl, .csv, .tsv, all of them also .gz, .parquet, "
         ".npy of token ids (default: demo for the demo model, else wikitext2)",
     )
-    group.add_argument(
-        "--field", default="text", help="field or column that holds the text of a record (default: text)"
-    )
+    group.add_argument("--field", help="field or column that holds the text of a record (default: text)")
     group.add_argument(
         "--seqlen",
         type=positive,
@@ -67,26 +65,37 @@ def add_text_options(parser: argparse.ArgumentParser) -> None:
         "it: for models that are prompted so, and the same in calibrate and evaluate (default: windows as the text "
         "has them, as in the published tables)",
     )
-    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--seed", type=int, metavar="N", help="draws the calibration windows (default: 0)")
 
 
-def choose_defaults(args: argparse.Namespace) -> None:
-    """The demo model where none is named, and the text that goes with the model."""
-    args.model = args.model or DEMO
-    args.dataset = args.dataset or (DEMO if args.model == DEMO else "wikitext2")
-
-
-def refuse_given(args: argparse.Namespace, names: Sequence[str], why: str) -> None:
-    """Options that would have no effect are refused instead of ignored.
+def parsed(kind: type[Configuration], args: argparse.Namespace) -> Configuration:
+    """The configuration that was typed; the only reader of parsed options beside `parsed_settings`.
 
     Raises
     ------
     UsageError
-        If any of them is given.
+        If options do not go together.
     """
-    given = [name for name in names if vars(args).get(name) not in (None, False)]
-    if given:
-        raise UsageError(", ".join(f"--{name}".replace("_", "-") for name in given) + f": {why}")
+    return filled(kind, vars(args))
+
+
+def parsed_settings(args: argparse.Namespace) -> "Settings":
+    """The settings of cells that were typed, as the file of a sweep names them.
+
+    Raises
+    ------
+    UsageError
+        If options do not go together.
+    """
+    from pydantic import ValidationError
+
+    from kvgauge.sweeping.settings import Settings
+
+    try:
+        return Settings(**{name: value for name, value in vars(args).items() if name in Settings.model_fields})
+    except ValidationError as error:
+        rows = [f"--{'.'.join(map(str, row['loc']))}: {row['msg']}" for row in error.errors()]
+        raise UsageError("\n".join(row.removeprefix("--: Value error, ") for row in rows)) from error
 
 
 def whole(text: str) -> int:

@@ -4,9 +4,9 @@ import argparse
 from pathlib import Path
 
 from kvgauge.cli.options import common as options
+from kvgauge.configuration.fields import refuse_given
+from kvgauge.configuration.report import REPORT_WINDOWS, ReportConfig
 from kvgauge.terminal.outputs import output_folder
-
-WINDOWS = 8
 
 
 def add_report_options(parser: argparse.ArgumentParser) -> None:
@@ -26,11 +26,11 @@ def add_report_options(parser: argparse.ArgumentParser) -> None:
         type=options.positive,
         metavar="N",
         help="windows from which the losses and errors of single layers are taken, each quantized alone: one pass for "
-        f"the keys and one for the values of every layer (default: {WINDOWS})",
+        f"the keys and one for the values of every layer (default: {REPORT_WINDOWS})",
     )
 
 
-def check_report_options(args: argparse.Namespace) -> None:
+def check_report_options(config: ReportConfig) -> None:
     """Finds out before the model runs what would keep the report from being written; makes its folder.
 
     Raises
@@ -38,11 +38,11 @@ def check_report_options(args: argparse.Namespace) -> None:
     UsageError
         If there can be no such folder, or the file to compare with is not what `compare_recipes` writes.
     """
-    if args.report is None:
-        options.refuse_given(args, ("report_compare", "report_windows"), "no report is asked for; add --report FOLDER")
+    if config.report is None:
+        refuse_given(config, ("report_compare", "report_windows"), "no report is asked for; add --report FOLDER")
         return
     from kvgauge.report.compared import compared
 
-    if args.report_compare is not None:
-        compared(args.report_compare, None)
-    output_folder(args.report, "--report")
+    if config.report_compare is not None:
+        compared(config.report_compare, None)
+    output_folder(config.report, "--report")

@@ -36,7 +36,8 @@ from calib.statistics.model_statistics import ModelStatistics
 from calib.statistics.site_statistics import SiteShape
 from calib.statistics.sources import Shrinkage, Sources
 from kvgauge.cli.calibrate import parser
-from kvgauge.cli.options.recipe import recipe_changes
+from kvgauge.cli.options.common import parsed
+from kvgauge.configuration.recipe import RecipeConfig, recipe_changes
 from simquant.cache.packed import packed_cache
 from simquant.evaluation.attention_inputs import attention_inputs
 from simquant.evaluation.site_errors import attention_errors
@@ -606,7 +607,7 @@ def test_recipes_that_read_moments_between_sites_say_so() -> None:
 
 
 def test_the_budget_is_an_option_of_the_command_line() -> None:
-    args = parser().parse_args(["--target-bits", "1.25"])
+    config = parsed(RecipeConfig, parser().parse_args(["--target-bits", "1.25"]))
     base = load_recipe("predictive")
-    changes = recipe_changes(args, base.model_dump(mode="json"))
+    changes = recipe_changes(config, base.model_dump(mode="json"))
     assert base.edited(changes) == base.edited({"target_bits": 1.25}) != base

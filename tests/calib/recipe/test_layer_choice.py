@@ -23,7 +23,7 @@ from calib.recipe.recipe import Recipe, RecipeError, load_recipe
 from calib.statistics.model_statistics import ModelStatistics
 from calib.statistics.site_statistics import SiteShape
 from kvgauge.cli import calibrate
-from kvgauge.terminal.outputs import output_path
+from kvgauge.terminal.outputs import default_output
 
 GRID = {"method": "uniform", "bits": 4}
 WINDOWS = torch.randint(0, 64, (2, 40), generator=torch.Generator().manual_seed(0))
@@ -293,7 +293,6 @@ def test_a_wrong_recipe_is_one_line_of_advice(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_outputs_are_named_after_the_bits_that_a_wrapper_holds() -> None:
-    args = SimpleNamespace(quantizer_path=None, model=None)
     wrapper = SimpleNamespace(inner=SimpleNamespace(inner=SimpleNamespace(bits=3)))
-    found = output_path(args, SimpleNamespace(name="r", key=wrapper, value=IdentityEstimator()))  # type: ignore[arg-type]
+    found = default_output("statistics", SimpleNamespace(name="r", key=wrapper, value=IdentityEstimator()))  # type: ignore[arg-type]
     assert found == Path("runs/statistics-r/quantizers-k3v16.safetensors")

@@ -12,7 +12,8 @@ from calib.recipe.errors import refusal
 from calib.recipe.override import merged
 from calib.recipe.recipe import Recipe, RecipeError, load_recipe, shipped_recipes
 from kvgauge.cli.calibrate import parser
-from kvgauge.cli.options.recipe import recipe_changes
+from kvgauge.cli.options.common import parsed
+from kvgauge.configuration.recipe import RecipeConfig, recipe_changes
 from kvgauge.terminal.console import UsageError, dashes
 
 PLAIN: dict[str, Any] = {
@@ -289,8 +290,8 @@ def asked(recipe: str, flags: str | list[str]) -> dict[str, Any]:
     """The recipe that the flags make of a shipped one."""
     base = load_recipe(recipe)
     words = [dashes(word) for word in (flags.split() if isinstance(flags, str) else flags)]
-    args = parser().parse_args(words)
-    return base.edited(recipe_changes(args, base.model_dump(mode="json"))).model_dump(mode="json")
+    config = parsed(RecipeConfig, parser().parse_args(words))
+    return base.edited(recipe_changes(config, base.model_dump(mode="json"))).model_dump(mode="json")
 
 
 def picked(entry: dict[str, Any], path: str) -> Any:
@@ -379,7 +380,7 @@ def test_flags_edit_the_recipe(recipe: str, flags: str | list[str], expected: di
 @pytest.mark.parametrize("recipe", shipped_recipes())
 def test_without_flags_nothing_changes(recipe: str) -> None:
     assert asked(recipe, "") == load_recipe(recipe).model_dump(mode="json")
-    assert recipe_changes(parser().parse_args([]), load_recipe(recipe).model_dump(mode="json")) == {}
+    assert recipe_changes(RecipeConfig(), load_recipe(recipe).model_dump(mode="json")) == {}
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Options for windows and eviction: what the command line, the recipe and an artifact make of the policy."""
 
-import argparse
 import json
 
 import pytest
@@ -12,8 +11,10 @@ from transformers import LlamaForCausalLM
 from calib import calibrate
 from calib.recipe.recipe import Recipe, RecipeError, load_recipe
 from kvgauge.cli import evaluate as evaluate_program
-from kvgauge.cli.options.protocol import add_protocol_options, protocol_settings
-from kvgauge.terminal.console import UsageError
+from kvgauge.cli.options.common import parsed
+from kvgauge.cli.options.protocol import add_protocol_options
+from kvgauge.configuration.protocol import ProtocolConfig, protocol_settings
+from kvgauge.terminal.console import Parser, UsageError
 from simquant import CachePolicy, Eviction, ResidualWindow, decode_exact, packed_cache
 from simquant.policy.checks import default_policy
 
@@ -25,9 +26,10 @@ IDS = torch.randint(3, 64, (1, 30), generator=torch.Generator().manual_seed(1))
 
 
 def policy_of(flags: str, cache: dict[str, object] | None = None) -> CachePolicy:
-    parser = argparse.ArgumentParser()
+    parser = Parser("evaluate")
     add_protocol_options(parser)
-    found = protocol_settings(parser.parse_args(flags.split()), everywhere(per_group), 2, cache)["policy"]
+    config = parsed(ProtocolConfig, parser.parse_args(flags.split()))
+    found = protocol_settings(config, everywhere(per_group), 2, cache)["policy"]
     assert isinstance(found, CachePolicy)
     return found
 

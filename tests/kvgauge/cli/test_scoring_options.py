@@ -1,6 +1,5 @@
 """The options of scoring on the demo model: strides, resumption, and figures of single sites."""
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,14 @@ from calib.fitting.fit import fit
 from calib.recipe.recipe import load_recipe
 from calib.text.corpus import Corpus, LazyDocuments, load_corpus
 from calib.text.windows import sample_windows, split_windows
-from kvgauge.cli.options.scoring import add_scoring_options, scoring_settings, scoring_windows
+from kvgauge.cli.options.scoring import add_scoring_options
+from kvgauge.configuration.evaluate import EvaluateConfig
+from kvgauge.configuration.fields import filled
+from kvgauge.configuration.model import ModelConfig
 from kvgauge.loading.models import LoadedModel, load_model
+from kvgauge.running.scored_windows import scored_windows, scoring_settings
 from kvgauge.running.site_figures import site_figures
-from kvgauge.terminal.console import UsageError
+from kvgauge.terminal.console import Parser, UsageError
 from simquant import CachePolicy
 from simquant.evaluation import clipping
 from simquant.evaluation.scored_targets import strided_windows
@@ -27,16 +30,15 @@ from simquant.evaluation.scored_targets import strided_windows
 TEXT = Corpus(name="text", documents=(torch.arange(100), torch.arange(50)), digest="")
 
 
-def parsed(*words: str, **others: Any) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
+def parsed(*words: str, **others: Any) -> EvaluateConfig:
+    parser = Parser("evaluate")
     add_scoring_options(parser)
-    defaults = {"limit": None, "json": False, "dataset": "demo", "field": "text", "batch_size": 1}
-    return argparse.Namespace(**{**defaults, **vars(parser.parse_args(list(words))), **others})
+    return filled(EvaluateConfig, {"dataset": "demo", **vars(parser.parse_args(list(words))), **others})
 
 
 @pytest.fixture(scope="module")
 def loaded() -> LoadedModel:
-    return load_model(argparse.Namespace(model="demo", device="cpu", dtype="float32", maxseqlen=None))
+    return load_model(ModelConfig(model="demo", device="cpu", dtype="float32"))
 
 
 @pytest.fixture(scope="module")
@@ -49,40 +51,40 @@ def artifact(loaded: LoadedModel) -> Artifact:
 
 
 def test_windows_lie_side_by_side_unless_a_stride_is_given() -> None:
-    windows, scored = scoring_windows(parsed(limit=3), TEXT, 20)
+    windows, scored = scored_windows(parsed(limit=3).scoring, TEXT, 20)
     assert torch.equal(windows, split_windows(TEXT, seqlen=20, limit=3))
     assert scored is None
-    windows, scored = scoring_windows(parsed("--stride", "7", limit=20), TEXT, 20)
+    windows, scored = scored_windows(parsed("--stride", "7", limit=20).scoring, TEXT, 20)
     expected = strided_windows(TEXT.documents, seqlen=20, stride=7, limit=20)
     assert torch.equal(windows, expected[0])
     assert scored is not None
     assert scored.n_scored == expected[1].n_scored
     with pytest.raises(UsageError, match="--stride 21: windows of 20 tokens would leave out"):
-        scoring_windows(parsed("--stride", "21"), TEXT, 20)
+        scored_windows(parsed("--stride", "21").scoring, TEXT, 20)
 
 
 def test_a_text_too_long_to_be_read_is_not_read_whole() -> None:
     read: list[str] = []
     documents = LazyDocuments([str(n) for n in range(5000)], lambda text: read.append(text) or [int(text)] * 30)
-    windows, _ = scoring_windows(parsed("--stride", "10"), Corpus(name="c4", documents=documents, digest=""), 20)
+    windows, _ = scored_windows(parsed("--stride", "10").scoring, Corpus(name="c4", documents=documents, digest=""), 20)
     assert len(windows) == 256
     assert len(read) < 300
 
 
 def test_a_log_is_of_one_text(tmp_path: Path) -> None:
-    args = parsed("--resume", str(tmp_path / "log.jsonl"))
-    assert scoring_settings(args, None)["log"].path == tmp_path / "log.jsonl"
-    assert scoring_settings(parsed(), None, n_datasets=2) == {"scored": None, "log": None}
+    config = parsed("--resume", str(tmp_path / "log.jsonl")).scoring
+    assert scoring_settings(config, None)["log"].path == tmp_path / "log.jsonl"
+    assert scoring_settings(parsed().scoring, None, n_datasets=2) == {"scored": None, "log": None}
     with pytest.raises(UsageError, match="a log is of one text"):
-        scoring_settings(args, None, n_datasets=2)
+        scoring_settings(config, None, n_datasets=2)
 
 
 def test_sites_are_told_apart_in_print_and_json(
     loaded: LoadedModel, artifact: Artifact, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    windows, _ = scoring_windows(parsed(limit=2), load_corpus("demo", "evaluation", loaded.encode), 128)
-    args = parsed("--site-losses", "2", "--clipping")
-    found = site_figures(args, loaded, artifact, windows, {"policy": CachePolicy(), "protocol": "full"})
+    windows, _ = scored_windows(parsed(limit=2).scoring, load_corpus("demo", "evaluation", loaded.encode), 128)
+    config = parsed("--site-losses", "2", "--clipping")
+    found = site_figures(config, loaded, artifact, windows, {"policy": CachePolicy(), "protocol": "full"})
     assert set(found["site_losses"]) == {str(site) for site in artifact}
     assert sum(row["share"] for row in found["site_losses"].values()) == pytest.approx(1)
     keys = [row for site, row in found["clipped"].items() if "key" in site]

@@ -1,6 +1,5 @@
 """The bundled model: small, found without a name, able to look things up, and with keys that need their own scales."""
 
-import argparse
 import json
 from pathlib import Path
 
@@ -11,12 +10,13 @@ from artifacts import load
 from calib.demo import model_folder
 from calib.demo.trials import is_solved, trials
 from kvgauge.cli import calibrate, demo, evaluate
+from kvgauge.configuration.model import ModelConfig
 from kvgauge.loading.models import LoadedModel, load_model
 from scripts.demo_model.measure import key_losses
 
 
 def loaded(dtype: str = "auto") -> LoadedModel:
-    return load_model(argparse.Namespace(model="demo", device="cpu", dtype=dtype, maxseqlen=None))
+    return load_model(ModelConfig(model="demo", device="cpu", dtype=dtype))
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """The report of an evaluation: figures, words, and the page, also looked at in a browser where there is one."""
 
-import argparse
 import copy
 import html
 import json
@@ -27,10 +26,13 @@ from artifacts.quantizers.hadamard import Hadamard
 from artifacts.quantizers.sparse import PercentileSparse, ThresholdSparse
 from calib import fit, load_recipe
 from calib.calibration import add_windows, new_statistics
-from kvgauge.cli.options.common import add_text_options
+from kvgauge.cli.options.common import add_text_options, parsed
 from kvgauge.cli.options.protocol import add_protocol_options
 from kvgauge.cli.options.report import add_report_options, check_report_options
 from kvgauge.cli.report import main
+from kvgauge.configuration.evaluate import EvaluateConfig
+from kvgauge.configuration.report import ReportConfig
+from kvgauge.configuration.text import TextConfig
 from kvgauge.loading.models import LoadedModel
 from kvgauge.report.compared import compared
 from kvgauge.report.drawing.numbers import percent, size
@@ -45,7 +47,7 @@ from kvgauge.report.sections import tasks as task_sections
 from kvgauge.report.verdict import verdict
 from kvgauge.running.calibration_text import calibration_windows
 from kvgauge.running.evaluated import Evaluated
-from kvgauge.terminal.console import UsageError
+from kvgauge.terminal.console import Parser, UsageError
 from simquant import CachePolicy, evaluate
 
 Found = dict[str, Any]
@@ -447,11 +449,11 @@ def test_what_cannot_become_a_report_is_refused_at_once(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
-    parser = argparse.ArgumentParser()
+    parser = Parser("evaluate")
     add_report_options(parser)
-    check_report_options(parser.parse_args([]))
+    check_report_options(parsed(ReportConfig, parser.parse_args([])))
     with pytest.raises(UsageError, match=re.escape(problem)):
-        check_report_options(parser.parse_args(words))
+        check_report_options(parsed(ReportConfig, parser.parse_args(words)))
 
 
 def test_calibration_windows_are_found_again_by_their_digest(model: LlamaForCausalLM, tmp_path: Path) -> None:
@@ -459,13 +461,13 @@ def test_calibration_windows_are_found_again_by_their_digest(model: LlamaForCaus
     path.write_text("the quick brown fox jumps over the lazy dog " * 20)
     loaded = LoadedModel(model, _tokenize, None)
     artifact = _calibrated(loaded, path)
-    args = argparse.Namespace(field="text", dataset=f"demo,{path}")
-    windows = calibration_windows(args, loaded, artifact)
+    text = TextConfig(dataset=f"demo,{path}")
+    windows = calibration_windows(text, loaded, artifact)
     assert windows is not None
     assert windows.shape == (3, 16)
-    assert calibration_windows(argparse.Namespace(field="text", dataset="other.txt"), loaded, artifact) is None
+    assert calibration_windows(TextConfig(dataset="other.txt"), loaded, artifact) is None
     path.write_text("pack my box with five dozen liquor jugs " * 20)
-    assert calibration_windows(args, loaded, artifact) is None
+    assert calibration_windows(text, loaded, artifact) is None
 
 
 def test_a_run_is_put_together_from_what_evaluate_has(model: LlamaForCausalLM, tmp_path: Path) -> None:
@@ -474,19 +476,18 @@ def test_a_run_is_put_together_from_what_evaluate_has(model: LlamaForCausalLM, t
     loaded = LoadedModel(model, _tokenize, None)
     evaluated = Evaluated(quantizers=_calibrated(loaded, path), sink_tokens=2)
     argv = ["--dataset", str(path), "--seqlen", "16", "--report", "out", "--report-windows", "5"]
-    parser = argparse.ArgumentParser()
+    parser = Parser("evaluate")
     for add in (add_text_options, add_protocol_options, add_report_options):
         add(parser)
-    args = parser.parse_args(argv)
-    args.model, args.limit = "folder/model", None
-    run = ReportedRun.of(args, argv, loaded, evaluated, {"loss_nats": 0.5, "tasks": {"passkey": _task()}})
+    config = parsed(EvaluateConfig, parser.parse_args(argv)).of_model("folder/model")
+    run = ReportedRun.of(config, argv, loaded, evaluated, {"loss_nats": 0.5, "tasks": {"passkey": _task()}})
     assert run.windows.shape == (5, 16)
     assert run.results == {str(path): {"loss_nats": 0.5}}
     assert run.tasks == {"passkey": _task()}
     assert run.command == f"evaluate --dataset '{path}' --seqlen 16 --report out --report-windows 5"
     assert run.settings["policy"].sink_tokens == 2
     assert run.calibration_windows is not None
-    assert ReportedRun.of(args, argv, loaded, evaluated, {"tasks": {}}).results == {}
+    assert ReportedRun.of(config, argv, loaded, evaluated, {"tasks": {}}).results == {}
 
 
 def _tokenize(text: str, verbose: bool) -> Any:

@@ -1,6 +1,5 @@
 """Requests of lm-evaluation-harness on a packed cache, with a stand-in for the harness, which need not be installed."""
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -14,10 +13,14 @@ from artifacts.quantizer import Quantizer
 from artifacts.quantizers.dynamic_affine import DynamicAffine
 from artifacts.quantizers.identity import Identity
 from artifacts.sites import Site
+from kvgauge.cli.options.common import parsed
+from kvgauge.cli.options.harness import add_lm_eval_options
+from kvgauge.configuration.harness import HarnessConfig
+from kvgauge.configuration.model import ModelConfig
 from kvgauge.loading.models import LoadedModel, load_model
-from kvgauge.running.lm_eval_adapter import add_lm_eval_options, lm_eval_table, run_lm_eval
+from kvgauge.running.lm_eval_adapter import lm_eval_table, run_lm_eval
 from kvgauge.running.lm_eval_respondent import Respondent
-from kvgauge.terminal.console import UsageError
+from kvgauge.terminal.console import Parser, UsageError
 from simquant import CachePolicy, NothingQuantizedError, packed_cache
 
 PROMPT = "The pass key is 12345. Remember it: 12345 is the pass key. What is the pass key? The pass key is"
@@ -26,7 +29,7 @@ TEXT = "The pass key is 12345."
 
 @pytest.fixture(scope="module")
 def demo() -> LoadedModel:
-    return load_model(argparse.Namespace(model="demo", device="cpu", dtype="float32", maxseqlen=None))
+    return load_model(ModelConfig(model="demo", device="cpu", dtype="float32"))
 
 
 def respondent(loaded: LoadedModel, **changes: Any) -> Respondent:
@@ -237,11 +240,10 @@ def harness(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, name, module)
 
 
-def arguments(*words: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--seed", type=int, default=0)
+def arguments(*words: str) -> HarnessConfig:
+    parser = Parser("evaluate")
     add_lm_eval_options(parser)
-    return parser.parse_args(words)
+    return parsed(HarnessConfig, parser.parse_args(words))
 
 
 @pytest.mark.usefixtures("harness")

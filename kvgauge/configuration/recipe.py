@@ -1,0 +1,188 @@
+"""The recipe of a run, and the edits that options make to it."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from kvgauge.terminal.console import UsageError
+
+if TYPE_CHECKING:
+    from artifacts.importers import Hints
+
+_PROJECTIONS = {"k_proj": "key", "v_proj": "value"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeConfig:
+    """A recipe, and edits to it; what is None is left as the recipe has it.
+
+    Parameters
+    ----------
+    recipe : str or None
+        A shipped one, or a file; None where none was named.
+    abits, key_bits, value_bits : int or None
+        Bits for both, for keys, for values; 16 is exact.
+    target_bits : float or None
+        Mean bits of all sites, shared out among them.
+    nuq : bool or None
+        Codebooks by k-means, or uniform grids.
+    include_sparse : bool or None
+        Outliers are kept beside the codes.
+    sparsity_threshold : float or None
+        Fraction of values that are quantized; the rest are outliers.
+    perchannel, pertoken : sequence of str or None
+        k_proj and v_proj: which have a range for each channel, and which for each token.
+    symmetric, clamp : bool or None
+        Grids centred on zero; zero points rounded to integers inside the code range.
+    first_few_fp16 : int or None
+        First tokens kept exact.
+    stage : {'pre_rope', 'post_rope'} or None
+        Keys before or after RoPE.
+    nf : bool
+        Ranges of a KVQuant file stand for NormalFloat levels.
+    """
+
+    recipe: str | None = None
+    abits: int | None = None
+    key_bits: int | None = None
+    value_bits: int | None = None
+    target_bits: float | None = None
+    nuq: bool | None = None
+    include_sparse: bool | None = None
+    sparsity_threshold: float | None = None
+    perchannel: Sequence[str] | None = None
+    pertoken: Sequence[str] | None = None
+    symmetric: bool | None = None
+    clamp: bool | None = None
+    first_few_fp16: int | None = None
+    stage: Literal["pre_rope", "post_rope"] | None = None
+    nf: bool = False
+
+    @property
+    def sink_tokens(self) -> int | None:
+        """First tokens kept exact, where a number was given; the ancestors write -1 for none."""
+        return None if self.first_few_fp16 is None else max(0, self.first_few_fp16)
+
+
+def recipe_changes(config: RecipeConfig, base: dict[str, Any]) -> dict[str, Any]:
+    """The edits to the recipe `base` that the flags stand for."""
+    changes: dict[str, Any] = {
+        tensor: _site_changes(config, tensor, base[tensor], bits)
+        for tensor, bits in (("key", config.key_bits), ("value", config.value_bits))
+    }
+    if config.sink_tokens is not None:
+        changes["sink_tokens"] = config.sink_tokens
+    for name in ("stage", "target_bits"):
+        if getattr(config, name) is not None:
+            changes[name] = getattr(config, name)
+    return {name: change for name, change in changes.items() if change != {}}
+
+
+def _site_changes(config: RecipeConfig, tensor: str, base: dict[str, Any], own_bits: int | None) -> dict[str, Any]:
+    bits = own_bits if own_bits is not None else config.abits
+    scope = _scope(config, tensor)
+    if bits == 16 or scope == "none":
+        return {"method": "identity"}
+    changes: dict[str, Any] = {}
+    if bits is not None:
+        changes["bits"] = bits
+    if scope is not None:
+        changes["per"] = scope
+    if config.include_sparse is not None or config.sparsity_threshold is not None:
+        changes["outliers"] = outlier_entry(config, base)
+    for flag, name in ((config.symmetric, "symmetric"), (config.clamp, "whole_zero_point")):
+        if flag is not None:
+            changes[name] = flag
+    return _with_method(config, tensor, base, changes)
+
+
+def _with_method(config: RecipeConfig, tensor: str, base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """The edits; where the method changes, all of the entry, without what the other method does not know.
+
+    A site that the recipe keeps exact stays so, unless bits are asked for.
+    """
+    if base["method"] == "identity" and "bits" not in changes:
+        return {}
+    kept = "codebook" if base["method"] == "identity" else base["method"]
+    wanted = kept if config.nuq is None else ("codebook" if config.nuq else "uniform")
+    merged = {"per": "channel" if tensor == "key" else "token", **base, **changes}
+    if wanted == base["method"]:
+        return {**changes, **_per_token_codebook(merged)}
+    entry: dict[str, Any] = {"method": wanted}
+    entry |= {name: merged[name] for name in ("bits", "per", "outliers", "threshold_dtype") if name in merged}
+    entry |= {name: changes[name] for name in ("symmetric", "whole_zero_point") if name in changes}
+    if wanted == "codebook":
+        by_queries = tensor == "key" and merged["per"] == "channel"
+        entry["weights"] = "query" if by_queries else "scale2"
+    return entry
+
+
+def _per_token_codebook(entry: dict[str, Any]) -> dict[str, Any]:
+    """What a codebook entry has to give up when its ranges are those of the tokens."""
+    if entry["method"] != "codebook" or entry["per"] != "token":
+        return {}
+    tables = {"tables": "site"} if entry["tables"] == "channel" else {}
+    weights = {"weights": "scale2"} if entry["weights"].startswith("query") else {}
+    return tables | weights
+
+
+def _scope(config: RecipeConfig, tensor: str) -> str | None:
+    if config.perchannel is None and config.pertoken is None:
+        return None
+    channel, token = (_tensors(words) for words in (config.perchannel, config.pertoken))
+    if (channel == set() and token is None) or (token == set() and channel is None):
+        raise UsageError("--perchannel and --pertoken need k_proj and/or v_proj behind them")
+    if channel is not None and token is not None and channel & token:
+        raise UsageError(f"--perchannel and --pertoken both name {', '.join(sorted(channel & token))}; name each once")
+    if channel and tensor in channel:
+        return "channel"
+    if token and tensor in token:
+        return "token"
+    return "none" if channel is not None and token is not None else None
+
+
+def _tensors(words: Sequence[str] | None) -> set[str] | None:
+    if words is None:
+        return None
+    names = re.findall(r"[^][\s,\"']+", " ".join(words))  # words, a comma list, or the ancestors' JSON list
+    unknown = [name for name in names if name not in _PROJECTIONS]
+    if unknown:
+        raise UsageError(f"expected k_proj and/or v_proj, got {unknown[0]!r} (MODEL stands before these options)")
+    return {_PROJECTIONS[name] for name in names}
+
+
+def outlier_entry(config: RecipeConfig, base: dict[str, Any]) -> dict[str, Any] | None:
+    """What a recipe says under `outliers`, as the flags have it.
+
+    Raises
+    ------
+    UsageError
+        If the share is out of range, or given without outliers.
+    """
+    if config.include_sparse is False:
+        return None
+    old = base.get("outliers")
+    dense = config.sparsity_threshold if config.sparsity_threshold is not None else 0.99
+    if not 0.5 < dense <= 1:
+        raise UsageError(f"--sparsity-threshold is the share kept dense, above 0.5 and at most 1; got {dense}")
+    if dense == 1:
+        return None
+    if config.include_sparse is None and old is None:
+        raise UsageError("--sparsity-threshold says how many outliers --include-sparse keeps; add --include-sparse")
+    return {"rule": (old or {}).get("rule", "percentile"), "fraction": round(1 - dense, 12)}
+
+
+def foreign_hints(config: RecipeConfig) -> "Hints":
+    """The same options as they describe a file of another tool, which does not say these things itself."""
+    from artifacts.importers import Hints
+
+    named = config.include_sparse is not None or config.sparsity_threshold is not None
+    sparse = outlier_entry(config, {}) if named else None
+    return Hints(
+        bits=config.abits,
+        codebooks=config.nuq if not config.nf else None,
+        normal_float=config.nf,
+        outlier_fraction=sparse["fraction"] if sparse else None,
+        sink_tokens=config.sink_tokens or 0,
+    )
