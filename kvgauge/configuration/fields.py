@@ -32,7 +32,7 @@ def filled(kind: type[Configuration], values: Mapping[str, Any]) -> Configuratio
     for field in fields(kind):
         if isinstance(field.type, type) and is_dataclass(field.type):
             own[field.name] = filled(field.type, values)
-        elif field.name in values:
+        elif values.get(field.name) is not None:  # None is an option that was not given
             own[field.name] = values[field.name]
     return kind(**own)
 

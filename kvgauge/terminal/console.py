@@ -28,14 +28,10 @@ class UsageError(KVGaugeError):
 
 
 class Parser(argparse.ArgumentParser):
-    """Takes options in full only, and answers a wrong one in two lines.
-
-    An option that is not given leaves nothing behind: its default stands in a configuration, and there alone.
-    """
+    """Takes options in full only, and answers a wrong one in two lines."""
 
     def __init__(self, prog: str, description: str | None = None, **options: Any) -> None:
-        options = {"allow_abbrev": False, "argument_default": argparse.SUPPRESS, **options}
-        super().__init__(prog, description=description, **options)
+        super().__init__(prog, description=description, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         """Exits with the status of wrong usage."""

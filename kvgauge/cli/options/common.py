@@ -91,8 +91,9 @@ def parsed_settings(args: argparse.Namespace) -> "Settings":
 
     from kvgauge.sweeping.settings import Settings
 
+    given = {name: value for name, value in vars(args).items() if value is not None}
     try:
-        return Settings(**{name: value for name, value in vars(args).items() if name in Settings.model_fields})
+        return Settings(**{name: value for name, value in given.items() if name in Settings.model_fields})
     except ValidationError as error:
         rows = [f"--{'.'.join(map(str, row['loc']))}: {row['msg']}" for row in error.errors()]
         raise UsageError("\n".join(row.removeprefix("--: Value error, ") for row in rows)) from error
