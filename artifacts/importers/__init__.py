@@ -1,7 +1,7 @@
-"""Reading what other tools wrote: files of KVQuant, LLaMA3-simquant and msModelSlim become artifacts.
+"""Importers: files of KVQuant, LLaMA3-simquant and msModelSlim as artifacts.
 
-Nothing in a foreign file is ever executed. What a file does not say is said by `Hints` or assumed, and every
-assumption is named in the notices that come with the artifact.
+Nothing in a foreign file is ever executed. Settings that a file lacks come from `Hints` or are assumed, and a notice
+names every assumption.
 """
 
 from artifacts.importers.foreign import Opened, open_foreign

@@ -1,4 +1,4 @@
-"""Opens artifacts, whoever wrote them."""
+"""Opens artifacts of kvgauge and of other tools."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ from artifacts.sites import Site
 
 @dataclass(frozen=True)
 class Opened:
-    """An artifact, and what had to be assumed.
+    """Artifact with the assumptions made to import it.
 
     Parameters
     ----------
     artifact : Artifact
         Ready to run.
     notices : tuple of str
-        What a foreign file did not say and what was assumed; empty for a kvgauge file.
+        Settings that a foreign file lacked and the values assumed; empty for a kvgauge file.
     """
 
     artifact: Artifact
@@ -31,14 +31,14 @@ class Opened:
 
 
 def open_foreign(path: str | Path, hints: Hints | None = None) -> Opened:
-    """Reads an artifact of kvgauge, KVQuant, LLaMA3-simquant or msModelSlim, told apart by content.
+    """Reads an artifact of kvgauge, KVQuant, LLaMA3-simquant or msModelSlim, recognised by content.
 
     Parameters
     ----------
     path : str or Path
         A file, or msModelSlim's folder.
     hints : Hints or None
-        What a foreign file does not say.
+        Settings that a foreign file lacks.
 
     Returns
     -------
@@ -48,7 +48,7 @@ def open_foreign(path: str | Path, hints: Hints | None = None) -> Opened:
     Raises
     ------
     ArtifactError
-        `CorruptArtifactError` for what is damaged or of another kind, `MismatchError` where hints and file
+        `CorruptArtifactError` for a damaged file or one of another kind, `MismatchError` where hints and file
         contradict each other or a hint is missing.
     """
     path, hints = Path(path), hints or Hints()
@@ -68,12 +68,13 @@ def open_foreign(path: str | Path, hints: Hints | None = None) -> Opened:
 
 def _is_foreign_pickle(path: Path) -> bool:
     with path.open("rb") as file:
-        head = file.read(64)
-    return head[:1] == b"\x80" and head[8:9] != b"{" and b"kvgauge" not in head
+        first = file.read(64)
+    # A pickle starts with 0x80, as may the length that starts a safetensors file: its JSON starts at byte 8.
+    return first[:1] == b"\x80" and first[8:9] != b"{" and b"kvgauge" not in first
 
 
 def _opened(path: Path, tool: str, quantizers: Mapping[Site, Quantizer], notices: list[str], hints: Hints) -> Opened:
-    taken = f"taken for a file of {tool}, which does not say from which model and text it was made"
+    taken = f"assumed to be a file of {tool}, without a record of its model and text"
     manifest = Manifest(
         specs={site: quantizer.spec for site, quantizer in quantizers.items()},
         model={},

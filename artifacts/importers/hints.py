@@ -1,4 +1,4 @@
-"""What a user may have to say of a foreign file, because the file does not."""
+"""Settings that foreign files lack and a user gives."""
 
 from dataclasses import dataclass
 
@@ -7,20 +7,20 @@ from artifacts.errors import MismatchError
 
 @dataclass(frozen=True, kw_only=True)
 class Hints:
-    """The flags that the other tools want typed again whenever a file is used.
+    """Settings that the other tools take as flags whenever a file is used.
 
     Parameters
     ----------
     bits : int or None
-        Code width, where no table of levels tells it.
+        Code width, for a file without codebooks.
     codebooks : bool or None
-        Whether the file must hold tables of levels; None takes what is there.
+        True requires codebooks in the file, False requires ranges alone; None accepts both.
     normal_float : bool
-        Ranges without a table stand for NormalFloat levels, not for a uniform grid.
+        Use NormalFloat levels for ranges without a codebook, rather than a uniform grid.
     outlier_fraction : float or None
-        Share of values kept exact; None means that thresholds are plain ranges.
+        Fraction of values kept as 16-bit outliers; None takes thresholds as plain ranges.
     sink_tokens : int
-        First positions that stay exact.
+        First positions that are kept in full precision.
     """
 
     bits: int | None = None
@@ -30,36 +30,37 @@ class Hints:
     sink_tokens: int = 0
 
     def bits_of_table(self, place: str, n_levels: int) -> int:
-        """Code width of a table.
+        """Code width of a codebook.
 
         Raises
         ------
         MismatchError
-            If the hints say otherwise, or no width has so many levels.
+            If the hints contradict it, or the number of levels is no power of two from 2 to 256.
         """
         bits = n_levels.bit_length() - 1
         if not 1 <= bits <= 8 or n_levels != 2**bits:
             raise MismatchError(f"{place}: expected 2, 4, 8, ... 256 levels; got {n_levels}. Is the file damaged?")
         if self.codebooks is False:
-            raise MismatchError(f"{place}: --no-nuq was asked for; the file holds {n_levels} levels. Drop --no-nuq")
+            raise MismatchError(f"{place}: --no-nuq was given, but the file has {n_levels} levels. Drop --no-nuq")
         if self.bits not in (None, bits):
             raise MismatchError(
-                f"{place}: --abits {self.bits} was asked for; the file holds {n_levels} levels, {bits} bits"
+                f"{place}: --abits {self.bits} was given, but the file has {n_levels} levels, which are {bits} bits. "
+                "Drop --abits"
             )
         return bits
 
     def bits_of_range(self, place: str) -> int:
-        """Code width where the file holds ranges alone.
+        """Code width of a file with ranges alone.
 
         Raises
         ------
         MismatchError
-            If nothing says it, or the hints ask for a table.
+            If no hint gives it, or the hints require codebooks.
         """
         if self.codebooks:
-            raise MismatchError(f"{place}: --nuq was asked for; the file holds ranges and no levels. Drop --nuq")
+            raise MismatchError(f"{place}: --nuq was given, but the file has ranges without codebooks. Drop --nuq")
         if self.bits is None:
-            raise MismatchError(f"{place}: the file does not say how many bits its codes have. Add --abits N")
+            raise MismatchError(f"{place}: the file does not contain the code width. Add --abits N")
         if not 1 <= self.bits <= 8:
-            raise MismatchError(f"{place}: expected 1 to 8 bits; got {self.bits}")
+            raise MismatchError(f"{place}: --abits must be from 1 to 8; got {self.bits}")
         return self.bits

@@ -20,7 +20,7 @@ from artifacts.storage import naming
 
 
 def quantizers(path: Path, content: dict[Any, Any], hints: Hints) -> tuple[dict[Site, Quantizer], list[str]]:
-    """What the file describes, and what was assumed.
+    """Quantizers of the file, and notices of assumptions.
 
     Raises
     ------
@@ -35,7 +35,7 @@ def quantizers(path: Path, content: dict[Any, Any], hints: Hints) -> tuple[dict[
 
 
 class _Entry:
-    """One tuple, by position; entries behind the known ones are left out."""
+    """One tuple of the file, read by position; unknown entries at its end are left out."""
 
     def __init__(self, site: Site, entry: object, hints: Hints) -> None:
         if not isinstance(entry, tuple | list) or len(entry) < 2:
@@ -50,7 +50,7 @@ class _Entry:
 
     @property
     def per_token(self) -> bool:
-        """Ranges over tokens come as (tokens, 1), those over channels as (1, channels); flat ones by what is usual."""
+        """True for ranges of shape (tokens, 1); flat ones are per token for values and per channel for keys."""
         if len(self.shape) == 2:
             return bool(self.shape[1] == 1 and self.shape[0] > 1)
         return self.site.tensor == "value"
@@ -73,7 +73,7 @@ class _Entry:
 
 
 def _is_norm(more: list[Any]) -> bool:
-    """Q-Norm's numbers are tensors; old files have plain numbers there that mean something else."""
+    """True for Q-Norm parameters, which are tensors; old files have plain numbers of another meaning there."""
     return len(more) >= 3 and all(isinstance(value, Tensor) and value.numel() == 1 for value in more[1:3])
 
 
@@ -83,23 +83,25 @@ def _channels(site: Site, parsed: dict[Site, _Entry]) -> int:
     for entry in [own, *same_layer, *parsed.values()]:
         if not entry.per_token:
             return len(entry.upper)
-    raise CorruptArtifactError(f"{site}: no entry of the file has ranges per channel, so their number is unknown")
+    raise CorruptArtifactError(
+        f"{site}: expected an entry with ranges per channel, to know the number of channels; got none in the file"
+    )
 
 
 def _notices(parsed: dict[Site, _Entry], hints: Hints) -> list[str]:
     notices = []
     if any(entry.per_token for entry in parsed.values()):
-        notices.append("thresholds of calibration tokens are left out: every token's own range is used, as in KVQuant")
+        notices.append("thresholds of calibration tokens are left out: the range is computed per token, as in KVQuant")
     if hints.outlier_fraction is None:
         notices.append(
-            "the file does not say whether outliers are kept: assumed none, values beyond a range saturate. "
+            "the file does not record outliers: assumed none, values beyond a range saturate. "
             "If it was made with them, add --include-sparse --sparsity-threshold 0.99"
         )
     if not hints.sink_tokens:
-        notices.append("the file does not say how many first tokens stay exact: assumed none (--first-few-fp16)")
+        notices.append("the file does not record sink tokens: assumed none (--first-few-fp16 N)")
     if any(entry.table is None for entry in parsed.values()):
         notices.append("ranges without levels: assumed uniform grids (--nf for NormalFloat)")
     n_left_out = sum(entry.n_left_out for entry in parsed.values())
     if n_left_out:
-        notices.append(f"{n_left_out} entries behind the known ones were left out")
+        notices.append(f"{n_left_out} unknown entries at the end of tuples were left out")
     return notices

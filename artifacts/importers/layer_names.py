@@ -1,4 +1,4 @@
-"""Which of the names in a foreign file are those of the text decoder's layers."""
+"""Selection of the text decoder's layers among the module names of a foreign file."""
 
 import re
 from collections.abc import Iterable
@@ -11,23 +11,23 @@ _OTHER_SENSES = re.compile(r"vision|visual|image|vit|audio|speech|whisper", re.I
 
 
 def text_sites(names: Iterable[str], stage: Stage) -> tuple[dict[Site, str], list[str]]:
-    """The name for each site, and notices of the names that were left out.
+    """Name of each site's projection, and notices of the names that were left out.
 
-    Layers are told apart by what stands before their number. Where there are several such stacks, those that are named
-    after pictures or sound are left out.
+    Names with the same prefix before the layer number form a stack. With several stacks, those named after vision or
+    audio are left out.
 
     Parameters
     ----------
     names : iterable of str
-        Of projections, such as `model.layers.3.self_attn.k_proj`.
+        Names of projections, such as `model.layers.3.self_attn.k_proj`.
     stage : {'pre_rope', 'post_rope'}
-        Where the file's keys were taken.
+        Stage of the file's keys.
 
     Raises
     ------
     CorruptArtifactError
-        If a name is no projection of a layer, if several stacks could be the text decoder's, or if two names of one
-        stand for one site.
+        If a name is no projection of a layer, if several stacks could be the text decoder, or if two names of a stack
+        belong to one site.
     """
     stacks: dict[str, list[tuple[Site, str]]] = {}
     for name in names:
@@ -40,14 +40,14 @@ def text_sites(names: Iterable[str], stage: Stage) -> tuple[dict[Site, str], lis
     chosen = [stack for stack in stacks if not _OTHER_SENSES.search(stack)] if len(stacks) > 1 else list(stacks)
     if len(chosen) > 1 or (stacks and not chosen):
         firsts = " and ".join(rows[0][1] for rows in stacks.values())
-        raise CorruptArtifactError(f"expected the layers of one text decoder; got {firsts}. Take out the others")
+        raise CorruptArtifactError(f"expected the layers of one text decoder; got {firsts}. Remove the others")
     found: dict[Site, str] = {}
     for site, name in (row for stack in chosen for row in stacks[stack]):
         if site in found:
             raise CorruptArtifactError(f"{site}: expected one name for it; got {found[site]} and {name}")
         found[site] = name
     return found, [
-        f"{len(rows)} entries such as {rows[0][1]} were left out: {chosen[0]}N is taken for the text decoder"
+        f"{len(rows)} entries such as {rows[0][1]} were left out: {chosen[0]}N is assumed to be the text decoder"
         for stack, rows in stacks.items()
         if stack not in chosen
     ]

@@ -1,4 +1,4 @@
-"""LLaMA3-simquant's pickle: like KVQuant's, but with numpy thresholds and levels in units of the activations."""
+"""Importer of LLaMA3-simquant's pickle: KVQuant's format with numpy thresholds and levels in units of activations."""
 
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,13 @@ from artifacts.storage import naming
 
 
 def wrote(content: dict[Any, Any]) -> bool:
-    """Thresholds are numpy vectors or None; KVQuant's are tensors."""
+    """True for a file of LLaMA3-simquant: its thresholds are numpy vectors or None, those of KVQuant are tensors."""
     firsts = [entry[0] for entry in content.values() if isinstance(entry, tuple | list) and len(entry) >= 3]
     return bool(firsts) and all(first is None or isinstance(first, np.ndarray) for first in firsts)
 
 
 def quantizers(path: Path, content: dict[Any, Any], hints: Hints) -> tuple[dict[Site, Quantizer], list[str]]:
-    """What the file describes, and what was assumed.
+    """Quantizers of the file, and notices of assumptions.
 
     Raises
     ------
@@ -35,10 +35,10 @@ def quantizers(path: Path, content: dict[Any, Any], hints: Hints) -> tuple[dict[
         entries, notices = tables.by_site(content)
         channels = _channels(entries)
         found = {site: _quantizer(site, entry, channels, hints) for site, entry in sorted(entries.items())}
-    notices.append("levels are taken in units of the activations, as they were fitted, never over a range")
+    notices.append("levels are used in units of the activations, as they were fitted, without a scale")
     notices.append("thresholds of values are those of calibration tokens and are left out")
     if hints.outlier_fraction is None:
-        notices.append("the file does not say whether outliers are kept: assumed none (--include-sparse)")
+        notices.append("the file does not record outliers: assumed none (--include-sparse)")
     return found, notices
 
 
@@ -46,7 +46,7 @@ def _channels(entries: dict[Site, Any]) -> int:
     for site, entry in entries.items():
         if site.tensor == "key" and isinstance(entry, tuple | list) and entry[0] is not None:
             return len(tables.numbers(site, "upper", entry[0]))
-    raise CorruptArtifactError("no keys with thresholds, so the number of channels is unknown")
+    raise CorruptArtifactError("expected keys with thresholds, to know the number of channels; got none in the file")
 
 
 def _quantizer(site: Site, entry: Any, channels: int, hints: Hints) -> Quantizer:
@@ -54,7 +54,7 @@ def _quantizer(site: Site, entry: Any, channels: int, hints: Hints) -> Quantizer
         raise CorruptArtifactError(f"{site}: expected (upper, lower, levels); got {type(entry).__name__}")
     upper, lower, levels, *_ = entry
     if upper is None or lower is None:
-        raise CorruptArtifactError(f"{site}: it was saved without activations (None). Calibrate again")
+        raise CorruptArtifactError(f"{site}: expected thresholds; got None: it saw no activations. Calibrate again")
     low, high = tables.numbers(site, "lower", lower), tables.numbers(site, "upper", upper)
     if levels is None:
         if site.tensor == "value":

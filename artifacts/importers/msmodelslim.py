@@ -1,4 +1,4 @@
-"""msModelSlim's folder: a step and an offset for every channel of the keys after rotation, and of the values.
+"""Importer of msModelSlim's folder: a scale and an offset per channel of values and of keys after rotation.
 
 The engine stores round(x / scale + offset) in 8 bits and reads (code - offset) * scale.
 """
@@ -26,12 +26,12 @@ _LOWEST, _HIGHEST = -128, 127
 
 
 def is_folder(path: Path) -> bool:
-    """Whether the folder looks like one of msModelSlim."""
+    """True for a folder with file names of msModelSlim."""
     return any(path.glob("quant_model*")) or any(path.glob("kv_cache_scale.npy"))
 
 
 def quantizers(path: Path) -> tuple[dict[Site, Quantizer], list[str]]:
-    """What the folder describes, and what was assumed.
+    """Quantizers of the folder, and notices of assumptions.
 
     Raises
     ------
@@ -43,9 +43,13 @@ def quantizers(path: Path) -> tuple[dict[Site, Quantizer], list[str]]:
     promised = {name for name in description if re.search(r"\.kv_cache_(scale|offset)$", name)}
     missing = sorted(promised - {*scales, *offsets})
     if missing:
-        raise CorruptArtifactError(f"{path}: {_DESCRIPTION} lists {missing[0]} ({len(missing)} such); no file has it")
+        raise CorruptArtifactError(
+            f"{path}: expected all tensors that {_DESCRIPTION} lists; {len(missing)} are in no file, first {missing[0]}"
+        )
     if not scales:
-        raise CorruptArtifactError(f"{path}: no tensor is named *.k_proj.kv_cache_scale. Was the cache quantized?")
+        raise CorruptArtifactError(
+            f"{path}: expected tensors named *.k_proj.kv_cache_scale; got none. Was the cache quantized?"
+        )
     _check_no_zeros(path, scales)
     with naming(path):
         places, notices = text_sites([name.removesuffix(_SCALE) for name in scales], "post_rope")
@@ -64,8 +68,11 @@ def _affine(place: str, scale: Float32[Tensor, " channels"], offset: Float32[Ten
         )
     if (scale < 0).any() or (offset < _LOWEST).any() or (offset > _HIGHEST).any():
         raise CorruptArtifactError(
-            f"{place}: expected positive scales and offsets from {_LOWEST} to {_HIGHEST}; got others"
+            f"{place}: expected positive scales and offsets from {_LOWEST} to {_HIGHEST}; got a smallest scale of "
+            f"{float(scale.min()):.4g} and offsets from {float(offset.min()):.4g} to {float(offset.max()):.4g}"
         )
+    # The engine's int8 code is q = round(x / scale + offset); ours is unsigned, q + 128: x ~ (q - offset) * scale =
+    # (-128 - offset) * scale + (q + 128) * scale.
     return Affine(channels=len(scale), bits=8, scale=scale, offset=(_LOWEST - offset) * scale)
 
 
@@ -74,7 +81,7 @@ def _check_no_zeros(path: Path, scales: dict[str, Tensor]) -> None:
     if zeros:
         rows = ", ".join(f"{name} ({count} of {len(scales[name])})" for name, count in list(zeros.items())[:6])
         raise CorruptArtifactError(
-            f"{path}: {len(zeros)} of {len(scales)} tensors have scales of zero, with which nothing can be stored: "
+            f"{path}: scales must be positive; {len(zeros)} of {len(scales)} tensors have zeros: "
             f"{rows}. Calibrate again; a known defect of some writers leaves scales unset."
         )
 
@@ -91,7 +98,7 @@ def _description(path: Path) -> dict[str, object]:
         raise CorruptArtifactError(f"{file}: expected an object; got {type(found).__name__}")
     kind = found.get("kv_cache_type", found.get("kv_quant_type", "C8"))
     if kind != "C8":
-        raise CorruptArtifactError(f"{file}: the cache is of type {kind!r:.20}; only C8, 8 bits, is known")
+        raise CorruptArtifactError(f"{file}: expected a cache of type C8 (8 bits); got {kind!r:.20}")
     return found
 
 
@@ -118,7 +125,7 @@ def _files(path: Path) -> Iterator[Path]:
             raise CorruptArtifactError(f"{index}: expected a weight_map ({error!s:.80})") from error
         missing = sorted(listed - set(files))
         if missing:
-            raise CorruptArtifactError(f"{index}: it lists {missing[0].name}, which is not there")
+            raise CorruptArtifactError(f"{index}: it lists {missing[0].name}, which does not exist")
     if not files:
         hint = "; the .npy variant is a pickle and is not read" if any(path.glob("kv_cache_*.npy")) else ""
         raise ArtifactError(f"{path}: expected quant_model_weights*.safetensors; got none{hint}")
@@ -126,12 +133,12 @@ def _files(path: Path) -> Iterator[Path]:
 
 
 def _notices(description: dict[str, object], promised: set[str], without_offset: list[str]) -> list[str]:
-    notices = ["keys are taken after the rotation, where msModelSlim measures them"]
+    notices = ["keys are quantized after RoPE, where msModelSlim calibrates them"]
     if not description:
         notices.append(f"{_DESCRIPTION} is missing: tensors were chosen by their names")
     labels = sorted({str(description[name]) for name in promised} - {"C8"})
     if labels:
-        notices.append(f"the cache's tensors are labelled {', '.join(labels)}, the type of the weights: taken as C8")
+        notices.append(f"the cache's tensors are labelled {', '.join(labels)}, the type of the weights: assumed C8")
     if without_offset:
         notices.append(f"{len(without_offset)} scales have no offset: assumed 0, symmetric")
     return notices

@@ -1,7 +1,7 @@
-"""Reads pickles of tensors and arrays without running anything that they name.
+"""Restricted unpickler for tensors and arrays, which runs no code of the file.
 
-A pickle is a program: it names functions and calls them. Here every name that such files contain stands for a function
-of this module, which checks what it is handed; every other name ends the reading.
+A pickle is a program that names functions and calls them. Here every name in such files maps to a function of this
+module, which validates its arguments; every other name raises.
 """
 
 import io
@@ -24,7 +24,7 @@ _FORBIDDEN = ("EXT1", "EXT2", "EXT4", "PERSID", "BINPERSID", "NEXT_BUFFER", "REA
 
 
 def read_pickle(path: Path, data: bytes) -> Any:
-    """The object of a pickle that holds containers, numbers, texts, tensors and arrays; arrays come as numpy's.
+    """Object of a pickle of containers, numbers, texts, tensors and arrays; arrays come as numpy arrays.
 
     Raises
     ------
@@ -41,33 +41,33 @@ def read_pickle(path: Path, data: bytes) -> Any:
 
 
 def _check_instructions(data: bytes) -> None:
-    """No instruction reaches outside, and none claims more memory than the file has bytes."""
+    """Rejects instructions that refer to objects outside the file or claim more memo entries than it has bytes."""
     position = -1
     for instruction, argument, at in pickletools.genops(data):
         position = at or 0
         if instruction.name in _FORBIDDEN:
-            raise CorruptArtifactError(f"it uses the instruction {instruction.name}; nothing in it was run")
+            raise CorruptArtifactError(f"it uses the instruction {instruction.name}; nothing in it was executed")
         if "PUT" in instruction.name and (argument or 0) > len(data):
-            raise CorruptArtifactError(f"it claims {argument} memo entries in {len(data)} bytes")
+            raise CorruptArtifactError(f"expected at most one memo entry a byte; got {argument} in {len(data)} bytes")
     if position != len(data) - 1:
         raise CorruptArtifactError("bytes after the end")
 
 
 class _Dtype:
-    """Stands for `numpy.dtype`: plain numbers only."""
+    """Substitute for `numpy.dtype`: plain number types only."""
 
     def __init__(self, name: str, *_: object) -> None:
         if name not in _NUMBERS:
-            raise CorruptArtifactError(f"an array of dtype {name!r:.40}; expected one of {', '.join(_NUMBERS)}")
+            raise CorruptArtifactError(f"expected arrays of dtype {', '.join(_NUMBERS)}; got {name!r:.40}")
         self.numpy = np.dtype(f"<{name}")
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         if state[1] not in ("<", "|"):
-            raise CorruptArtifactError(f"an array of byte order {state[1]!r:.10}; expected little-endian")
+            raise CorruptArtifactError(f"expected little-endian arrays; got byte order {state[1]!r:.10}")
 
 
 class _Array:
-    """Stands for `numpy.ndarray`, which is made first and filled afterwards."""
+    """Substitute for `numpy.ndarray`, which a pickle creates first and fills afterwards."""
 
     array: Array
 
@@ -92,24 +92,28 @@ def _scalar(dtype: _Dtype, data: bytes) -> float:
 
 def _encode(text: str, encoding: str) -> bytes:
     if encoding != "latin1":
-        raise CorruptArtifactError(f"bytes in the encoding {encoding!r:.20}; expected latin1")
+        raise CorruptArtifactError(f"expected bytes in the encoding latin1; got {encoding!r:.20}")
     return text.encode("latin1")
 
 
 def _storage(data: bytes) -> Any:
-    """The numbers of a tensor, which lie in the pickle as a file of their own."""
+    """Storage of a tensor, which is in the pickle as a nested file."""
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
 def _tensor(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object) -> Tensor:
     if not isinstance(storage, torch.storage.TypedStorage):
-        raise CorruptArtifactError(f"a tensor over {type(storage).__name__}; expected the numbers of a tensor")
+        raise CorruptArtifactError(f"expected a tensor over a storage; got one over {type(storage).__name__}")
     if any(step < 0 for step in stride):
-        raise CorruptArtifactError(f"a tensor with strides {stride}")
+        raise CorruptArtifactError(f"expected a tensor with strides from 0; got {stride}")
     whole = torch.empty(0, dtype=storage.dtype).set_(storage._untyped_storage)
+    # Index of the last element; with all strides from 0 the first is the smallest, so both ends lie in the storage.
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if offset < 0 or last >= len(whole) or any(n < 1 for n in size) or int(np.prod(size)) > len(whole):
-        raise CorruptArtifactError(f"a tensor of shape {size} in a storage of {len(whole)} numbers")
+        raise CorruptArtifactError(
+            f"expected a tensor inside its storage of {len(whole)} numbers; got shape {size}, strides {stride}, "
+            f"offset {offset}"
+        )
     return whole.as_strided(size, stride, offset).clone()
 
 
@@ -130,16 +134,16 @@ class _Restricted(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
             raise CorruptArtifactError(
-                f"it refers to {module}.{name}, which no quantizer file needs; nothing in it was run. "
-                "Do not load it with anything else."
+                f"it refers to {module}.{name}, which no quantizer file needs; nothing in it was executed. "
+                "Do not load this file with another program."
             )
         return _ALLOWED[module, name]
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
-    """The same with real arrays; such files are nested four levels deep at most."""
-    if depth > 8:
-        raise CorruptArtifactError("containers nested deeper than any quantizer file has them")
+    """The object with numpy arrays in place of the substitutes."""
+    if depth > 8:  # quantizer files are nested four levels deep at most
+        raise CorruptArtifactError("expected containers nested at most 8 levels deep; got more")
     if isinstance(value, _Array):
         return value.array
     if isinstance(value, dict):

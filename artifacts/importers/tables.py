@@ -1,4 +1,4 @@
-"""Quantizers from the numbers that KVQuant and its descendants keep: ends of ranges, and tables of levels."""
+"""Quantizers from the parameters of KVQuant and its descendants: ranges and codebooks."""
 
 from typing import Any
 
@@ -17,16 +17,16 @@ from artifacts.quantizers.sparse import PercentileSparse, ThresholdSparse
 from artifacts.sites import Site
 
 _NARROWEST = 2.0**-100
-"""Scale of a channel whose range is a point: beside its offset every level vanishes."""
+"""Scale of a channel with an empty range: every level then rounds to the offset."""
 
 
 def by_site(content: dict[object, object]) -> tuple[dict[Site, object], list[str]]:
-    """Entries by site, and notices of what else there was.
+    """Entries by site, and notices of the entries that were left out.
 
     Raises
     ------
     CorruptArtifactError
-        If a name is no projection of a layer, or two could stand for one site.
+        If a name is no projection of a layer, or two belong to one site.
     """
     old = [name for name in content if isinstance(name, str) and ".lut" in name]
     odd = [name for name in content if not isinstance(name, str)]
@@ -40,12 +40,12 @@ def by_site(content: dict[object, object]) -> tuple[dict[Site, object], list[str
 
 
 def numbers(site: Site, name: str, value: object) -> Float64[Tensor, " n"]:
-    """A vector of finite numbers from an array, a tensor, or a list that holds one.
+    """Vector of finite numbers from an array, a tensor, or a list of one of these.
 
     Raises
     ------
     CorruptArtifactError
-        If it is none.
+        If the value is anything else.
     """
     inside = value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
     try:
@@ -61,31 +61,33 @@ def numbers(site: Site, name: str, value: object) -> Float64[Tensor, " n"]:
 
 
 def halved(site: Site, name: str, vector: Float64[Tensor, " n"]) -> Float16[Tensor, " n"]:
-    """The numbers in float16, as these tools use them.
+    """Vector in float16, the precision of these tools.
 
     Raises
     ------
     CorruptArtifactError
-        If one is too large.
+        If a number exceeds the range of float16.
     """
     half = vector.half()
     if not torch.isfinite(half).all():
-        raise CorruptArtifactError(f"{site}: {name}: {float(vector.abs().max()):.4g} does not fit float16")
+        raise CorruptArtifactError(
+            f"{site}: {name}: {float(vector.abs().max()):.4g} does not fit float16 (largest 65504)"
+        )
     return half
 
 
 def static(site: Site, lower: Tensor, upper: Tensor, table: "Table | None", hints: Hints) -> Quantizer:
-    """A channel's range is the same for all tokens.
+    """Quantizer with a static range per channel.
 
     Raises
     ------
     CorruptArtifactError
-        If a lower end lies above its upper end.
+        If the numbers of lower and upper ends differ, or a lower end exceeds its upper end.
     """
     low, high = halved(site, "lower", lower), halved(site, "upper", upper)
     if low.shape != high.shape or (low > high).any():
         raise CorruptArtifactError(
-            f"{site}: expected a lower and a higher end for each channel; got {len(low)} and {len(high)}, "
+            f"{site}: expected a lower and an upper end for each channel; got {len(low)} and {len(high)}, "
             f"{int((low > high).sum()) if low.shape == high.shape else '?'} of them exchanged"
         )
     inner = _static_inner(site, low, high, table, hints)
@@ -97,6 +99,7 @@ def static(site: Site, lower: Tensor, upper: Tensor, table: "Table | None", hint
 def _static_inner(site: Site, low: Tensor, high: Tensor, table: "Table | None", hints: Hints) -> Quantizer:
     channels = len(low)
     if table is not None:
+        # KVQuant normalises channels to [-1, 1] by half-range and midpoint, in float16 arithmetic, before the codebook.
         scale, offset = ((high - low) / 2).float(), ((high + low) / 2).float()
         offset = torch.where(scale > 0, offset, low.float())
         scale = torch.where(scale > 0, scale, _NARROWEST)
@@ -107,7 +110,7 @@ def _static_inner(site: Site, low: Tensor, high: Tensor, table: "Table | None", 
 
 
 def dynamic(site: Site, channels: int, table: "Table | None", hints: Hints) -> Quantizer:
-    """The range is each token's own."""
+    """Quantizer with a dynamic range per token."""
     inner: Quantizer
     if table is not None:
         inner = DynamicCodebook(channels=channels, bits=table.bits, **table.fields)
@@ -118,19 +121,22 @@ def dynamic(site: Site, channels: int, table: "Table | None", hints: Hints) -> Q
 
 
 class Table:
-    """Levels in ascending order, with the boundaries between them where those are not the middles.
+    """Codebook of a file: sorted levels, with decision boundaries where these are not the midpoints.
 
     Parameters
     ----------
     site : Site
         Named in errors.
     levels : Float64[Tensor, "levels"]
-        In any order.
+        Levels in any order.
     hints : Hints
         Must not contradict the number of levels.
     gain, shift : float
-        What is decoded is level * gain + shift, while codes are chosen by the levels themselves (Q-Norm).
+        Q-Norm: a code decodes to level * gain + shift, but is chosen as the nearest of the levels themselves.
     """
+
+    # Q-Norm (arXiv 2401.18079) gives quantized values the mean m1 and deviation s1 of the data in place of their own m2
+    # and s2: level -> (level - m2) * s1 / s2 + m1, after codes are chosen. So boundaries are those of unmapped levels.
 
     def __init__(self, site: Site, levels: Tensor, hints: Hints, gain: float = 1.0, shift: float = 0.0) -> None:
         self.bits = hints.bits_of_table(str(site), len(levels))
@@ -145,6 +151,8 @@ class Table:
 
 def normal_float(bits: int) -> Float32[Tensor, " levels"]:
     """NormalFloat levels on [-1, 1]: quantiles of a Gaussian, each side scaled by itself (arXiv 2305.14314)."""
+    # 2^(b-1) quantiles up to zero and 2^(b-1) above it; the outermost probability (1/32 + 1/30) / 2 keeps them finite.
+    # For b = 4 these are the levels of appendix E.
     tail = 0.5 * (1 / 32 + 1 / 30)
     below = torch.special.ndtri(torch.linspace(tail, 0.5, 2 ** (bits - 1), dtype=torch.float64))
     above = torch.special.ndtri(torch.linspace(0.5, 1 - tail, 2 ** (bits - 1) + 1, dtype=torch.float64))

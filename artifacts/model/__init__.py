@@ -1,1 +1,1 @@
-"""What a model is made of: attention layers found by structure, hooks on their sites, rotary embeddings."""
+"""Model structure: attention layers found by a probe, hooks on their sites, rotary embeddings, fingerprints."""

@@ -1,8 +1,8 @@
-"""The attention layers of a transformers model, found by structure and verified by one small forward pass.
+"""Attention layers of a transformers model, found by structure and verified by one small forward pass.
 
-With its helpers `probe`, `evidence` and `hooks`, this is all that depends on how the models of transformers 5.17 to
-5.24 are laid out. Child modules are found by name; then their outputs are replaced with noise, and what arrives in the
-cache has to be that noise, rotated. No class name is looked at.
+With its helpers `probe`, `evidence` and `hooks`, this is all that depends on the layout of models in transformers 5.17
+to 5.24. Child modules are found by name; then their outputs are replaced with noise, and the cache must receive that
+noise, rotated. Class names play no part.
 """
 
 import re
@@ -24,22 +24,22 @@ __all__ = ["AttentionLayer", "Hook", "LayerReport", "Rotation", "attention_layer
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What is known about one layer of a model.
+    """Result of the probe for one layer of a model.
 
     Parameters
     ----------
     layer : int
         Index of the layer, from 0.
     name : str
-        Path of the module that keeps the layer's cache; empty if there is none.
+        Path of the module that updates the cache of the layer; empty if there is none.
     status : {'applied', 'skipped'}
-        Whether the layer's keys and values can be reached.
+        'applied' if the keys and values of the layer can be hooked.
     why : str
-        The reason for 'skipped'; empty otherwise.
+        Reason for 'skipped'; empty otherwise.
     kv_heads, head_dim : int or None
         Shape of keys and values; None for 'skipped'.
     hooks : tuple of str
-        Child modules where key, value and query are taken, with its columns if one holds all three.
+        Child modules that are hooked for key, value and query, with the columns in a fused projection.
     """
 
     layer: int
@@ -52,9 +52,9 @@ class LayerReport:
 
 
 def attention_layers(model: nn.Module) -> tuple[AttentionLayer, ...]:
-    """The attention layers of a model, from layer 0 to the last.
+    """Attention layers of a model, from layer 0 to the last.
 
-    Runs the model once on a few tokens and leaves it as it was.
+    Runs the model once on a few tokens and leaves it unchanged.
 
     Parameters
     ----------
@@ -64,8 +64,8 @@ def attention_layers(model: nn.Module) -> tuple[AttentionLayer, ...]:
     Raises
     ------
     UnsupportedModelError
-        If there is no attention layer, or a layer caches anything else than what its projections or norms return
-        (the keys rotated or not). Names the first such layer and the reason.
+        If there is no attention layer, or a layer caches anything other than the outputs of its projections or norms
+        (keys with or without rotary embedding). Names the first such layer and the reason.
     UnsupportedReleaseError
         If the installed release of transformers is not supported.
     """
@@ -85,9 +85,9 @@ def attention_layers(model: nn.Module) -> tuple[AttentionLayer, ...]:
 
 
 def site_table(model: nn.Module) -> list[LayerReport]:
-    """One row per layer: whether its keys and values can be reached, where, and why not.
+    """Reports of all layers: hooked modules of supported ones, reasons for the others.
 
-    Never raises for a layer that is not supported. A model in which no layer keeps a cache has no rows.
+    Never raises for a layer that is not supported. A model without a cache has no rows.
     """
     return [layer if isinstance(layer, LayerReport) else _report(layer) for layer in _survey(model)]
 
@@ -104,10 +104,12 @@ def _survey(model: nn.Module) -> list[AttentionLayer | LayerReport]:
 
 
 def _mixers(model: nn.Module) -> dict[int, dict[str, nn.Module]]:
-    """The modules that have a layer index and take a cache: module by path, by layer.
+    """Modules with a layer index and a cache argument: module by path, by layer.
 
-    Of those inside one another the outermost that projects keys itself, otherwise the innermost.
+    Of nested ones the outermost that projects keys itself, otherwise the innermost.
     """
+    # A decoder layer passes the cache on to its attention: both have an index and the argument. Dropping everything
+    # inside an attention, then everything with something inside, leaves one module of each nest.
     found = {name.replace("_orig_mod.", ""): module for name, module in model.named_modules() if _takes_cache(module)}
     attention = {name for name, module in found.items() if projection(module, "key") or _latent(module)}
     found = {name: module for name, module in found.items() if attention.isdisjoint(_ancestors(name))}
@@ -138,14 +140,14 @@ def _judge(
     try:
         seen = _only_one(modules, evidence)
         name = next(name for name, module in modules.items() if module is seen.module)
-        _refuse_keyless(seen)
+        _check_projects_keys(seen)
         return understand(index, name, seen)
-    except UnsupportedLayer as refusal:
-        return LayerReport(index, name, "skipped", str(refusal))
+    except UnsupportedLayer as error:
+        return LayerReport(index, name, "skipped", str(error))
 
 
 def _only_one(modules: Mapping[str, nn.Module], evidence: Mapping[nn.Module, Evidence]) -> Evidence:
-    """What the only module of a layer that ran did; the cross-attention of a decoder used alone does not run."""
+    """Evidence of the one module of a layer that ran; a decoder used alone never calls its cross-attention."""
     seen = [evidence[module] for module in modules.values()]
     seen = seen if len(seen) == 1 else [each for each in seen if each.called or each.failure]
     if len(seen) != 1:
@@ -153,7 +155,7 @@ def _only_one(modules: Mapping[str, nn.Module], evidence: Mapping[nn.Module, Evi
     return seen[0]
 
 
-def _refuse_keyless(seen: Evidence) -> None:
+def _check_projects_keys(seen: Evidence) -> None:
     latent = _latent(seen.module)
     if latent is not None:
         raise UnsupportedLayer(f"multi-head latent attention ({latent}) caches latents, not keys and values")

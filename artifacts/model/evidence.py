@@ -1,4 +1,4 @@
-"""Reading what an attention module did during the probe: its shape, hooks and rotation, or why it is refused."""
+"""Analysis of the probe: shape, hooks and rotary embedding of an attention module, or the reason it is unsupported."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -28,31 +28,31 @@ _READINGS: tuple[tuple[Rotation, TableOrder], ...] = (
 
 
 class UnsupportedLayer(KVGaugeError):
-    """Why a layer cannot be handled."""
+    """A layer is not supported; the message is the reason."""
 
 
 @dataclass
 class Evidence:
-    """What one attention module did during the probe.
+    """Observations of one attention module during the probe.
 
     Parameters
     ----------
     module : nn.Module
         The attention module.
     received, sent : dict from str to Tensor
-        Input of each projection and norm, and the noise that took the place of its output, by child name.
+        Input of each projection and norm, and the noise that replaced its output, by child name.
     cached : list of pairs of Tensor
         Keys and values of each `cache.update`.
     called, handed : bool
-        Whether the module ran, and with a cache.
+        True if the module ran, and if it got a cache.
     calls : set of str
-        What it asked of the cache, `update` included.
+        Attributes of the cache that it used, `update` included.
     position_embeddings : object
-        Its cosines and sines.
+        Cosines and sines that it got.
     mask : object
-        What it was handed to hide tokens.
+        Attention mask that it got.
     failure : str
-        Why the probe stopped before its end; empty if it did not.
+        Error that stopped the probe before its end; empty without one.
     """
 
     module: nn.Module
@@ -85,15 +85,15 @@ def text_config(model: nn.Module) -> Any:
 
 
 def understand(index: int, name: str, seen: Evidence) -> AttentionLayer:
-    """The attention layer whose behaviour `seen` is.
+    """Attention layer that explains the observations.
 
     Raises
     ------
     UnsupportedLayer
-        If what it caches is not what its projections or norms return, the keys rotated or not.
+        If the cached tensors are not outputs of its projections or norms, keys with or without rotary embedding.
     """
     key, value = _cached(seen)
-    _refuse_late_norm(seen, key)
+    _check_norm_before_rope(seen, key)
     sources: dict[Role, str] = {"key": _source(seen, "key"), "value": _source(seen, "value")}
     held = {role: _heads(child, seen.sent[child], key) for role, child in sources.items()}
     value_heads = _unchanged(held["value"].x, value, sources["value"])
@@ -121,7 +121,8 @@ def understand(index: int, name: str, seen: Evidence) -> AttentionLayer:
 
 
 def _mask_hides(mask: object) -> bool:
-    """Whether a mask of yes and no says so of what is hidden: every token of the probe sees itself."""
+    """True for a boolean mask that is true at hidden tokens."""
+    # Every token of the probe attends to itself, so the diagonal is all visible: true there means "visible".
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.ndim != 4:
         return False
     return not mask.diagonal(dim1=-2, dim2=-1).any()
@@ -142,7 +143,7 @@ def _cached(seen: Evidence) -> tuple[Tensor, Tensor]:
 
 
 def why_nothing_cached(seen: Evidence) -> str:
-    """The reason why a module that ran has cached no keys and values."""
+    """Reason for a module that ran and cached no keys and values."""
     states = sorted(call for call in seen.calls if re.search("state|linear_cache", call))
     if states:
         kind = type(seen.module).__name__
@@ -151,7 +152,7 @@ def why_nothing_cached(seen: Evidence) -> str:
 
 
 def _source(seen: Evidence, role: Role) -> str:
-    """The child that returns a tensor's last form before rotation."""
+    """Name of the child that returns the tensor in its last form before the rotary embedding."""
     for child in (norm(seen.module, role), projection(seen.module, role)):
         if child and child in seen.sent:
             return child
@@ -182,7 +183,7 @@ def _unchanged(heads: Tensor, value: Tensor, source: str) -> list[int]:
 
 
 def _copies(chosen: Mapping[Role, Sequence[int]]) -> int:
-    """How often each head is cached."""
+    """Number of times each head is cached, equal for keys and values."""
     copies = len(chosen["key"]) // len(set(chosen["key"]))
     for role, heads in chosen.items():
         if list(heads) != [head for head in dict.fromkeys(heads) for _ in range(copies)]:
@@ -195,7 +196,7 @@ def _copies(chosen: Mapping[Role, Sequence[int]]) -> int:
 def _query(
     seen: Evidence, key: Tensor, sources: Mapping[Role, str], chosen: Mapping[Role, list[int]]
 ) -> tuple[str, Heads, list[int]]:
-    """Where queries come from: a child of their own, or what keys and values leave of a fused projection, in order."""
+    """Source of the queries: a child of their own, or the heads that keys and values leave in a fused projection."""
     child = _source(seen, "query")
     held = _heads(child, seen.sent[child], key)
     taken = {head for role, source in sources.items() if source == child for head in chosen[role]}
@@ -221,20 +222,20 @@ def _hook(seen: Evidence, child: str, held: Heads, chosen: Sequence[int]) -> Hoo
     return hook
 
 
-def _refuse_late_norm(seen: Evidence, key: Tensor) -> None:
+def _check_norm_before_rope(seen: Evidence, key: Tensor) -> None:
     before, after = projection(seen.module, "key"), norm(seen.module, "key")
     if before not in seen.sent or after not in seen.sent:
         return
     left, arrived = _heads(before, seen.sent[before], key).x, _heads(after, seen.received[after], key).x
     if not torch.equal(left[:, nearest(arrived, left)], arrived):
         raise UnsupportedLayer(
-            "a norm follows the rotary embedding, so what is cached is not the rotation of any projection output"
+            "a norm follows the rotary embedding, so the cached key is not the rotation of any projection output"
         )
 
 
 @dataclass(frozen=True)
 class _Turning:
-    """How keys are rotated, and which heads of the output they are."""
+    """Rotary embedding of the keys, and the positions of the key heads in the output."""
 
     heads: list[int]
     rotation: Rotation = "none"
@@ -247,6 +248,7 @@ def _rotation(x: Tensor, cached: Tensor, position_embeddings: object, source: st
     heads = nearest(cached, x)
     if _agree(cached, x[:, heads], x[:, heads]):
         return _Turning(heads)
+    # The cached key is noise of the probe after an unknown rotation: try each layout until one reproduces it.
     for rotation, order in _READINGS if tables else ():
         cos, sin = (spread(table.double(), order, rotation) for table in cos_sin(tables, order))
         pairs, rest = divmod(cos.shape[-1], 2)
@@ -257,12 +259,14 @@ def _rotation(x: Tensor, cached: Tensor, position_embeddings: object, source: st
         if _agree(cached, turned[:, heads], x[:, heads]):
             return _Turning(heads, rotation, order, 2 * pairs)
     raise UnsupportedLayer(
-        f"the cached key is not what {source} returns, rotated by the position_embeddings that the module gets or not"
+        f"the cached key must be the output of {source}, with or without rotation by position_embeddings; it is neither"
     )
 
 
 def _frequencies(position_embeddings: object, turning: _Turning) -> tuple[float, ...]:
-    """Radians per position of each rotary pair, read off the second position of the model's own tables."""
+    """Radians per position of each rotary pair, from the second position of the model's own tables."""
+    # Row 1 of the tables holds a cos f and a sin f for each pair i, with f = 10000^(-2 i / d) in the original (arXiv
+    # 2104.09864, section 3.2.2) and a an attention scale such as YaRN's: atan2 recovers f for any base, scaling and a.
     rotation = turning.rotation
     if rotation == "none":
         return ()
@@ -274,7 +278,7 @@ def _frequencies(position_embeddings: object, turning: _Turning) -> tuple[float,
 
 
 def _cos_sin(position_embeddings: object) -> tuple[Tensor, ...]:
-    """The model's tables, or nothing where positions are not rotated in."""
+    """Tables (cos, sin) of the model; empty without rotary embedding."""
     match position_embeddings:
         case None:
             return ()
@@ -284,8 +288,9 @@ def _cos_sin(position_embeddings: object) -> tuple[Tensor, ...]:
 
 
 def _agree(cached: Tensor, expected: Tensor, x: Tensor) -> bool:
-    """Whether `cached` is `expected` up to the rounding of x cos and y sin, where |y sin| <= |expected| + |x cos|."""
-    # A model in float64 may still rotate in float32.
+    """True if `cached` is `expected` up to rounding."""
+    # expected = x cos - y sin: two products and a sum, each off by at most eps of its size, and |y sin| is at most
+    # |expected| + |x cos|, so the error is below 4 eps (2 |x| + |expected|). A float64 model may rotate in float32.
     bound = (
         4
         * max(torch.finfo(cached.dtype).eps, torch.finfo(torch.float32).eps)

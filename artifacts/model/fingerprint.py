@@ -1,4 +1,4 @@
-"""Fingerprints of models and digests of weights and quantizers: what says whether a file belongs to a model."""
+"""Fingerprints of models, and digests of weights and quantizers, to match a file with a model."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -14,13 +14,13 @@ from artifacts.sites import Site
 from artifacts.storage import Stored
 
 _SAMPLED_WEIGHTS = 64
-"""Weights of each parameter that are looked at: two trained models agree in none of them."""
+"""Weights of each parameter in the digest: two trained models agree in none of them."""
 
 
 def model_fingerprint(
     model: nn.Module, layers: Iterable[AttentionLayer], tokenizer_digest: str | None
 ) -> dict[str, Any]:
-    """Facts that must agree for quantizers to fit: shapes, rotation, layer count, vocabulary, tokenizer.
+    """Properties that must agree for quantizers to fit: shapes, RoPE, number of layers, vocabulary, tokenizer.
 
     Parameters
     ----------
@@ -46,7 +46,7 @@ def model_fingerprint(
 
 
 def vocabulary_digest(vocabulary: Mapping[str, int]) -> str:
-    """SHA-256 of a tokenizer's pieces and their numbers."""
+    """SHA-256 of the pieces of a tokenizer and their ids."""
     sha = hashlib.sha256()
     for piece, number in sorted(vocabulary.items(), key=lambda item: (item[1], item[0])):
         sha.update(f"{number} {piece}\n".encode("utf-8", "surrogatepass"))
@@ -54,7 +54,7 @@ def vocabulary_digest(vocabulary: Mapping[str, int]) -> str:
 
 
 def quantizers_digest(quantizers: Mapping[Site, Quantizer]) -> str:
-    """SHA-256 of what the quantizers are, wherever they come from."""
+    """SHA-256 of specifications and tensors of quantizers, whatever file they came from."""
     header = {str(site): quantizer.spec.to_json() for site, quantizer in quantizers.items()}
     arrays = {
         f"{site}/{name}": tensor.detach().cpu().numpy()
@@ -65,7 +65,7 @@ def quantizers_digest(quantizers: Mapping[Site, Quantizer]) -> str:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """SHA-256 of a few weights of every parameter; those that are not in memory are left out."""
+    """SHA-256 of a few weights of every parameter; parameters on the meta device are left out."""
     return arrays_digest(_sample(weight) for weight in model.parameters() if not weight.is_meta)
 
 

@@ -1,4 +1,4 @@
-"""The heads inside the output of a projection or norm, and which of them are the cached ones."""
+"""Heads in the output of a projection or norm, and the match between them and cached heads."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Heads:
-    """All heads that one output holds, in the order of its columns: keys, values, queries, or several of them.
+    """All heads of one output, in the order of its columns: keys, values, queries, or several of these.
 
     Parameters
     ----------
     x : Float[Tensor, "1 heads tokens head_dim"]
-        The heads. The channels of a head are taken to be adjacent, which a comparison with the cache confirms.
+        Heads, with the channels of each assumed adjacent; a comparison with the cache confirms that.
     layout : {'flat', 'tokens_first', 'heads_first'}
         See `Hook`.
     """
@@ -31,7 +31,7 @@ class Heads:
 
     @classmethod
     def of(cls, output: Tensor, n_tokens: int, head_dim: int) -> "Self | None":
-        """The heads of an output for one sequence, or None if it is not made of whole heads."""
+        """Heads of an output for one sequence, or None if its shape does not consist of whole heads."""
         match tuple(output.shape):
             case (1, n, channels) if n == n_tokens and channels % head_dim == 0:
                 return cls(output.unflatten(-1, (-1, head_dim)).transpose(1, 2), "flat")
@@ -45,7 +45,7 @@ class Heads:
         return self.x.shape[1]
 
     def hook(self, module: nn.Module, chosen: Sequence[int]) -> Hook | None:
-        """Where the chosen heads leave a module; None if they are some of several heads that share no last axis."""
+        """Hook on the chosen heads of a module's output; None for a subset of heads that have an axis of their own."""
         head_dim = self.x.shape[-1]
         if list(chosen) == list(range(len(self))):
             return Hook(module, None, len(chosen), head_dim, self.layout)
@@ -57,13 +57,14 @@ class Heads:
 def nearest(
     cached: Float[Tensor, "1 kv_heads tokens head_dim"], heads: Float[Tensor, "1 heads tokens head_dim"]
 ) -> list[int]:
-    """For each cached head, which of the others it is most like."""
+    """Index of the most similar head for each cached head, by Euclidean distance."""
+    # Heads are independent Gaussian noise of the probe: distances to wrong ones concentrate near sigma sqrt(2 n).
     found: list[int] = torch.cdist(cached[0].flatten(1).double(), heads[0].flatten(1).double()).argmin(dim=1).tolist()
     return found
 
 
 def _columns(heads: Sequence[int], head_dim: int) -> tuple[slice, ...]:
-    """The columns of the heads, those of neighbours in one slice."""
+    """Column slices of the heads, one slice for each run of neighbours."""
     starts = [i for i, head in enumerate(heads) if i == 0 or head != heads[i - 1] + 1]
     stops = [*starts[1:], len(heads)]
     return tuple(slice(heads[i] * head_dim, (heads[j - 1] + 1) * head_dim) for i, j in zip(starts, stops, strict=True))

@@ -1,4 +1,4 @@
-"""Reading and replacing the tensors of attention layers while a model runs."""
+"""Hooks that read and replace the tensors of attention layers while a model runs."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,15 +21,14 @@ Handler = Callable[[Tensor], Tensor | None]
 
 @dataclass(frozen=True, eq=False)
 class Hook:
-    """Where a tensor leaves a module.
+    """Location of a tensor in the output of a module.
 
     Parameters
     ----------
     module : nn.Module
         The projection, or the norm after it, whose output holds the tensor.
     columns : tuple of slice, or None
-        The tensor's share of the last axis of a fused projection, head after head; None if the output is the tensor
-        alone.
+        Columns of the tensor in a fused projection, head after head; None if the output is the tensor alone.
     heads, head_dim : int
         Shape of the tensor.
     layout : {'flat', 'tokens_first', 'heads_first'}
@@ -43,14 +42,14 @@ class Hook:
     layout: Layout
 
     def read(self, output: Tensor) -> Float[Tensor, "batch heads tokens head_dim"]:
-        """The tensor inside a module's output; a view, unless its columns are in several places."""
+        """The tensor in a module's output; a view, unless it has several column slices."""
         part = output if self.columns is None else _joined([output[..., columns] for columns in self.columns])
         if self.layout == "flat":
             part = part.unflatten(-1, (self.heads, self.head_dim))
         return part if self.layout == "heads_first" else part.transpose(1, 2)
 
     def write(self, output: Tensor, x: Float[Tensor, "batch heads tokens head_dim"]) -> Tensor:
-        """A module's output with `x` in the tensor's place; `output` itself is left alone."""
+        """Output of a module with the tensor replaced by `x`; `output` itself is not changed."""
         part = x if self.layout == "heads_first" else x.transpose(1, 2).contiguous()
         if self.layout == "flat":
             part = part.flatten(-2)
@@ -69,7 +68,7 @@ def _joined(pieces: Sequence[Tensor]) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class AttentionLayer:
-    """One attention layer: its shape, and where its keys, values and queries can be reached.
+    """Attention layer: shape, rotary embedding, and hooks on its keys, values and queries.
 
     Parameters
     ----------
@@ -82,24 +81,23 @@ class AttentionLayer:
     q_heads, kv_heads, head_dim : int
         Number of query heads, of key and value heads, and channels of each.
     query, key, value : Hook
-        Where each is last seen before rotation.
+        Last location of each before the rotary embedding.
     rotation : {'half', 'interleaved', 'none'}
-        Which channels the rotary embedding pairs: (d, d + rotary_dim / 2), (2d, 2d + 1), or no rotation.
+        Channel pairs of the rotary embedding: (d, d + rotary_dim / 2), (2d, 2d + 1), or no rotation.
     rotary_dim : int
         Leading channels of each head that rotate; 0 without rotation.
     sliding_window : int or None
-        Number of tokens that a query reaches back; None if it sees all.
+        Size of the attention window in tokens; None for full attention.
     frequencies : tuple of float
-        By how many radians a position turns each rotary pair, in the order of the pairs' first channels; empty without
-        rotation.
+        Radians per position of each rotary pair, in the order of the pairs' first channels; empty without rotation.
     table_order : {'as_read', 'halves', 'once', 'sines_first'}
-        How the model lays out its cosines and sines: as `rotate` reads them, all frequencies twice over
-        although pairs are interleaved (GLM), each frequency once (gpt-oss), or that with the sines first (GPT-J from
-        transformers 5.24). See `tables`.
+        Layout of the model's cosines and sines: as `rotate` reads them, all frequencies twice in a row although pairs
+        are interleaved (GLM), each frequency once (gpt-oss), or once with the sines first (GPT-J from transformers
+        5.24). See `tables`.
     mask_hides : bool
-        Whether a boolean mask is true where it hides (MPT), and not where it shows.
+        True if a boolean mask is true at hidden tokens (MPT) rather than at visible ones.
     copies : int
-        How often the module itself repeats each key and value head before it caches them (Falcon); 1 elsewhere.
+        Number of times the module repeats each key and value head before the cache (Falcon); 1 elsewhere.
     """
 
     layer: int
@@ -125,7 +123,7 @@ class AttentionLayer:
         return self.kv_heads * self.head_dim
 
     def tables(self, position_embeddings: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """The (cos, sin) that `rotate` reads, from the model's own `position_embeddings`."""
+        """Tables (cos, sin) in the layout of `rotate`, from the model's own `position_embeddings`."""
         cos, sin = (
             spread(table, self.table_order, self.rotation) for table in cos_sin(position_embeddings, self.table_order)
         )
@@ -134,11 +132,11 @@ class AttentionLayer:
 
 @contextmanager
 def hooked(layers: Sequence[AttentionLayer], handlers: Mapping[Site, Handler]) -> Iterator[None]:
-    """Call a handler with each site's tensor whenever the model runs inside the context.
+    """Calls a handler with the tensor of each site whenever the model runs inside the context.
 
-    A handler gets "batch heads tokens head_dim". What it returns goes on in place of the tensor, both into the cache
-    and into attention; None leaves everything as it is. Contexts may be nested: the outer one's handlers come first.
-    Compiled modules run as they are written meanwhile. On leaving, also by an exception, no hook remains.
+    A handler gets "batch heads tokens head_dim". Its result replaces the tensor in the cache and in attention; None
+    leaves the tensor unchanged. Contexts may be nested: handlers of the outer one run first. Compiled modules run
+    eagerly inside. All hooks are removed on exit, also after an exception.
 
     Parameters
     ----------
@@ -170,30 +168,30 @@ def hooked(layers: Sequence[AttentionLayer], handlers: Mapping[Site, Handler]) -
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """Modules that were compiled run as they are written: compiled code never calls hooks that are added later."""
+    """Runs compiled modules eagerly: compiled code does not call hooks that were added later."""
     with torch.compiler.set_stance("force_eager"):
         yield
 
 
 def check_seen(model: nn.Module, missing: Sequence[Site]) -> None:
-    """A forward pass that went by some sites is told.
+    """Checks that a forward pass called the hooks of all sites.
 
     Raises
     ------
     UnsupportedModelError
-        If any is missing.
+        If any site is missing.
     """
     if missing:
         others = f" and of {len(missing) - 1} other sites" if len(missing) > 1 else ""
         raise UnsupportedModelError(
-            f"{type(model).__name__}: it ran, and nothing was seen of {missing[0]}{others}: its hooks were not called, "
-            "as where a graph was captured before. Run the module as it was written: model._orig_mod of a compiled one."
+            f"{type(model).__name__}: expected calls of all hooks; got none for {missing[0]}{others}. A graph captured "
+            "before does not call them: run the eager module, which is model._orig_mod of a compiled one."
         )
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts a model into evaluation mode, and every module back into its own mode afterwards."""
+    """Puts a model into evaluation mode and restores the mode of every module on exit."""
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -206,7 +204,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def intercept_cache(
     attention: nn.Module, replace: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 ) -> RemovableHandle:
-    """Pass keys and values through `replace` on their way into the cache, also when there is no cache."""
+    """Passes keys and values through `replace` on their way into the cache, also when there is no cache."""
 
     def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return exchange_cache(module, (args, kwargs), lambda cache: _InterceptedCache(cache, replace))
@@ -216,7 +214,7 @@ def intercept_cache(
 
 
 class _InterceptedCache:
-    """A model's cache, or none, with something done to what comes in."""
+    """Cache proxy that replaces keys and values before they are stored; works without a cache too."""
 
     def __init__(self, cache: Any, replace: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
         self._cache = getattr(cache, "self_attention_cache", cache)  # a decoder may keep another for what it reads
@@ -232,7 +230,7 @@ class _InterceptedCache:
         return updated
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens before this step."""
+        """Number of cached tokens."""
         return 0 if self._cache is None else int(self._cache.get_seq_length(layer_idx))
 
     def __getattr__(self, name: str) -> Any:

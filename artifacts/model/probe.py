@@ -1,7 +1,7 @@
-"""One small forward pass with noise in place of keys, values and queries: what does each attention module do with it?
+"""Probe: one small forward pass with noise in place of keys, values and queries, observed at each attention module.
 
-Noise makes the answer independent of the weights: constant keys, keys drowned by a bias, or two equal projections
-could make a wrong reading of a module look right.
+Noise makes the result independent of the weights: with constant keys, a dominant bias or two equal projections a wrong
+reading of a module could pass for right.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,12 +18,13 @@ from artifacts.model.rope import position_tables
 from artifacts.model.transformers_release import exchange_cache, named_arguments
 
 _MIN_TOKENS = 11
-# Beyond the bounds, about 8, to which OLMo and DBRX clip their projections: a clipped tensor must not pass for whole.
+# OLMo and DBRX clip their projections to about +-8. A standard deviation of 16 puts most values beyond that, so that a
+# tensor clipped after the projection differs from what the projection returned.
 _NOISE_SCALE = 16.0
 
 
 def probe(model: nn.Module, modules: Sequence[nn.Module]) -> dict[nn.Module, Evidence]:
-    """Run the model once on a few tokens and watch these modules; the model is left as it was."""
+    """Runs the model once on a few tokens and records what these modules do; the model is left unchanged."""
     evidence = {module: Evidence(module) for module in modules}
     noise = torch.Generator().manual_seed(0)
     with ExitStack() as stack:
@@ -42,7 +43,8 @@ def probe(model: nn.Module, modules: Sequence[nn.Module]) -> dict[nn.Module, Evi
 
 
 def _token_ids(model: nn.Module) -> Tensor:
-    """As many tokens as no layer has heads, so that the axes of an output can be told apart."""
+    """Token ids for the probe."""
+    # A number of tokens that equals no number of heads identifies the token axis of a four-dimensional output.
     head_counts = [value for name, value in vars(text_config(model)).items() if "head" in name]
     n_tokens = next(n for n in range(_MIN_TOKENS, 10**6) if n not in head_counts)
     of_transformers: Any = next(module for module in model.modules() if hasattr(module, "get_input_embeddings"))
@@ -70,7 +72,7 @@ def _watch(seen: Evidence, noise: torch.Generator) -> Iterator[RemovableHandle]:
     for child in sorted(child for child in children if child):
         yield seen.module.get_submodule(child).register_forward_hook(_stand_in(seen, child, noise))
     yield intercept_cache(seen.module, record)
-    # Its turn is before the interceptor's, which makes a cache of none.
+    # Prepended last, so it runs before the interceptor, which puts a cache in place of none.
     yield seen.module.register_forward_pre_hook(note, prepend=True, with_kwargs=True)
 
 
@@ -86,7 +88,7 @@ def _stand_in(seen: Evidence, child: str, noise: torch.Generator) -> Callable[[n
 
 
 class _Listened:
-    """A cache, and what is asked of it."""
+    """Cache proxy that records which attributes are used."""
 
     def __init__(self, cache: Any, calls: set[str]) -> None:
         self._cache, self._calls = cache, calls

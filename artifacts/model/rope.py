@@ -1,4 +1,4 @@
-"""The rotary embedding, in the variants that models use."""
+"""Rotary position embedding (RoPE), in the variants that models use."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -12,7 +12,7 @@ TableOrder = Literal["as_read", "halves", "once", "sines_first"]
 
 
 def position_tables(module: nn.Module, kwargs: Mapping[str, Any]) -> Any:
-    """The (cos, sin) of a call of an attention module: handed to it, or looked up in a table of its own (GPT-J)."""
+    """Tables (cos, sin) of a call of an attention module: an argument, or looked up in its own table (GPT-J)."""
     own = getattr(module, "embed_positions", None)
     if not isinstance(own, Tensor) or not isinstance(kwargs.get("position_ids"), Tensor):
         return kwargs.get("position_embeddings")
@@ -21,22 +21,24 @@ def position_tables(module: nn.Module, kwargs: Mapping[str, Any]) -> Any:
 
 
 def cos_sin(tables: Sequence[Tensor], order: TableOrder) -> Sequence[Tensor]:
-    """Cosines, then sines."""
+    """Tables in the order cosines, sines."""
     return tables[::-1] if order == "sines_first" else tables
 
 
 def spread(table: Tensor, order: TableOrder, rotation: Rotation) -> Tensor:
-    """A table of cosines or sines with one entry per rotated channel, in the order of the channels.
+    """Table of cosines or sines expanded to one entry per rotated channel, in the order of the channels.
 
     Parameters
     ----------
     table : Tensor
-        As the model made it, its last axis laid out as `order` says.
+        Table of the model, its last axis in the layout `order`.
     order : {'as_read', 'halves', 'once', 'sines_first'}
         See `AttentionLayer`.
     rotation : {'half', 'interleaved', 'none'}
-        Which channels are paired.
+        Pairing of the channels.
     """
+    # Both channels of a pair turn by the same angle: pairs (d, d + n/2) read the frequencies twice in a row, pairs
+    # (2d, 2d + 1) read each frequency twice.
     if order == "as_read":
         return table
     once = table[..., : table.shape[-1] // 2] if order == "halves" else table
@@ -56,9 +58,9 @@ def rotate(
     x : Tensor
         Keys or queries before rotation.
     cos, sin : Tensor
-        One entry per rotated channel, from `AttentionLayer.tables`. Channels beyond `rotary_dim` stay as they are.
+        One entry per rotated channel, from `AttentionLayer.tables`. Channels beyond `rotary_dim` are unchanged.
     rotation : {'half', 'interleaved', 'none'}
-        Which channels are paired; 'none' returns `x`.
+        Pairing of the channels; 'none' returns `x`.
 
     References
     ----------
@@ -75,6 +77,8 @@ def rotate(
     # A model spread over devices moves the tables inside the attention module, after our hooks have seen them.
     cos, sin = cos.to(x.device).unsqueeze(1), sin.to(x.device).unsqueeze(1)
     turning, still = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    # R (a, b) = cos (a, b) + sin J (a, b) with the quarter turn J (a, b) = (-b, a). R is orthogonal, so the inverse is
+    # the same formula with -sin.
     if rotation == "half":
         a, b = turning.chunk(2, dim=-1)
         quarter_turn = torch.cat([-b, a], dim=-1)

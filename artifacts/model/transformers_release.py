@@ -1,7 +1,7 @@
-"""What differs between the supported releases of transformers: 5.24 calls `cache` what was `past_key_values`.
+"""Differences between the supported releases of transformers: 5.24 renames `past_key_values` to `cache`.
 
-All that meets a model asks here. The names are read off the modules' own signatures, so that a model with code of its
-own keeps its name, and transformers is not imported.
+All code that calls a model gets the names here. They are read from the signatures of the modules, so that a model with
+its own code keeps its names, and transformers is not imported.
 """
 
 import inspect
@@ -21,12 +21,12 @@ _KEYWORDS = ("cache", "past_key_values", "past_key_value", "layer_past", "cache_
 
 
 def check_release() -> None:
-    """Accepts the supported releases.
+    """Checks that the installed release of transformers is supported.
 
     Raises
     ------
     UnsupportedReleaseError
-        If another one is installed. Names both and what to type.
+        If another one is installed. Names both and the command that installs a supported one.
     """
     installed = metadata.version("transformers")
     found = re.match(r"(\d+)\.(\d+)", installed)
@@ -39,7 +39,7 @@ def check_release() -> None:
 
 
 def parameters(module: nn.Module) -> tuple[str, ...]:
-    """Names that a module's forward takes its arguments by, in order."""
+    """Parameter names of a module's forward, in order."""
     return _parameters(type(module).forward)
 
 
@@ -49,17 +49,17 @@ def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What a module was called with, by name."""
+    """Arguments of a module's call, by name."""
     return dict(zip(parameters(module), args, strict=False)) | kwargs
 
 
 def cache_keyword(module: nn.Module) -> str | None:
-    """Name of the parameter by which a module's forward takes a cache; None if it takes none."""
+    """Name of the cache parameter of a module's forward; None without one."""
     return next((name for name in _KEYWORDS if name in parameters(module)), None)
 
 
 def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:
-    """A cache as the keyword argument that a model and its `generate` take it by, on every supported release.
+    """Cache as the keyword argument of a model and its `generate`, for every supported release.
 
     Parameters
     ----------
@@ -85,7 +85,7 @@ def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:
 def exchange_cache(
     module: nn.Module, arguments: tuple[Any, dict[str, Any]], exchange: Callable[[Any], Any]
 ) -> tuple[Any, dict[str, Any]]:
-    """Positional and named arguments of a call, with another cache in place of the module's own, which may be None."""
+    """Positional and named arguments of a call, with the cache (or None) replaced."""
     (args, kwargs), name = arguments, cache_keyword(module)
     assert name is not None, "modules that take no cache are never asked"
     place = parameters(module).index(name)
@@ -95,10 +95,10 @@ def exchange_cache(
 
 
 def passed_cache(arguments: Mapping[str, Any]) -> Any:
-    """The cache among a module's keyword arguments; None if there is none."""
+    """Cache among a module's keyword arguments; None if there is none."""
     return next((arguments[name] for name in _KEYWORDS if arguments.get(name) is not None), None)
 
 
 def returned_cache(output: Any) -> Any:
-    """The cache in what a model or its `generate` returns; None if there is none."""
+    """Cache in the output of a model or its `generate`; None if there is none."""
     return next((output[name] for name in _KEYWORDS if name in output), None)

@@ -116,7 +116,7 @@ def _official(statistics: object, site: Site, quantizer: object, sparse: bool, n
 
 def test_kvquant_ranges_need_bits_and_become_uniform_grids(tmp_path: Path) -> None:
     path = write_pickle(tmp_path / "q.pkl", kvquant_content())
-    with pytest.raises(MismatchError, match=r"does not say how many bits .* Add --abits N"):
+    with pytest.raises(MismatchError, match=r"does not contain the code width\. Add --abits N"):
         open_foreign(path)
     artifact = opened(path, bits=4)
     assert isinstance(artifact[KEY], Affine)
@@ -173,7 +173,7 @@ def test_longer_tuples_and_old_entries_are_left_out_and_named(tmp_path: Path) ->
     found = open_foreign(write_pickle(tmp_path / "q.pkl", content))
     plain = open_foreign(write_pickle(tmp_path / "p.pkl", kvquant_content((LEVELS,))))
     assert found.artifact.digest == plain.artifact.digest
-    assert any("entries behind the known ones" in notice for notice in found.notices)
+    assert any("unknown entries at the end" in notice for notice in found.notices)
     assert any("1 old entries" in notice for notice in found.notices)
 
 
@@ -199,7 +199,7 @@ def test_a_constant_channel_comes_back_as_it_is(tmp_path: Path) -> None:
 
 def test_every_assumption_about_a_kvquant_file_is_named(tmp_path: Path) -> None:
     notices = "\n".join(open_foreign(write_pickle(tmp_path / "q.pkl", kvquant_content()), Hints(bits=4)).notices)
-    for words in ("thresholds of calibration tokens", "outliers", "first tokens", "uniform grids", "a file of KVQuant"):
+    for words in ("thresholds of calibration tokens", "outliers", "sink tokens", "uniform grids", "a file of KVQuant"):
         assert words in notices
     said = Hints(outlier_fraction=0.01, sink_tokens=1)
     fewer = "\n".join(open_foreign(write_pickle(tmp_path / "n.pkl", kvquant_content((LEVELS,))), said).notices)
@@ -210,7 +210,7 @@ def test_every_assumption_about_a_kvquant_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("hints", "message"),
     [
-        ({"bits": 4}, r"--abits 4 was asked for; the file holds 8 levels, 3 bits"),
+        ({"bits": 4}, r"--abits 4 was given, but the file has 8 levels, which are 3 bits"),
         ({"codebooks": False}, "Drop --no-nuq"),
     ],
 )
@@ -251,7 +251,7 @@ def test_simquant_without_levels_needs_bits(tmp_path: Path) -> None:
 
 def test_simquant_without_activations_is_refused(tmp_path: Path) -> None:
     content = simquant_content(None) | {"model.layers.0.self_attn.v_proj": (None, None, None)}
-    with pytest.raises(CorruptArtifactError, match=r"layers\.0\.value: it was saved without activations"):
+    with pytest.raises(CorruptArtifactError, match=r"layers\.0\.value: expected thresholds; got None"):
         opened(write_pickle(tmp_path / "q.pkl", content), bits=4)
 
 
@@ -284,8 +284,8 @@ def test_msmodelslim_names_what_it_assumes(tmp_path: Path) -> None:
     for words in (
         "no offset: assumed 0",
         "quant_model_description.json is missing",
-        "after the rotation",
-        "which model",
+        "after RoPE",
+        "record of its model",
     ):
         assert words in notices
     labelled = "\n".join(open_foreign(write_msmodelslim(tmp_path / "n", label="W8A16")).notices)
@@ -326,9 +326,9 @@ def _only_npy(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_drop_shard, "00002-of-00003.safetensors, which is not there"),
-        (_drop_tensor, r"description\.json lists .*kv_cache_\w+ \(\d such\); no file has it"),
-        (_four_bits, "of type 'C4'; only C8"),
+        (_drop_shard, "00002-of-00003.safetensors, which does not exist"),
+        (_drop_tensor, r"description\.json lists; \d+ are in no file, first .*kv_cache_\w+"),
+        (_four_bits, r"type C8 \(8 bits\); got 'C4'"),
         (_only_npy, "the .npy variant is a pickle"),
     ],
 )
@@ -357,7 +357,7 @@ def test_a_tower_for_pictures_does_not_take_the_place_of_the_text_decoder(tmp_pa
     found = open_foreign(folder)
     assert found.artifact.digest == plain.digest
     assert any(
-        f"4 entries such as {other}.0.self_attn" in notice and "model.layers.N is taken for the text" in notice
+        f"4 entries such as {other}.0.self_attn" in notice and "model.layers.N is assumed to be the text" in notice
         for notice in found.notices
     )
 
@@ -516,7 +516,7 @@ def test_five_hundred_damaged_folders(tmp_path: Path) -> None:
         ),
         (
             {name: entry for name, entry in kvquant_content((LEVELS,)).items() if "v_proj" in name},
-            "their number is unknown",
+            "to know the number of channels; got none",
         ),
     ],
 )
