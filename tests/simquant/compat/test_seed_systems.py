@@ -26,8 +26,7 @@ from artifacts.sites import Site, Stage
 from calib import calibrate
 from calib.recipe.recipe import Recipe
 from kvgauge.cli import evaluate as evaluate_program
-from kvgauge.compressed_model import CompressedModel
-from kvgauge.kivi_model import load_with_kivi
+from kvgauge.compat import CompressedModel, load_with_kivi
 from kvgauge.loading.models import LoadedModel
 from simquant import (
     CachePolicy,

@@ -1,77 +1,61 @@
-"""A model whose cache is compressed while it reads, without calibration, by a `CompressionConfig`."""
+"""A model whose `generate` runs on packed caches, and counts what they hold."""
 
-from collections.abc import Mapping
-from typing import Any, Self, final
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from torch import nn
+
+from artifacts.artifact import Artifact
 from artifacts.codes import Codes
 from artifacts.coding.packing import unpack
+from artifacts.model.attention import AttentionLayer, attention_layers
 from artifacts.model.transformers_release import cache_argument
-from calib.capture import site_shapes
-from calib.recipe.compression_config import compression_config as recipe_of
-from calib.recipe.layer_choice import check
-from calib.recipe.recipe import Recipe
-from kvgauge.configuration.model import ModelConfig
-from kvgauge.loading.models import LoadedModel, load_model
-from simquant import CachePolicy, CacheStateError, PackedCache, packed_cache
+from artifacts.quantizer import Quantizer
+from artifacts.sites import Site
+from simquant.cache.errors import CacheStateError
+from simquant.cache.packed import packed_cache
+from simquant.cache.transformers_cache import PackedCache
 from simquant.policy.checks import group_tokens
+from simquant.policy.policy import CachePolicy
 from simquant.usage import StoredBytes
 
 
-@final
-class CompressedModel:
-    """A model that generates on packed caches with running scales, and counts what they hold.
+class PackedModel:
+    """A model that generates on packed caches, running scales among them, and counts what they hold.
 
     Every text has a cache and running statistics of its own, which go with it. Prompts are read in chunks; the first
     tokens and those that do not fill a chunk yet stay exact.
 
     Parameters
     ----------
-    loaded : LoadedModel
-        The model.
-    compression_config : mapping
-        The seed's options by name, as `compression_config` takes them: `chunk_size`, `key_bits_normal`, ...
-
-    Raises
-    ------
-    ValueError
-        If options are unknown, out of range, or contradict one another.
-
-    Examples
-    --------
-    >>> def reply(ids):
-    ...     options = {"chunk_size": 512, "key_bits_normal": 4, "value_bits_normal": 4}
-    ...     model = CompressedModel.from_pretrained("meta-llama/Llama-2-7b-hf", compression_config=options)
-    ...     return model.generate(ids, max_new_tokens=50), model.get_compression_stats()
+    model : nn.Module
+        A transformers causal language model.
+    quantizers : Artifact or mapping from Site to Quantizer
+        One for the keys and one for the values of every layer.
+    sink_tokens : int
+        First tokens that stay exact.
+    layers : sequence of AttentionLayer or None
+        From `attention_layers(model)`, if they are known already.
     """
 
-    def __init__(self, loaded: LoadedModel, compression_config: Mapping[str, Any]) -> None:
-        recipe = Recipe.parse(recipe_of(**compression_config), "compression_config")
-        self.model: Any = loaded.model
-        self.tokenizer = loaded.tokenizer
-        self._layers = loaded.layers()
-        shapes = {shape.site: shape for shape in site_shapes(self._layers, recipe.stage)}
-        estimators = check(recipe, list(shapes.values()))
-        self._quantizers = {site: estimator.dynamic(shapes[site]) for site, estimator in estimators.items()}
-        chunk_tokens = group_tokens(self._quantizers)
-        self._policy = CachePolicy(sink_tokens=recipe.sink_tokens, block_tokens=chunk_tokens)
+    def __init__(
+        self,
+        model: nn.Module,
+        quantizers: Artifact | Mapping[Site, Quantizer],
+        *,
+        sink_tokens: int = 0,
+        layers: Sequence[AttentionLayer] | None = None,
+    ) -> None:
+        self.model: Any = model
+        self._layers = attention_layers(model) if layers is None else layers
+        self._quantizers = quantizers
+        chunk_tokens = group_tokens(quantizers)
+        self._policy = CachePolicy(sink_tokens=sink_tokens, block_tokens=chunk_tokens)
         self._prefill = {"prefill_chunk_size": chunk_tokens} if chunk_tokens > 1 else {}
         self.reset_compression_state()
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        model_id: str,
-        *,
-        compression_config: Mapping[str, Any],
-        device: str | None = None,
-        dtype: str = "auto",
-    ) -> Self:
-        """Loads a folder or hub id; device and dtype as in `load_with_kivi`."""
-        options = ModelConfig(model=model_id, device=device, dtype=dtype)
-        return cls(load_model(options), compression_config)
-
     def generate(self, *args: Any, **options: Any) -> Any:
-        """What the model's own `generate` returns, on a packed cache of its own."""
+        """Calls the model's own `generate` on a new packed cache, and returns what it returns."""
         with packed_cache(self.model, self._quantizers, policy=self._policy, layers=self._layers) as new_cache:
             cache = new_cache()
             result = self.model.generate(*args, **{**self._prefill, **options, **cache_argument(self.model, cache)})
@@ -118,7 +102,7 @@ class CompressedModel:
 
 
 def _promoted(codes: Codes) -> tuple[int, int]:
-    """How many scales belong to promoted channels, and how many scales there are."""
+    """Number of scales that belong to promoted channels, and of all scales."""
     if "scale" not in codes.tensors:
         return 0, 0
     n_chunks, n_groups = codes.tensors["scale"].shape
