@@ -1,4 +1,4 @@
-"""How quantizers are found: text, statistics, estimators, recipes."""
+"""Calibration of quantizers: text, statistics, estimators, recipes."""
 
 from calib.calibration import calibrate, gather
 from calib.fitting.dynamic import dynamic

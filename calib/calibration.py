@@ -1,4 +1,4 @@
-"""Calibration in one call: run the model once, fit, and hand back an artifact."""
+"""Calibration in one call: one pass over the text, then a fit, with an artifact as the result."""
 
 import logging
 from collections.abc import Iterable, Sequence
@@ -52,12 +52,12 @@ def calibrate(
     tier : {'basic', 'full'}
         Which statistics to take; `full` where the recipe reads them.
     fisher : bool
-        Take squared gradients too: one backward pass for each window. Recipes that read them turn it on.
+        Gather squared gradients too: one backward pass per window. Recipes that read them turn it on.
 
     Returns
     -------
     Artifact
-        To be saved by `artifacts.save` and run by `simquant.simulate`.
+        Fitted quantizers, for `artifacts.save` and `simquant.simulate`.
 
     Raises
     ------
@@ -83,10 +83,10 @@ def gather(
     fisher: bool = False,
     progress: Progress = iter,
 ) -> ModelStatistics:
-    """Runs the model over the windows once and keeps the statistics that recipes are fitted from.
+    """Calibration statistics from one pass of the model over the windows.
 
-    Any number of recipes and bit widths can be fitted from them by `fit`, as far as they take keys where `recipe` does
-    and read no more than was taken.
+    `fit` fits any number of recipes and bit widths from them, provided that these use the same stage of keys as
+    `recipe` and need no other statistics.
 
     Parameters
     ----------
@@ -97,16 +97,16 @@ def gather(
     recipe : str or Recipe
         A shipped recipe's name, a recipe file, or a recipe: it says where keys are taken, and what it reads is taken.
     tier : {'basic', 'full'}
-        Which statistics to take; `full` serves every recipe, and takes more memory.
+        Set of statistics; `full` is enough for every recipe and takes more memory.
     fisher : bool
-        Take squared gradients too: one backward pass for each window.
+        Gather squared gradients too: one backward pass per window.
     progress : callable
         Wraps the windows, for a progress bar.
 
     Returns
     -------
     ModelStatistics
-        To be fitted by `fit`, kept by its `save`, and added to others of the same model by its `merge`.
+        Input of `fit`; `save` writes them to a file, `merge` adds those of another shard.
 
     Raises
     ------
@@ -177,12 +177,12 @@ def new_statistics(
 
 
 def check_memory(statistics: ModelStatistics, device: torch.device) -> None:
-    """Logs what the statistics will take where the model's activations are.
+    """Logs the memory of the statistics on the device of the model.
 
     Raises
     ------
     MemoryError
-        If that is more than is free.
+        If it exceeds the free memory.
     """
     needed = statistics.estimated_bytes()
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
@@ -190,13 +190,13 @@ def check_memory(statistics: ModelStatistics, device: torch.device) -> None:
     if needed > free:
         smaller = " Use --statistics basic." if statistics.tier == "full" else " Free memory or use another machine."
         raise MemoryError(
-            f"calibrate: statistics of tier {statistics.tier} take {gigabytes(needed)}, {gigabytes(free)} are free."
+            f"calibrate: statistics of tier {statistics.tier} need {gigabytes(needed)}; {gigabytes(free)} are free."
             + smaller
         )
 
 
 def gigabytes(n_bytes: int) -> str:
-    """A size for people."""
+    """Size as text, in GiB or MiB."""
     return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**28 else f"{n_bytes / 2**20:.1f} MiB"
 
 
@@ -207,7 +207,7 @@ def add_windows(
     windows: Int64[Tensor, "windows tokens"],
     progress: Progress = iter,
 ) -> None:
-    """Runs the model over windows and feeds the statistics, one forward pass each.
+    """Runs the model over windows and updates the statistics, one forward pass per window.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""One forward pass per batch of windows, and what the sites gave during it; a backward pass where it is asked for."""
+"""Capture of keys, values, queries and their gradients, by one forward (and backward) pass per batch of windows."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,11 +21,11 @@ from calib.text.windows import window_digests
 Vectors = dict[Site, Float[Tensor, "_ _"]]
 
 _NO_TARGET = -100
-"""In place of a token whose likelihood is not in the loss."""
+"""Target of tokens that the loss ignores."""
 
 
 def site_shapes(layers: Sequence[AttentionLayer], stage: Stage) -> list[SiteShape]:
-    """Keys and queries at one stage, and values, of every layer."""
+    """Shapes of every layer's keys and queries at one stage, and of its values."""
     shapes = []
     for layer in layers:
         common: dict[str, Any] = {"head_dim": layer.head_dim, "module": layer.name}
@@ -51,16 +51,16 @@ def capture(
     input_ids: Int64[Tensor, "windows tokens"],
     attention_mask: Bool[Tensor, "windows tokens"] | None = None,
 ) -> Vectors:
-    """What each site gives during one forward pass, real tokens only, window after window.
+    """Vectors of each site during one forward pass, without padding, window by window.
 
     Parameters
     ----------
     model : nn.Module
-        A transformers model; it is as it was afterwards, also after an error.
+        A transformers model; it is left unchanged, also after an error.
     layers : Sequence[AttentionLayer]
         Its attention layers.
     sites : Collection[Site]
-        What to observe.
+        Sites to capture.
     input_ids : Int64[Tensor, "windows tokens"]
         Token ids.
     attention_mask : Bool[Tensor, "windows tokens"] or None
@@ -87,10 +87,10 @@ def capture_with_gradients(
     input_ids: Int64[Tensor, "windows tokens"],
     attention_mask: Bool[Tensor, "windows tokens"] | None = None,
 ) -> tuple[Vectors, Vectors]:
-    """What `capture` returns, and the gradient of the loss at each key and value: one backward pass more.
+    """Vectors of each site, and gradients of the loss with respect to keys and values, by one backward pass more.
 
-    The loss is the negative log-likelihood of each real token after those before it, summed, so that every token
-    weighs alike in windows of any length. Until the backward pass ends, the activations of all layers are held.
+    The loss is the summed negative log-likelihood of all real tokens, so that every token has equal weight in windows
+    of any length. The activations of all layers stay in memory until the end of the backward pass.
 
     Parameters
     ----------
@@ -100,11 +100,11 @@ def capture_with_gradients(
     Raises
     ------
     UnsupportedModelError
-        If the model gives no logits, or a module gives no gradients.
+        If the model returns no logits, or a module does not propagate gradients.
 
     References
     ----------
-    arXiv:2401.18079, equation 7: the squares of these gradients are the weights of a key's or value's error.
+    arXiv:2401.18079, equation 7: the squared gradients weight the error of a key or value.
     """
     vectors: Vectors = {}
     sources: dict[Site, Tensor] = {}
@@ -114,7 +114,7 @@ def capture_with_gradients(
             vectors[site] = _real_rows(x.detach(), attention_mask)
             if site.tensor == "query":
                 return None
-            # Nothing before the first keys needs a gradient, so that they and their values have none yet.
+            # Weights need no gradient, so the graph starts at the first keys and values: make these leaves.
             sources[site] = x if x.requires_grad else x.detach().requires_grad_()
             return sources[site]
 
@@ -131,9 +131,9 @@ def capture_with_gradients(
 
 @contextmanager
 def _gradients_watched(model: nn.Module) -> Iterator[None]:
-    """No module without children, such as a linear layer, takes in what has a gradient and gives what has none.
+    """Raises inside the context for a leaf module, such as a linear layer, that drops the gradient of its input.
 
-    What flows by it on other ways would be the gradient of another model.
+    The gradients of the remaining paths would be those of another model.
     """
     with ExitStack() as stack:
         for name, module in model.named_modules():
@@ -148,8 +148,8 @@ def _gradient_check(name: str) -> Callable[[nn.Module, Any, Any], None]:
             return
         if any(isinstance(x, Tensor) and x.requires_grad and x.shape[:-1] == output.shape[:-1] for x in args):
             raise UnsupportedModelError(
-                f"{name}: squared gradients need modules that autograd passes through; {type(module).__name__} gives "
-                "no gradient to what it is called with. Calibrate without --fisher, or load the weights unquantized."
+                f"{name}: squared gradients need differentiable modules; {type(module).__name__} gives its input no "
+                "gradient. Calibrate without --fisher, or load the weights unquantized."
             )
 
     return check
@@ -160,8 +160,8 @@ def _gradients(loss: Float[Tensor, ""], sources: dict[Site, Tensor]) -> dict[Sit
     by_site = {site: g for site, g in zip(sources, found, strict=False) if g is not None}
     if len(by_site) < len(sources):
         raise UnsupportedModelError(
-            f"{min(sources.keys() - by_site)}: squared gradients need a loss that depends on it; autograd finds no way "
-            "from the logits back. Calibrate without --fisher."
+            f"{min(sources.keys() - by_site)}: squared gradients need a loss that depends on this site; autograd finds "
+            "no path from the logits to it. Calibrate without --fisher."
         )
     return by_site
 
@@ -179,7 +179,7 @@ def _real_rows(x: Float[Tensor, "batch heads tokens head_dim"], mask: Tensor | N
 
 @contextmanager
 def _without_weight_gradients(model: nn.Module) -> Iterator[None]:
-    """Autograd passes the weights by, which saves what their gradients would need."""
+    """Turns off gradients of the weights inside the context, which saves their memory and time."""
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     for weight in trained:
         weight.requires_grad_(False)
@@ -191,7 +191,7 @@ def _without_weight_gradients(model: nn.Module) -> Iterator[None]:
 
 
 def _summed_loss(output: Any, input_ids: Tensor, mask: Tensor | None) -> Float[Tensor, ""]:
-    """Negative log-likelihood of each real token that has a real one before it, in float32 or wider."""
+    """Summed negative log-likelihood of each real token after a real one, in float32 or wider."""
     logits = getattr(output, "logits", None)
     if logits is None:
         raise UnsupportedModelError(
@@ -213,20 +213,20 @@ def collect(
     statistics: ModelStatistics,
     batches: Iterable[tuple[Int64[Tensor, "_ _"], Bool[Tensor, "_ _"] | None]],
 ) -> None:
-    """Feeds the statistics with batches of windows, each with its attention mask or None.
+    """Updates the statistics with batches of windows, each with its attention mask or None.
 
-    After an error or an interrupt the statistics hold every batch before it, and nothing of it.
+    After an error or an interrupt the statistics contain every batch before it, and nothing of it.
 
     Raises
     ------
     NonFiniteError
-        If the model gives NaN or infinity, or a gradient is, with site, window and count.
+        If a vector or gradient has NaN or infinity; names site, window and count.
     """
     number = len(statistics.windows)
     for input_ids, mask in batches:
         batch = token_batch(input_ids, mask, number)
         arguments = (model, layers, statistics.sites, input_ids, mask)
-        # Not bound to a name: it would live on through the next forward pass, and with it a second window's vectors.
+        # Not bound to a name, which would keep these vectors in memory during the next forward pass.
         if statistics.fisher:
             statistics.update(batch, *capture_with_gradients(*arguments))
         else:
@@ -235,7 +235,7 @@ def collect(
 
 
 def _padding_arguments(mask: Int64[Tensor, "windows tokens"]) -> dict[str, Tensor]:
-    """Mask, and positions that count real tokens only, so that padding on the left rotates nothing."""
+    """Attention mask, and positions that count real tokens only, so that left padding does not shift RoPE."""
     return {"attention_mask": mask, "position_ids": (mask.cumsum(dim=1) - 1).clamp_min(0)}
 
 

@@ -1,4 +1,4 @@
-"""Texts as token ids: the data sets of the papers, and local files."""
+"""Corpora: token ids of known data sets and of local files."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,7 +27,7 @@ _NO_PADDING = PaddingIds()
 
 
 class LazyDocuments:
-    """Documents that are tokenised when taken: C4 has far more of them than a run draws.
+    """Documents that are tokenised on access: C4 has far more of them than a run samples.
 
     Parameters
     ----------
@@ -42,7 +42,7 @@ class LazyDocuments:
         self._tokenizer = tokenizer
 
     def changed(self, change: Callable[[Int64[Tensor, "_"]], Int64[Tensor, "_"]]) -> "LazyDocuments":
-        """The same documents, with a change that is made when one is taken."""
+        """The same documents, with a function applied on access."""
         return LazyDocuments(self._texts, lambda text: change(self._tokens(text)).tolist())
 
     def _tokens(self, text: str) -> Int64[Tensor, "_"]:
@@ -60,14 +60,14 @@ class LazyDocuments:
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """Token ids of a text, with a fingerprint. Two corpora are equal if names and digests are.
+    """Token ids of a text, with a fingerprint; two corpora are equal if their names and digests are.
 
     Parameters
     ----------
     name : str
         `demo`, `wikitext2`, `ptb`, `c4`, or the name of a local file without its folders: it is written into artifacts.
     documents : tuple of Tensor or LazyDocuments
-        Token ids. One document is a stream, in which a window may start anywhere; no window spans two documents.
+        Token ids. A single document is a stream, in which a window may start anywhere; no window spans two documents.
     digest : str
         SHA-256 of the token ids and document boundaries. For C4, which is never tokenised whole, of its source and
         number of documents and the token ids of the first eight.
@@ -86,7 +86,7 @@ def load_corpus(
     field: str = "text",
     padding: PaddingIds = _NO_PADDING,
 ) -> Corpus:
-    r"""The token ids of a known data set or a local file.
+    r"""Token ids of a known data set or a local file.
 
     Parameters
     ----------
@@ -103,7 +103,7 @@ def load_corpus(
     field : str
         The key or the column that holds the text of a record.
     padding : PaddingIds
-        What fills up the rows of a `.npy` file.
+        Padding tokens in the rows of a `.npy` file.
 
     Returns
     -------
@@ -113,7 +113,7 @@ def load_corpus(
     Raises
     ------
     CorpusError
-        If the text cannot be had, is empty, is no text, or is not what its suffix says.
+        If the text is not available, is empty or not text, or the file contradicts its suffix.
 
     Examples
     --------
@@ -139,7 +139,7 @@ def load_corpus(
 
 
 def check_dataset(dataset: str) -> None:
-    """The name is that of a known data set or of a file with content; to be asked before a model is loaded.
+    """Checks, before a model is loaded, that a name is a known data set or a file with content.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""What can go wrong with a text."""
+"""Error of a text or data set."""
 
 from artifacts.errors import KVGaugeError
 

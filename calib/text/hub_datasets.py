@@ -1,4 +1,4 @@
-"""The data sets of the papers, from the hub or its local cache."""
+"""Data sets of the papers, from the hub or its local cache."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,22 +14,22 @@ _HUB_TIMEOUT_SECONDS = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class HubDataset:
-    """Where a data set lies on the hub, and how its rows become text.
+    """Location of a data set on the hub, and the conversion of its rows to text.
 
     Parameters
     ----------
     repository, config, revision : str or None
-        As `datasets.load_dataset` has them.
+        Arguments of `datasets.load_dataset`.
     evaluation : str
-        The part that is evaluated on; `train` is calibrated on.
+        Split for evaluation; calibration uses `train`.
     files : Mapping[str, str]
-        The one file of each part that is read, where that is not the whole part.
+        Single file to read of each split, where that is not the whole split.
     column : str
-        Where a row has its text.
+        Column of the text.
     separator : str or None
-        Joins all rows into one stream; without one, every row is a document.
+        Joins all rows into one stream; None makes every row a document.
     local_example : str
-        What the name of a local copy may look like.
+        Example of a local copy's path, for messages.
     """
 
     repository: str
@@ -42,7 +42,7 @@ class HubDataset:
     local_example: str
 
     def rows(self, part: str) -> Sequence[str]:
-        """The texts of one part."""
+        """Texts of one split."""
         import datasets
 
         loaded = datasets.load_dataset(
@@ -85,16 +85,16 @@ HUB_DATASETS = {
 }
 
 KNOWN_DATASETS = ("demo", *HUB_DATASETS)
-"""Names that stand for no file."""
+"""Names of data sets; any other name is a path."""
 
 
 def hub_rows(name: str, part: str) -> Sequence[str]:
-    """The texts of one part of a data set.
+    """Texts of one split of a data set.
 
     Raises
     ------
     CorpusError
-        If neither the hub nor its local cache gives them.
+        If neither the hub nor its local cache has them.
     """
     dataset = HUB_DATASETS[name]
     try:
@@ -110,7 +110,8 @@ def hub_rows(name: str, part: str) -> Sequence[str]:
 
 @contextmanager
 def _offline_if_unreachable() -> Iterator[None]:
-    """Without a network the hub client retries for 23 s before it looks into its cache; offline it looks at once."""
+    """Sets `datasets` to offline mode inside the context if the hub does not answer."""
+    # Without a network the hub client retries for 23 s before it uses its cache; in offline mode it uses it at once.
     import datasets
 
     before = datasets.config.HF_HUB_OFFLINE
@@ -122,7 +123,7 @@ def _offline_if_unreachable() -> Iterator[None]:
 
 
 def hub_answers(endpoint: str) -> bool:
-    """Whether the hub can be reached, found out once and quickly instead of after many retries."""
+    """True if the hub answers one request within a few seconds."""
     from huggingface_hub import get_session  # the client that datasets uses: same proxies, same certificates
 
     try:

@@ -1,4 +1,4 @@
-"""Local files as text or as token ids; each refusal says what stands in the file and what to do about it."""
+"""Local files as text or token ids; errors name the format found and the way to convert it."""
 
 import difflib
 import gzip
@@ -49,7 +49,7 @@ _BEGINNINGS: tuple[tuple[bytes, str, str], ...] = (
     (b"GIF89a", "a picture", "name a text"),
     (b"\x7fELF", "a program", "name a text"),
 )
-"""How a file begins, what it then is, and what to do."""
+"""First bytes of formats without plain text, their name, and advice."""
 
 _SUFFIXES = {
     **dict.fromkeys((".npz", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".hdf5", ".idx"), _IDS),
@@ -58,10 +58,10 @@ _SUFFIXES = {
     ".safetensors": "these are weights: name a text",
     **dict.fromkeys((".docx", ".xlsx", ".odt", ".epub"), _AS_TEXT),
 }
-"""What to do about files that go by these names, whatever they begin with."""
+"""Advice by suffix, for files of these formats."""
 
 _CONTROL_SHARE = 0.01
-"""Of control characters: text in another encoding has hardly any, binary data one byte in ten."""
+"""Fraction of control characters that makes bytes binary: text in any encoding has hardly any, binary data 10 %."""
 
 _GIT_LFS = b"version https://git-lfs.github.com/spec/"
 
@@ -69,12 +69,12 @@ _HEAD_BYTES = 512
 
 
 def refuse_binary(path: Path, head: bytes) -> None:
-    """Refuses a file whose beginning is that of a format that holds no text.
+    """Raises if the first bytes are those of a format without plain text.
 
     Raises
     ------
     CorpusError
-        With the format, and what to do.
+        With the format and advice.
     """
     suffix = _inner_suffix(path)
     if head[257:262] == b"ustar":
@@ -85,7 +85,7 @@ def refuse_binary(path: Path, head: bytes) -> None:
 
 
 def undecodable(path: Path, data: bytes, error: UnicodeDecodeError) -> CorpusError:
-    """Why bytes are no UTF-8: they are binary data, or text in another encoding."""
+    """Error for bytes that are not UTF-8: binary data, or text in another encoding."""
     where = f"got byte 0x{data[error.start]:02x} at offset {error.start}"
     is_utf16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")
     control = sum(data.count(byte) for byte in range(32) if byte not in b"\t\n\r\f\x1b")
@@ -99,7 +99,7 @@ def undecodable(path: Path, data: bytes, error: UnicodeDecodeError) -> CorpusErr
 
 
 def zero_byte(path: Path, offset: int) -> CorpusError:
-    """Why bytes that decode are no text all the same."""
+    """Error for a zero byte, which is valid UTF-8 but does not occur in text."""
     return CorpusError(
         f"{path}: expected text; got a zero byte at offset {offset}; is it a binary file? {_binary_advice(path)}"
     )
@@ -110,12 +110,12 @@ def _binary_advice(path: Path) -> str:
 
 
 def _inner_suffix(path: Path) -> str:
-    """The suffix in lower case, that of compression left out."""
+    """Suffix in lower case, without `.gz`."""
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
 def check_file(path: Path) -> None:
-    """Refuses what is not a file with content, and files that hold neither text nor token ids."""
+    """Raises for anything but a non-empty file, and for formats of neither text nor token ids."""
     if is_saved_dataset(path):
         return
     try:
@@ -138,7 +138,7 @@ def check_file(path: Path) -> None:
 
 
 def is_token_ids(path: Path) -> bool:
-    """Whether a file is one of token ids, by its suffix or its content."""
+    """True for a `.npy` file, by its suffix or its first bytes."""
     if path.suffix.lower() == ".npy":
         return True
     try:
@@ -149,12 +149,12 @@ def is_token_ids(path: Path) -> bool:
 
 
 def read_local_text(path: Path, field: str, split: Split) -> str:
-    """The text of a file or of a folder that `datasets` saved; records are joined by blank lines.
+    """Text of a file, or of a folder saved by `datasets`; records are joined by blank lines.
 
     Raises
     ------
     CorpusError
-        If it holds no text, or none where `field` says.
+        If it has no text, or none in `field`.
     """
     check_file(path)
     if path.is_dir():
@@ -175,7 +175,7 @@ def read_local_text(path: Path, field: str, split: Split) -> str:
 
 
 def _content(path: Path) -> tuple[bytes, str]:
-    """What a file holds, decompressed, and the suffix in lower case that tells its format."""
+    """Decompressed content of a file, and the lower-case suffix of its format."""
     data, name = path.read_bytes(), path.name.lower()
     if data.startswith(GZIP):
         try:
@@ -187,7 +187,7 @@ def _content(path: Path) -> tuple[bytes, str]:
 
 
 def _decoded(path: Path, data: bytes) -> str:
-    """UTF-8 text; a byte order mark and Windows' line ends do not belong to it."""
+    """Decoded UTF-8 text, without a byte order mark and with Unix line ends."""
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -198,12 +198,12 @@ def _decoded(path: Path, data: bytes) -> str:
 
 
 def _refuse_markup(path: Path, text: str, suffix: str) -> None:
-    """Refuses records and pages, which a model would be scored on with all their brackets.
+    """Raises for JSON and HTML, whose markup would count as text.
 
     Raises
     ------
     CorpusError
-        With the format, and what to do.
+        With the format and advice.
     """
     first = text.lstrip()[:200].lower()
     if suffix in (".html", ".htm", ".xhtml") or first.startswith(("<!doctype html", "<html")):
@@ -225,10 +225,10 @@ def _is_record(line: str) -> bool:
 
 
 def read_token_ids(path: Path, padding: PaddingIds) -> tuple[Int64[Tensor, "_"], ...]:
-    """A stream, or the rows of a table without their padding, of token ids."""
+    """Token ids of a `.npy` file: a stream, or rows without padding."""
     check_file(path)
     try:
-        # Unlike np.load this holds the header against the size of the file, and never unpickles.
+        # Unlike np.load this compares the header with the size of the file, and never unpickles.
         stored = np.lib.format.open_memmap(path, mode="r")
     except (ValueError, EOFError) as error:
         raise CorpusError(f"{path}: expected a .npy array of token ids; got {error}; write it with np.save") from error

@@ -1,4 +1,4 @@
-"""Padding at the ends of rows of token ids, which is no text."""
+"""Removal of padding from rows of token ids."""
 
 import logging
 from collections.abc import Sequence
@@ -16,15 +16,15 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PaddingIds:
-    """Token ids with which a tokenizer's rows are filled up.
+    """Token ids that a tokenizer may use as padding.
 
     Parameters
     ----------
     pad : int or None
-        Its padding token.
+        Padding token.
     special : tuple of int
-        Its start, end and unknown tokens, with which rows are filled up where there is no other; a single one at the
-        end of a row is text, two in a row are not.
+        Start, end and unknown tokens, used as padding by tokenizers without a padding token; a single one at the end of
+        a row is text, two or more in succession are padding.
     """
 
     pad: int | None = None
@@ -32,13 +32,13 @@ class PaddingIds:
 
     @classmethod
     def of(cls, tokenizer: Any) -> "PaddingIds":
-        """Those of a tokenizer of transformers; none without one."""
+        """Padding and special tokens of a transformers tokenizer; none without one."""
         names = ("bos_token_id", "eos_token_id", "unk_token_id")
         special = [getattr(tokenizer, name, None) for name in names]
         return cls(getattr(tokenizer, "pad_token_id", None), tuple(token for token in special if token is not None))
 
     def fills(self, token: int, n_tokens: int) -> bool:
-        """Whether a run of a token at the end of a row is padding."""
+        """True if a run of `n_tokens` equal tokens at the end of a row is padding."""
         return (token == self.pad and token not in self.special) or (
             token in (self.pad, *self.special) and n_tokens > 1
         )
@@ -47,19 +47,18 @@ class PaddingIds:
 def without_padding(
     rows: Int64[Tensor, "rows tokens"], padding: PaddingIds, name: str
 ) -> tuple[Int64[Tensor, "_"], ...]:
-    """The rows without the padding at their ends; a row of nothing else is left out.
+    """Rows without the padding at their ends; rows of padding only are left out.
 
     Raises
     ------
     CorpusError
-        If rows end in runs of a token that may be padding, as it stands nowhere else, and is not known for it; or if
-        nothing is left.
+        If rows end in runs of a token that occurs nowhere else and is not among `padding`; or if nothing is left.
     """
     found = [_trimmed(row, padding) for row in rows]
     kept = tuple(row for row in found if len(row))
     if not kept:
-        raise CorpusError(f"{name}: expected rows of text; got {len(rows)} of nothing but padding; write them again")
-    _refuse_unknown(kept, name)
+        raise CorpusError(f"{name}: expected rows of text; got {len(rows)} of padding only; write them again")
+    _check_unknown_padding(kept, name)
     n_filled = sum(len(row) < rows.shape[1] for row in found)
     if n_filled:
         n_tokens = rows.numel() - sum(map(len, kept))
@@ -68,7 +67,7 @@ def without_padding(
 
 
 def _trimmed(row: Int64[Tensor, "_"], padding: PaddingIds) -> Int64[Tensor, "_"]:
-    for _ in range(2):  # at its end, then at its beginning, turned round
+    for _ in range(2):  # trim the end, reverse, trim the former start, reverse back
         n_tokens = _run(row)
         if n_tokens and padding.fills(int(row[-1]), n_tokens):
             row = row[: len(row) - n_tokens]
@@ -77,21 +76,22 @@ def _trimmed(row: Int64[Tensor, "_"], padding: PaddingIds) -> Int64[Tensor, "_"]
 
 
 def _run(row: Int64[Tensor, "_"]) -> int:
-    """How many equal tokens a row ends in."""
+    """Number of equal tokens at the end of a row."""
     if len(row) < 2 or row[-1] != row[-2]:
         return min(len(row), 1)
     others = (row != row[-1]).nonzero()
     return len(row) - 1 - int(others[-1]) if len(others) else len(row)
 
 
-def _refuse_unknown(rows: Sequence[Int64[Tensor, "_"]], name: str) -> None:
-    """Refuses rows that look filled up, all at their ends or all at their beginnings.
+def _check_unknown_padding(rows: Sequence[Int64[Tensor, "_"]], name: str) -> None:
+    """Raises for rows that look padded with an unknown token, at their ends or at their beginnings.
 
     Raises
     ------
     CorpusError
-        With the token.
+        Names the token.
     """
+    # A token that occurs only in runs at the ends of rows, at least one of two or more, is padding, not text.
     text = torch.cat(list(rows))
     for side in (rows, [row.flip(0) for row in rows]):
         ends = [(int(row[-1]), _run(row)) for row in side]
@@ -99,7 +99,7 @@ def _refuse_unknown(rows: Sequence[Int64[Tensor, "_"]], name: str) -> None:
             runs = [n_tokens for own, n_tokens in ends if own == token]
             if int((text == token).sum()) == sum(runs):
                 raise CorpusError(
-                    f"{name}: expected rows of text; got {len(runs)} filled up with up to {max(runs)} times the token "
-                    f"{token}, which stands nowhere else, as padding does; the tokenizer does not tell. Cut the rows "
-                    "off before it, or join them to a 1-D stream without it"
+                    f"{name}: expected rows of text; got {len(runs)} that end in up to {max(runs)} times the token "
+                    f"{token}, which occurs nowhere else: probably padding unknown to the tokenizer. Remove it from "
+                    "the rows, or join them to a 1-D stream without it"
                 )

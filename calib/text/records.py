@@ -1,6 +1,6 @@
-"""Records of local files, one text in each: lines of JSON, tables of text, and what `datasets` writes.
+"""Text columns of local tables: JSON lines, CSV, Parquet, Arrow, and folders saved by `datasets`.
 
-Texts are joined by blank lines.
+Texts of records are joined by blank lines.
 """
 
 import csv
@@ -21,12 +21,12 @@ _PARTS: dict[Split, tuple[str, ...]] = {"calibration": ("train",), "evaluation":
 
 
 def jsonl_text(path: Path, text: str, field: str) -> str:
-    """The field of every line; empty lines are passed over.
+    """Text in a field of every JSON line; empty lines are skipped.
 
     Raises
     ------
     CorpusError
-        With the line that is no object, or holds no text there.
+        For the first line that is no object or has no text in the field.
     """
     # Not splitlines(): JSON strings may hold U+2028 and other characters that it takes for line ends.
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
@@ -48,14 +48,14 @@ def _parse_line(line: str, field: str, where: str) -> str:
 
 
 def csv_text(path: Path, text: str, field: str, delimiter: str) -> str:
-    """The column that the header calls `field`.
+    """Text of a CSV column.
 
     Raises
     ------
     CorpusError
-        If there is none, or with the line that is not whole.
+        If the header has no such column, or for the first incomplete line.
     """
-    before = csv.field_size_limit(2**31 - 1)  # a document may well have more than the usual 128 KiB
+    before = csv.field_size_limit(2**31 - 1)  # documents may exceed the default of 128 KiB
     rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         columns = rows.fieldnames or []
@@ -71,23 +71,23 @@ def csv_text(path: Path, text: str, field: str, delimiter: str) -> str:
     short = next((number for number, text in texts if text is None), None)
     if short is not None:
         raise CorpusError(
-            f"{path}, line {short}: expected {len(columns)} columns, texts with commas quoted; mend the line"
+            f"{path}, line {short}: expected {len(columns)} columns; got another number; quote texts with commas"
         )
     return "\n\n".join(text for _, text in texts if text is not None)
 
 
 def is_saved_dataset(path: Path) -> bool:
-    """Whether a folder is one that `datasets` saved."""
+    """True for a folder saved by `datasets`."""
     return any(os.path.isfile(path / name) for name in ("state.json", "dataset_dict.json"))
 
 
 def saved_dataset(path: Path, split: Split) -> Any:
-    """The table of a folder that `datasets` saved, or of the part for `split` in it.
+    """Table of a folder saved by `datasets`, or its part for `split`.
 
     Raises
     ------
     CorpusError
-        If there is no such part, or nothing that can be read.
+        If there is no such part, or the folder cannot be read.
     """
     import datasets
 
@@ -104,7 +104,7 @@ def saved_dataset(path: Path, split: Split) -> Any:
 
 
 def parquet(path: Path) -> Any:
-    """The table of a Parquet file."""
+    """Table of a Parquet file."""
     import datasets
 
     with tempfile.TemporaryDirectory() as cache:
@@ -112,7 +112,7 @@ def parquet(path: Path) -> Any:
 
 
 def arrow(path: Path) -> Any:
-    """The table of an Arrow file."""
+    """Table of an Arrow file."""
     import datasets
 
     return _table(path, datasets.Dataset.from_file)
@@ -127,12 +127,12 @@ def _table(path: Path, read: Callable[[str], Any]) -> Any:
 
 
 def column_text(path: Path, table: Any, field: str) -> str:
-    """The texts of one column.
+    """Texts of one column.
 
     Raises
     ------
     CorpusError
-        If there is no such column, or with the row that holds no text.
+        If there is no such column, or for the first row without text.
     """
     if field not in table.column_names:
         raise _no_column(path, field, table.column_names)

@@ -1,4 +1,4 @@
-"""Windows of equal length cut from a corpus: drawn for calibration, side by side for evaluation."""
+"""Token windows of equal length from a corpus: sampled for calibration, consecutive for evaluation."""
 
 import hashlib
 import random
@@ -15,7 +15,7 @@ from calib.text.corpus import Corpus, CorpusError, LazyDocuments
 _C4_EVALUATION_WINDOWS = 256  # KVQuant's `get_c4`, with seed 0
 
 NGRAM_TOKENS = 32
-"""Length at which two texts hardly share a run of tokens by chance."""
+"""Length of n-grams: equal runs of 32 tokens in two texts are hardly ever chance."""
 
 Windows = Int64[Tensor, "windows tokens"]
 Sketch = Int64[Tensor, "hashes"]
@@ -24,24 +24,24 @@ Sketch = Int64[Tensor, "hashes"]
 def sample_windows(
     corpus: Corpus, *, n_windows: int, seqlen: int, seed: int, start_token: int | None = None
 ) -> Windows:
-    """Windows at random places, the same that KVQuant draws from the same token ids.
+    """Random windows, identical to those that KVQuant samples from the same token ids.
 
-    In a stream every start is drawn uniformly. Among several documents one is drawn, again and again until it has
-    more than `seqlen` tokens, then a start in it. (KVQuant stops with an error at a document of exactly `seqlen`
-    tokens; here it is passed over.) As in KVQuant the very last token is never taken.
+    In a stream the start is uniform. Of several documents one is drawn until it has more than `seqlen` tokens, then a
+    start in it. (KVQuant stops with an error at a document of exactly `seqlen` tokens; here it is skipped.) As in
+    KVQuant the very last token is never used.
 
     Parameters
     ----------
     corpus : Corpus
-        Where to draw.
+        Corpus to sample.
     n_windows : int
-        How many, from 1; they may overlap.
+        Number of windows, from 1; they may overlap.
     seqlen : int
         Length of a window in tokens, from 2.
     seed : int
-        Same seed, same windows.
+        Seed of the sampling; equal seeds give equal windows.
     start_token : int or None
-        Stands at the beginning of every window, as it does of a prompt; counts as one of `seqlen`.
+        First token of every window, as of a prompt; counts as one of `seqlen`.
 
     Returns
     -------
@@ -75,7 +75,7 @@ def sample_windows(
 
 
 def _draw_document(corpus: Corpus, seqlen: int, rng: random.Random, too_short: dict[int, int]) -> Int64[Tensor, "_"]:
-    """The first drawn document of more than `seqlen` tokens; the others go to `too_short` with their lengths."""
+    """First drawn document of more than `seqlen` tokens; lengths of shorter ones go to `too_short`."""
     n_documents = len(corpus.documents)
     while len(too_short) < n_documents:
         index = rng.randint(0, n_documents - 1) if n_documents > 1 else 0  # a stream costs no draw
@@ -89,20 +89,20 @@ def _draw_document(corpus: Corpus, seqlen: int, rng: random.Random, too_short: d
 
 
 def split_windows(corpus: Corpus, *, seqlen: int, limit: int | None = None, start_token: int | None = None) -> Windows:
-    """Windows side by side, in order; what is left at the end of a document is dropped.
+    """Consecutive windows without overlap; the remainder of a document is dropped.
 
-    C4 is too long to be read whole: as in KVQuant, 256 windows are drawn from it with seed 0 (`sample_windows`).
+    C4 is too long to be read whole: as in KVQuant, 256 windows are sampled from it with seed 0 (`sample_windows`).
 
     Parameters
     ----------
     corpus : Corpus
-        What to cut.
+        Corpus to split.
     seqlen : int
         Length of a window in tokens, from 2.
     limit : int or None
-        Take only the first so many windows.
+        Largest number of windows, counted from the first.
     start_token : int or None
-        Stands at the beginning of every window; see `sample_windows`.
+        First token of every window; see `sample_windows`.
 
     Raises
     ------
@@ -127,16 +127,16 @@ def split_windows(corpus: Corpus, *, seqlen: int, limit: int | None = None, star
 
 
 def without_start(corpus: Corpus, seqlen: int, start_token: int) -> Corpus:
-    """The corpus with no start token at the beginning of its documents, for windows that bring their own.
+    """Corpus without start tokens at the beginning of its documents, for windows with their own.
 
     Parameters
     ----------
     corpus : Corpus
-        Where windows are cut from.
+        Corpus of the windows.
     seqlen : int
-        Length of a window in tokens, the start token among them, from 3.
+        Length of a window in tokens, including the start token, from 3.
     start_token : int
-        What is taken away where it is there.
+        Token to remove from the beginning of a document.
 
     Raises
     ------
@@ -155,7 +155,7 @@ def without_start(corpus: Corpus, seqlen: int, start_token: int) -> Corpus:
 
 
 def begun(windows: Windows, start_token: int) -> Int64[Tensor, "windows longer"]:
-    """The windows, each behind a start token."""
+    """Windows with a start token before each."""
     return torch.cat([torch.full_like(windows[:, :1], start_token), windows], 1)
 
 
@@ -172,7 +172,7 @@ def _too_short(corpus: Corpus, needed_tokens: int, longest_tokens: int) -> Corpu
 
 
 def check_vocabulary(windows: Windows, vocab_size: int, name: str) -> None:
-    """Refuse token ids that a model has no embedding for.
+    """Checks that a model has embeddings for all token ids.
 
     Parameters
     ----------
@@ -197,14 +197,14 @@ def check_vocabulary(windows: Windows, vocab_size: int, name: str) -> None:
 
 
 def window_digests(windows: Windows) -> list[str]:
-    """A fingerprint of 16 hexadecimal digits for each window, the same on every machine."""
+    """Fingerprint of 16 hexadecimal digits for each window, equal on every machine."""
     return [hashlib.sha256(row.tobytes()).hexdigest()[:16] for row in windows.numpy().astype("<i8")]
 
 
 def ngram_sketch(windows: Windows, *, ngram_tokens: int = NGRAM_TOKENS, capacity: int = 4096) -> Sketch:
-    """The `capacity` smallest hashes of all n-grams in the windows, sorted: a uniform sample of the distinct n-grams.
+    """Bottom-k sketch: the `capacity` smallest hashes of all n-grams, a uniform sample of the distinct n-grams.
 
-    An n-gram is in the sample or not by its hash alone, so sketches of two texts sample the n-grams they share alike.
+    Membership of an n-gram depends on its hash alone, so sketches of two texts sample their common n-grams alike.
 
     Parameters
     ----------
@@ -229,7 +229,7 @@ def ngram_sketch(windows: Windows, *, ngram_tokens: int = NGRAM_TOKENS, capacity
 
 
 def merge_sketches(*sketches: Int64[Tensor, "_"], capacity: int = 4096) -> Sketch:
-    """The sketch of the texts together, exactly; the order does not matter.
+    """Exact sketch of several texts together, independent of their order.
 
     Parameters
     ----------
@@ -247,10 +247,10 @@ def merge_sketches(*sketches: Int64[Tensor, "_"], capacity: int = 4096) -> Sketc
 def overlap_fraction(
     windows: Windows, sketch: Sketch, ngram_tokens: int = NGRAM_TOKENS, *, capacity: int = 4096
 ) -> float:
-    """Estimated share of the windows' n-grams that occur in the text of the sketch.
+    """Estimated fraction of the windows' n-grams that occur in the text of the sketch.
 
-    Of the n-grams whose hash the sketch would have kept, the share that it has. A sketch that is not full holds all
-    n-grams of its text, and the share is exact; otherwise m such n-grams give a standard error of at most
+    It is the fraction found among n-grams whose hash lies in the range of the sketch. A sketch that is not full has all
+    n-grams of its text, and the fraction is exact; otherwise m such n-grams give a standard error of at most
     1 / (2 sqrt(m)), somewhat more where text repeats.
 
     Parameters
@@ -267,6 +267,7 @@ def overlap_fraction(
     float
         From 0 to 1; nan if no n-gram of the windows falls into the sampled range: too little text to tell.
     """
+    # A proportion p of m samples has the standard error sqrt(p (1 - p) / m), largest at p = 1/2.
     hashes, kept = _ngram_hashes(windows, ngram_tokens), sketch.numpy()
     if len(kept) >= capacity:
         hashes = hashes[hashes <= kept[-1]]
@@ -274,7 +275,7 @@ def overlap_fraction(
 
 
 def _ngram_hashes(windows: Windows, ngram_tokens: int) -> npt.NDArray[np.int64]:
-    """Hashes of all n-grams, window after window: sum_j mix(t_j) base^(n-1-j) modulo 2^64, mixed again, 63 bits."""
+    """Hashes of all n-grams, window by window."""
     _require(ngram_tokens, "ngram_tokens", 1)
     n_starts = windows.shape[1] - ngram_tokens + 1
     if n_starts < 1:
@@ -282,6 +283,8 @@ def _ngram_hashes(windows: Windows, ngram_tokens: int) -> npt.NDArray[np.int64]:
             f"ngram_tokens: expected at most {windows.shape[1]}, the length of a window; got {ngram_tokens}; "
             "choose a smaller one for both texts"
         )
+    # Polynomial hash by Horner's rule (Karp and Rabin 1987): h = sum_j mix(t_j) base^(n-1-j) modulo 2^64, for all
+    # starts at once. Mixing again makes all bits uniform, as a bottom-k sketch needs; 63 bits fit a signed integer.
     tokens = _mix(windows.numpy().astype(np.uint64))
     base = np.uint64(0x9E3779B97F4A7C15)
     hashes = np.zeros((len(windows), n_starts), dtype=np.uint64)
@@ -291,7 +294,7 @@ def _ngram_hashes(windows: Windows, ngram_tokens: int) -> npt.NDArray[np.int64]:
 
 
 def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """One step of splitmix64 (Steele, Lea, Flood 2014): a bijection in which every input bit moves every output bit."""
+    """One step of splitmix64 (Steele, Lea, Flood 2014): a bijection; every input bit affects every output bit."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

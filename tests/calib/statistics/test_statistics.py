@@ -764,7 +764,7 @@ def test_more_memory_than_is_free_is_refused(
     tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch, tier: Tier, advice: str
 ) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
-    with pytest.raises(MemoryError, match=rf"statistics of tier {tier} take \d+\.\d MiB, 0\.0 MiB are free.*{advice}"):
+    with pytest.raises(MemoryError, match=rf"statistics of tier {tier} need \d+\.\d MiB; 0\.0 MiB are free.*{advice}"):
         new_statistics(tiny_llama, attention_layers(tiny_llama), tier=tier)
 
 

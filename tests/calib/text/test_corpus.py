@@ -346,7 +346,7 @@ def test_tables_of_datasets_are_read(tmp_path: Path) -> None:
         ("a.arrow", b"\xff\xff\xff\xff" + bytes(99), "expected a table that `datasets` can read"),
         ("a.csv", b"number,body\n1,a", "expected a column 'text'; got 'number', 'body'; name one with --field"),
         ("a.csv", b"number,text\n1,a\n2", "line 3: expected 2 columns"),
-        ("a.csv", b"text\nHello, world", "line 2: expected 1 columns, texts with commas quoted"),
+        ("a.csv", b"text\nHello, world", "line 2: expected 1 columns; got another number; quote"),
         ("a.csv", b"text,text\na,b", "expected one column 'text'; got 2"),
         ("a.csv", b'text,number\n"a"b,1', r"after line 1: expected a table; got "),
     ],
@@ -386,10 +386,10 @@ def test_padding_is_no_text(tmp_path: Path, side: str, padding: PaddingIds, capl
 
 def test_rows_that_look_padded_are_refused_where_nothing_tells(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", padded(0, "right"))
-    with pytest.raises(CorpusError, match=r"a\.npy: .*token 0, which stands nowhere else.*Cut"):
+    with pytest.raises(CorpusError, match=r"a\.npy: .*token 0, which occurs nowhere else.*Remove"):
         load_corpus(str(tmp_path / "a.npy"), "evaluation", None)
     np.save(tmp_path / "a.npy", np.zeros((2, 9), int))
-    with pytest.raises(CorpusError, match="2 of nothing but padding"):
+    with pytest.raises(CorpusError, match="2 of padding only"):
         load_corpus(str(tmp_path / "a.npy"), "evaluation", None, padding=PaddingIds(pad=0))
 
 
