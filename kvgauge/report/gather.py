@@ -15,7 +15,7 @@ from artifacts.sites import Site
 from artifacts.storage import canonical_json
 from kvgauge.report.compared import compared
 from kvgauge.report.findings.site_findings import FIRST_POSITIONS, Seen, drift, look, site_rows
-from kvgauge.report.findings.value_views import value_views, worst_sites
+from kvgauge.report.findings.views import value_views, worst_sites
 from kvgauge.report.reported_run import ReportedRun
 from kvgauge.report.verdict import verdict
 from kvgauge.running.machine import hardware

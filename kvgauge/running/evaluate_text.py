@@ -1,4 +1,4 @@
-"""Losses on a text for `evaluate`, and what makes them look better than they are."""
+"""Losses on a text for `evaluate`: its windows, the targets in them that count, and what makes losses look better."""
 
 import math
 from collections.abc import Mapping
@@ -7,17 +7,24 @@ from typing import TYPE_CHECKING, Any
 from kvgauge.configuration.evaluate import EvaluateConfig
 from kvgauge.configuration.fields import flag
 from kvgauge.configuration.protocol import ProtocolConfig
-from kvgauge.running.scored_windows import scored_windows, scoring_settings
+from kvgauge.configuration.scoring import ScoringConfig
 from kvgauge.running.site_figures import site_figures
 from kvgauge.terminal.console import UsageError, bar, say
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from artifacts.artifact import Artifact
     from artifacts.quantizer import Quantizer
     from artifacts.sites import Site
+    from calib.text.corpus import Corpus
     from kvgauge.loading.models import LoadedModel
     from kvgauge.running.evaluated import Evaluated
     from simquant.evaluation.result import EvalResult
+    from simquant.evaluation.scored_targets import ScoredTargets
+
+_MOST_OF_C4 = 256
+"""Windows of a text that is too long to be read whole, as without --stride."""
 
 
 def run_text(config: EvaluateConfig, loaded: "LoadedModel", evaluated: "Evaluated", dataset: str) -> dict[str, Any]:
@@ -124,3 +131,54 @@ def warn_of_overlap(artifact: "Artifact", windows: Any) -> None:
             f"warning: about {share:.1%} of the evaluation text was calibrated on (runs of {NGRAM_TOKENS} tokens); "
             "the loss may look smaller than it is. Evaluate on other text."
         )
+
+
+def scored_windows(
+    config: ScoringConfig, corpus: "Corpus", seqlen: int, start_token: int | None = None
+) -> "tuple[Tensor, ScoredTargets | None]":
+    """The windows to evaluate, and which of their targets count (None: all but the first of each).
+
+    Parameters
+    ----------
+    config : ScoringConfig
+        With `stride` and `limit`.
+    corpus : Corpus
+        The text.
+    seqlen : int
+        Tokens of a window.
+    start_token : int or None
+        First token of every window, one of its tokens.
+
+    Raises
+    ------
+    UsageError
+        If the stride is longer than a window.
+    """
+    from calib.text.corpus import LazyDocuments
+    from calib.text.windows import begun, split_windows, without_start
+    from simquant.evaluation.scored_targets import strided_windows
+
+    if config.stride is None:
+        return split_windows(corpus, seqlen=seqlen, limit=config.limit, start_token=start_token), None
+    if start_token is not None:
+        windows, scored = scored_windows(config, without_start(corpus, seqlen, start_token), seqlen - 1)
+        return begun(windows, start_token), scored
+    if config.stride > seqlen:
+        raise UsageError(f"--stride {config.stride}: windows of {seqlen} tokens would leave out what lies between them")
+    limit = config.limit or (_MOST_OF_C4 if isinstance(corpus.documents, LazyDocuments) else None)
+    return strided_windows(corpus.documents, seqlen=seqlen, stride=config.stride, limit=limit)
+
+
+def scoring_settings(config: ScoringConfig, scored: "ScoredTargets | None", n_datasets: int = 1) -> dict[str, Any]:
+    """Targets and log, as `simquant.evaluate` takes them.
+
+    Raises
+    ------
+    UsageError
+        If several data sets would share a log.
+    """
+    from simquant.evaluation.window_log import WindowLog
+
+    if config.resume is not None and n_datasets > 1:
+        raise UsageError(f"--resume {config.resume}: a log is of one text; evaluate one --dataset at a time")
+    return {"scored": scored, "log": None if config.resume is None else WindowLog(config.resume)}

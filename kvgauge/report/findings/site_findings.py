@@ -5,15 +5,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float32, Float64
+from jaxtyping import Float64
 from torch import Tensor
 
 from artifacts.artifact import Artifact
 from artifacts.model.attention import AttentionLayer
-from artifacts.model.layout import to_rows
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
-from kvgauge.report.findings.quantizer_views import kept_mask
+from kvgauge.report.findings.views import kept_mask, rows_of
 from kvgauge.report.reported_run import ReportedRun
 from kvgauge.terminal.console import bar
 from simquant.evaluation.attention_inputs import AttentionInputs, attention_inputs
@@ -70,17 +69,6 @@ class Seen:
     def _predicts(self, layer: int) -> bool:
         """Whether one of the layer's quantizers reads other sites, so that no layer stands alone."""
         return any(quantizer.sources for site, quantizer in self.quantizers.items() if site.layer == layer)
-
-
-def rows_of(
-    inputs: AttentionInputs, quantizers: Mapping[Site, Quantizer]
-) -> dict[Site, Float32[Tensor, "tokens channels"]]:
-    """The vectors of a layer's two sites, as their quantizers take them."""
-    index = inputs.layer.layer
-    before = Site(index, "key", "pre_rope")
-    key = before if before in quantizers else Site(index, "key", "post_rope")
-    vectors = {key: inputs.key if key == before else inputs.rotated(inputs.key), Site(index, "value"): inputs.value}
-    return {site: to_rows(x).float().cpu() for site, x in vectors.items()}
 
 
 @torch.no_grad()

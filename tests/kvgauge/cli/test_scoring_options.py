@@ -20,7 +20,7 @@ from kvgauge.configuration.evaluate import EvaluateConfig
 from kvgauge.configuration.fields import filled
 from kvgauge.configuration.model import ModelConfig
 from kvgauge.loading.models import LoadedModel, load_model
-from kvgauge.running.scored_windows import scored_windows, scoring_settings
+from kvgauge.running.evaluate_text import scored_windows, scoring_settings
 from kvgauge.running.site_figures import site_figures
 from kvgauge.terminal.console import Parser, UsageError
 from simquant import CachePolicy

@@ -36,7 +36,7 @@ from kvgauge.configuration.text import TextConfig
 from kvgauge.loading.models import LoadedModel
 from kvgauge.report.compared import compared
 from kvgauge.report.drawing.numbers import percent, size
-from kvgauge.report.findings.quantizer_views import kept_mask, levels_over_values, static_range
+from kvgauge.report.findings.views import kept_mask, levels_over_values, static_range
 from kvgauge.report.gather import gather
 from kvgauge.report.page import page
 from kvgauge.report.reported_run import ReportedRun
