@@ -69,7 +69,7 @@ def fit(
     threads = torch.get_num_threads() if jobs is None else jobs
     found = _fits(statistics, recipe, estimators, (threads, progress))
     quantizers = {site: fit.quantizer for site, fit in found.items()}
-    head = "" if statistics.exact_head else "; first positions from a sample of the windows"
+    first = "" if statistics.has_all_first_positions else "; first positions from a sample of the windows"
     manifest = Manifest(
         specs={site: quantizer.spec for site, quantizer in quantizers.items()},
         model=statistics.origin.model,
@@ -77,7 +77,7 @@ def fit(
         corpus=statistics.corpus,
         recipe=recipe.model_dump(mode="json"),
         sink_tokens=recipe.sink_tokens,
-        fit_sources={str(site): fit.source + head for site, fit in found.items()},
+        fit_sources={str(site): fit.source + first for site, fit in found.items()},
         tool_version=tool_version(),
     )
     return Artifact(quantizers, manifest, statistics.ngrams)

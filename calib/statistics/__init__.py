@@ -1,1 +1,1 @@
-"""Sufficient statistics: fixed memory, mergeable, independent of order."""
+"""Calibration statistics: sufficient statistics of fixed memory, mergeable and independent of order."""

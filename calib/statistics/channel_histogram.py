@@ -1,4 +1,4 @@
-"""A histogram of each channel that widens by itself and still does not depend on the order of what it sees."""
+"""Histogram per channel that widens with the data and does not depend on their order."""
 
 import numpy as np
 import torch
@@ -9,14 +9,14 @@ from calib.statistics.loops import coarsen, count_channels
 from calib.statistics.statistic import Statistic, adopt_device, check_weights
 
 _SIGNIFICANT_BITS = 28
-"""Bin edges are multiples of a power of two not below 2^-28 of the largest magnitude: exact in float32."""
+"""Bits of a bin number: the bin width is at least 2^-28 of the largest magnitude."""
 
 
 class ChannelHistogram(Statistic):
-    """Counts, or sums of weights, per channel in `bins` bins of one power-of-two width, edges at whole multiples of it.
+    """Counts, or sums of weights, per channel in `bins` bins of a power-of-two width, with edges at multiples of it.
 
-    The width is the smallest that lets the bins span the channel's minimum and maximum, so it follows from the data
-    alone; when it doubles, each two neighbouring bins add up exactly.
+    The width is the smallest with which the bins span the minimum and maximum of the channel, so it depends on the data
+    alone; when it doubles, pairs of neighbouring bins add up exactly.
 
     Parameters
     ----------
@@ -25,7 +25,7 @@ class ChannelHistogram(Statistic):
     bins : int
         Bins per channel; between half and all of them lie within the range.
     dtype : torch.dtype
-        int32 to count values, float64 to add up their weights; the bins are the same.
+        int32 for counts, float64 for sums of weights; the bins are the same.
     """
 
     STATE = ("minimum", "maximum", "exponent", "first", "counts")
@@ -41,7 +41,7 @@ class ChannelHistogram(Statistic):
     def update(
         self, x: Float[Tensor, "tokens channels"], weights: Float64[Tensor, "tokens channels"] | None = None
     ) -> None:
-        """Takes in finite tokens; without weights every value counts as one."""
+        """Accumulates finite tokens; without weights every value counts as one."""
         check_weights(self, weights, self.counts)
         if x.shape[0] == 0:
             return
@@ -56,7 +56,7 @@ class ChannelHistogram(Statistic):
             count_channels(columns, own, *(tensor.numpy() for tensor in state))
 
     def merge(self, other: "ChannelHistogram") -> None:
-        """Takes in what another statistic has seen."""
+        """Adds the counts of another histogram."""
         if not torch.isfinite(other.minimum).all():
             return
         self._widen(other.minimum, other.maximum)
@@ -65,14 +65,14 @@ class ChannelHistogram(Statistic):
         self.counts += counts
 
     def centers(self) -> Float32[Tensor, "channels bins"]:
-        """Middle of each bin, in units of x."""
+        """Centre of each bin, in units of x."""
         index = self.first[:, None] + torch.arange(self.bins, dtype=torch.int32, device=self.first.device)
         return torch.ldexp(index.float() + 0.5, self.exponent[:, None])
 
     def occupied(
         self,
     ) -> tuple[Int64[Tensor, " occupied"], Float32[Tensor, " occupied"], Shaped[Tensor, " occupied"]]:
-        """Channel, middle in units of x, and count of every bin that has one, ascending by channel and value."""
+        """Channel, centre in units of x, and count of every non-empty bin, ascending by channel and value."""
         where = torch.from_numpy(np.flatnonzero((self.counts > 0).cpu().numpy())).to(self.counts.device)
         channels = torch.arange(len(self.counts) + 1, device=where.device)
         per_channel = torch.searchsorted(where, channels * self.bins).diff()
@@ -86,7 +86,7 @@ class ChannelHistogram(Statistic):
         return torch.ldexp(torch.ones_like(self.minimum), self.exponent)
 
     def quantiles(self, tail: float) -> tuple[Float32[Tensor, " channels"], Float32[Tensor, " channels"]]:
-        """Each channel's quantiles `tail` and `1 - tail`, right to half a bin."""
+        """Quantiles `tail` and `1 - tail` of each channel, exact to half a bin."""
         cumulative = self.counts.cumsum(dim=1)
         total = cumulative[:, -1:]
         centers = self.centers()
@@ -111,7 +111,9 @@ class ChannelHistogram(Statistic):
 
 
 def _smallest_exponent(low: Tensor, high: Tensor, bins: int) -> Int32[Tensor, " channels"]:
-    """Least e for which low and high lie within `bins` bins of width 2^e."""
+    """Least e such that low and high lie within `bins` bins of width 2^e."""
+    # The range touches between span / w and span / w + 2 bins, depending on where its ends fall: start from a width
+    # below span / bins and double it until all fit. Numerically, bin numbers have at most 28 bits.
     magnitude = _exponent(torch.maximum(low.abs(), high.abs()))
     span = _exponent(high.double() - low.double())
     exponent = torch.maximum(magnitude - _SIGNIFICANT_BITS, span - bins.bit_length() - 1).clamp_min(-120)
@@ -122,12 +124,14 @@ def _smallest_exponent(low: Tensor, high: Tensor, bins: int) -> Int32[Tensor, " 
 
 
 def _exponent(x: Tensor) -> Int32[Tensor, " channels"]:
-    """Least e with x < 2^e; far below all others for zero, so that a wider range never has a smaller one."""
+    """Least e with x < 2^e; -200 for zero, below all others, so that e grows with the range."""
     return torch.where(x > 0, torch.frexp(x).exponent, -200)
 
 
 def _coarsen(counts: Tensor, first: Tensor, exponent: Tensor, new_first: Tensor, new_exponent: Tensor) -> None:
-    """Brings counts into bins that are wider by a power of two, from another first bin on."""
+    """Moves counts into bins that are wider by a power of two and start at another bin."""
+    # floor(floor(x / w) / 2^s) = floor(x / (2^s w)): shifting a bin number gives the bin that a count in the wide bins
+    # would have found, so that the histogram depends on the range alone and not on the way to it.
     shift = (new_exponent - exponent).clamp(0, 31)
     if counts.is_cuda:
         _coarsen_by_torch(counts, first, shift, new_first)

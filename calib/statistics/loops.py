@@ -1,4 +1,4 @@
-"""What is done to every value, compiled. Arrays are contiguous; what is counted is added in place."""
+"""Compiled inner loops of the statistics. Arrays must be contiguous; counts are added in place."""
 
 import math
 from typing import Any
@@ -16,7 +16,7 @@ Weights = NDArray[np.float64] | None
 def count_channels(
     columns: Floats, weights: Weights, per_width: Floats, first: NDArray[np.int32], counts: NDArray[Any]
 ) -> None:
-    """Adds one, or its weight, for every value of each channel to the bin that holds it.
+    """Adds one, or a weight, to the bin of every value of each channel.
 
     Parameters
     ----------
@@ -27,17 +27,18 @@ def count_channels(
     per_width : "channels"
         Bins per unit.
     first : "channels"
-        Number of the first bin, from zero on.
+        Number of the first bin; bin 0 starts at zero.
     counts : "channels bins"
-        Added to.
+        Updated in place.
     """
     channels, tokens = columns.shape
     index, last = np.empty(tokens, np.int32), np.int32(counts.shape[1] - 1)
     for channel in range(channels):
         own, before = counts[channel], first[channel]
-        for token in range(tokens):  # by itself, so that it is vectorised
+        # A loop without the scatter of counts is vectorised. 1 / width is a power of two, so the product is exact.
+        for token in range(tokens):
             place = np.int32(math.floor(columns[channel, token] * per_width[channel])) - before
-            index[token] = min(max(np.int32(place), np.int32(0)), last)  # never outside, whatever it is given
+            index[token] = min(max(np.int32(place), np.int32(0)), last)  # stay in bounds for any input
         for token in range(tokens):
             own[index[token]] += 1 if weights is None else weights[channel, token]
 
@@ -53,9 +54,9 @@ def coarsen(
     counts : "channels bins"
         Overwritten.
     first : "channels"
-        Number of the first bin, from zero on.
+        Number of the first bin; bin 0 starts at zero.
     shift : "channels"
-        Binary logarithm of how many bins make one of the new ones.
+        Binary logarithm of the number of old bins in a new one.
     new_first : "channels"
         Number of the first new bin.
     """
@@ -80,22 +81,22 @@ def count_tokens(
     counts: NDArray[Any],
     spread: NDArray[np.float64],
 ) -> None:
-    """Adds every value of each token to the bin where it lies in the token's range, once for each share of outliers.
+    """Adds every value of each token to its bin within the range of the token, once for each outlier fraction.
 
     Parameters
     ----------
     ordered : "tokens channels"
         Values, ascending in each token.
     x : "tokens channels"
-        Values; in any order where they have no weights.
+        Values; in any order if there are no weights.
     weights : "tokens channels" or None
         Weights of the values.
     fractions : "fractions"
-        Shares of values that are left out, half of them at each end.
+        Outlier fractions, half of each at either end.
     counts : "fractions bins"
-        One for each value, or its weight, is added.
+        Updated by one, or the weight, per value.
     spread : "fractions bins"
-        The same times the square of the token's half-range is added.
+        Updated by the same times the squared half-range of the token.
     """
     tokens, channels = x.shape
     bins, last = counts.shape[1], channels - 1
@@ -139,22 +140,22 @@ def count_tokens(
 
 @compiled
 def keep_extremes(kept: Floats, arriving: Floats, sign: int) -> None:
-    """Keeps the smallest values of each channel (sign 1), or the largest (-1).
+    """Merges new values into the smallest values of each channel (sign 1), or into the largest (sign -1).
 
     Parameters
     ----------
     kept : "channels depth"
-        Those held so far, the most extreme first; overwritten.
+        Values so far, the most extreme first; overwritten.
     arriving : "channels values"
-        Others, ascending.
+        New values, ascending.
     sign : {1, -1}
-        Which end.
+        End of the distribution: 1 for the smallest, -1 for the largest values.
     """
     channels, depth = kept.shape
     n_new = arriving.shape[1]
     for channel in range(channels):
         held, new = kept[channel].copy(), arriving[channel] if sign > 0 else arriving[channel][::-1]
-        i = j = 0
+        i = j = 0  # merge of two sorted lists, stopped after `depth` values
         for place in range(depth):
             if j < n_new and sign * new[j] < sign * held[i]:
                 kept[channel, place] = new[j]
@@ -168,7 +169,7 @@ def keep_extremes(kept: Floats, arriving: Floats, sign: int) -> None:
 def add_pairs(
     x: Floats, first: NDArray[np.int64], second: NDArray[np.int64], largest: Floats, sums: NDArray[np.float64]
 ) -> None:
-    """Takes in the squared length of every pair of channels of each token.
+    """Accumulates the squared norm of every channel pair of each token.
 
     Parameters
     ----------
@@ -177,9 +178,9 @@ def add_pairs(
     first, second : "pairs"
         Channels of each pair.
     largest : "pairs"
-        Largest squared length; overwritten.
+        Largest squared norm; updated in place.
     sums : "pairs"
-        Sum of squared lengths; added to.
+        Sum of squared norms; updated in place.
     """
     for token in range(len(x)):
         for pair in range(len(first)):

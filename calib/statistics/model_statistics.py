@@ -1,4 +1,4 @@
-"""Sufficient statistics of a whole model: fed window by window, merged over shards, kept in a file, fitted from."""
+"""Calibration statistics of a whole model: updated by window, merged over shards, saved to a file, input of a fit."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -35,18 +35,18 @@ FORMAT = "kvgauge.statistics"
 
 
 class ModelStatistics:
-    """The statistics of all sites of a model.
+    """Calibration statistics of all sites of a model.
 
     Parameters
     ----------
     shapes : Sequence[SiteShape]
-        The sites.
+        Shapes of the sites.
     tier : {'basic', 'full'}
         `full` adds whole-layer moments and moments between neighbouring sites.
     origin : Origin
-        What they are taken from.
+        Provenance.
     fisher : bool
-        Adds what is weighted by squared gradients; every update then brings gradients.
+        Adds statistics weighted by squared gradients; every update then needs gradients.
     """
 
     def __init__(self, shapes: Sequence[SiteShape], tier: Tier, origin: Origin, *, fisher: bool = False) -> None:
@@ -60,17 +60,17 @@ class ModelStatistics:
         self.seqlen = self.n_tokens = 0
         self.ngrams = torch.empty(0, dtype=torch.int64)
         self.is_whole = True
-        """False where an update or a merge was stopped in its midst: some sites have seen what others have not."""
+        """False after an interrupted update or merge, when some sites have more tokens than others."""
 
     def update(self, batch: TokenBatch, vectors: Vectors, gradients: Vectors = MappingProxyType({})) -> None:
-        """Takes in one forward pass: all of it, or none where it is refused; if it is stopped, `is_whole` is False.
+        """Accumulates one forward pass, or nothing of it if a check fails; an interrupt leaves `is_whole` False.
 
         Parameters
         ----------
         batch : TokenBatch
-            Its tokens.
+            Tokens of the pass.
         vectors : Mapping[Site, Float[Tensor, "tokens channels"]]
-            What every site gave.
+            Vectors of every site.
         gradients : Mapping[Site, Float[Tensor, "tokens channels"]]
             Gradients of the loss at every key and value, if `fisher` is set.
 
@@ -109,20 +109,20 @@ class ModelStatistics:
         self.is_whole = True
 
     def merge(self, other: "ModelStatistics") -> None:
-        """Takes in another shard.
+        """Adds the statistics of another shard.
 
         Raises
         ------
         MismatchError
-            If it comes from another model, tier or version, only one has gradients, or windows are already in.
+            If model, version, tier or sites differ, only one has gradients, or both contain the same window.
         """
         self.origin.check_same(other.origin)
         if self.tier != other.tier:
             raise MismatchError(f"merge: the shards differ in tier: {self.tier} and {other.tier}")
         if self.fisher != other.fisher:
             raise MismatchError(
-                f"merge: the shards differ in fisher: {self.fisher} and {other.fisher}. Squared gradients are of all "
-                "shards or of none: calibrate every shard with --fisher, or every shard without."
+                f"merge: the shards differ in fisher: {self.fisher} and {other.fisher}. Calibrate every shard with "
+                "--fisher, or every shard without."
             )
         different = sorted(set(self.sites) ^ set(other.sites))
         if different:
@@ -147,17 +147,17 @@ class ModelStatistics:
         self.is_whole = True
 
     def site(self, site: Site, sink_tokens: int) -> SiteStatistics:
-        """The statistics of a site's positions from `sink_tokens` on.
+        """Statistics of the positions of a site from `sink_tokens` on.
 
         Raises
         ------
         MismatchError
-            If the site was not captured, more positions are left out than were kept apart, or no token is left.
+            If the site was not captured, more than 8 positions are left out, or no token is left.
         """
         if site not in self.sites:
             raise MismatchError(
-                f"{site}: the statistics do not hold this site; they hold {', '.join(map(str, self.sites))}. "
-                "Calibrate with the stage that the recipe asks for."
+                f"{site}: expected one of the sites {', '.join(map(str, self.sites))}, which the statistics have. "
+                "Calibrate with the stage that the recipe needs."
             )
         if not 0 <= sink_tokens <= FIRST_POSITIONS:
             raise MismatchError(
@@ -166,8 +166,8 @@ class ModelStatistics:
         chosen = self.sites[site].from_position(sink_tokens, self.sample, self.first)
         if not chosen.moments.n_tokens:
             raise MismatchError(
-                f"{site}: a fit needs tokens from position {sink_tokens} on; the {len(self.windows)} windows hold "
-                "none. Take longer windows, or fewer sink tokens."
+                f"{site}: a fit needs tokens from position {sink_tokens} on; the {len(self.windows)} windows have "
+                "none. Use longer windows or fewer sink tokens."
             )
         self._add_readers(chosen, sink_tokens)
         return chosen
@@ -178,19 +178,21 @@ class ModelStatistics:
         Raises
         ------
         MismatchError
-            If the statistics do not hold it.
+            If the statistics do not have it.
         """
         if a > b:
             return self.cross_second(b, a, sink_tokens).mT
         if (a, b) not in self.cross:
-            raise MismatchError(f"{b}: the statistics lack moments with {a}. Take the tier full, and keys pre_rope.")
+            raise MismatchError(
+                f"{b}: the statistics lack moments with {a}. Calibrate with --statistics full and pre_rope keys."
+            )
         first = self.first.positions >= sink_tokens
         left, right = (self.sites[site].first_rows[first].double() for site in (a, b))
         n_tokens = int(self.sites[a].moments.n_tokens) + len(left)
         return (self.cross[a, b].products.cpu() + left.mT @ right) / max(1, n_tokens)
 
     def _add_readers(self, chosen: SiteStatistics, sink_tokens: int) -> None:
-        """The queries that read a key; and those that find a value, by the key beside it."""
+        """Adds weights from the queries: metric and energy for keys, expected squared logits for values."""
         layer = [site for site in self.sites if site.layer == chosen.shape.site.layer]
         key = next((site for site in layer if site.tensor == "key"), None)
         query = next((site for site in layer if site.tensor == "query"), None)
@@ -208,7 +210,7 @@ class ModelStatistics:
 
     @property
     def corpus(self) -> CorpusRecord:
-        """What was read, for the manifest."""
+        """Record of the calibration text, for the manifest."""
         digest = Stored(format="windows", header={"windows": sorted(self.windows)}, arrays={}).digest
         return CorpusRecord(
             name=self.origin.corpus,
@@ -221,27 +223,27 @@ class ModelStatistics:
         )
 
     @property
-    def exact_head(self) -> bool:
-        """Whether the first positions of every window are at hand."""
+    def has_all_first_positions(self) -> bool:
+        """True if the first positions of every window are stored, not only of a sample."""
         return self.first.complete
 
     def estimated_bytes(self) -> int:
-        """Memory that the statistics take when full."""
+        """Memory in bytes when all samples are full."""
         sites = sum(statistics.estimated_bytes() for statistics in self.sites.values())
         return sites + sum(moments.products.nbytes for moments in self.cross.values())
 
     def save(self, path: str | Path) -> None:
-        """Writes everything to one `.safetensors` file.
+        """Writes the statistics to one file.
 
         Raises
         ------
         ArtifactError
-            If the suffix is unknown, or an update was stopped in its midst.
+            If the suffix is unknown, or an update was interrupted.
         """
         if not self.is_whole:
-            raise ArtifactError(f"{path}: these statistics were stopped within a window; gather them again")
+            raise ArtifactError(f"{path}: an update of these statistics was interrupted; gather them again")
         header = {
-            **({"fisher": True} if self.fisher else {}),  # absent otherwise: without gradients a file is as it was
+            **({"fisher": True} if self.fisher else {}),  # absent without gradients, as in older files
             "tier": self.tier,
             "origin": self.origin.to_json(),
             "shapes": [{**asdict(s.shape), "site": str(site)} for site, s in self.sites.items()],
@@ -264,12 +266,12 @@ class ModelStatistics:
 
     @classmethod
     def load(cls, path: str | Path) -> "ModelStatistics":
-        """Reads what `save` wrote.
+        """Reads a file of `save`.
 
         Raises
         ------
         ArtifactError
-            If the file is not a whole file of statistics.
+            If the file is damaged or has another format.
         """
         stored = read(Path(path), FORMAT)
         try:
@@ -305,7 +307,7 @@ def _rows(x: Float[Tensor, "tokens channels"], index: Int64[Tensor, " rows"]) ->
 
 
 def _cross_moments(sites: Mapping[Site, SiteStatistics]) -> dict[tuple[Site, Site], CrossMoments]:
-    """Between each site and the earlier ones that may predict it: the layer before, and the key beside a value."""
+    """Empty moments of each site with its possible predictors: the layer before, and the key of the same layer."""
     cached = {
         site: s.shape.channels for site, s in sites.items() if site.tensor != "query" and site.stage != "post_rope"
     }

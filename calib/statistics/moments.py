@@ -1,4 +1,4 @@
-"""Sums of products of channels, in float64."""
+"""Second moments of channels, in float64."""
 
 import torch
 from jaxtyping import Float, Float64
@@ -7,20 +7,20 @@ from torch import Tensor
 from calib.statistics.statistic import Statistic, adopt_device
 
 _BLOCK_TOKENS = 256
-"""Tokens that are widened at a time: few enough to stay in the cache of a core."""
+"""Tokens converted to float64 at a time, few enough to stay in the cache of a core."""
 
 
 class Moments(Statistic):
-    """Token count, channel sums, and products of the channels within each of `groups` equal groups.
+    """Token count, channel sums, and sums of products of channels within each of `groups` equal groups.
 
-    Groups are heads for per-head moments; one group gives those of the whole layer.
+    Groups are heads for per-head moments; a single group gives the moments of the whole layer.
 
     Parameters
     ----------
     channels : int
         Channels of a token.
     groups : int
-        Divides the channels.
+        Number of groups, a divisor of the channels.
     """
 
     STATE = ("n_tokens", "sums", "products")
@@ -33,7 +33,7 @@ class Moments(Statistic):
         self.products = torch.zeros(groups, width, width, dtype=torch.float64)
 
     def update(self, x: Float[Tensor, "tokens channels"]) -> None:
-        """Takes in finite tokens."""
+        """Accumulates tokens, which must be finite."""
         adopt_device(self, x.device)
         self.n_tokens += x.shape[0]
         for part in x.split(_BLOCK_TOKENS):
@@ -43,7 +43,7 @@ class Moments(Statistic):
             self.products.baddbmm_(grouped.mT, grouped)
 
     def merge(self, other: "Moments") -> None:
-        """Takes in what another statistic has seen."""
+        """Adds the moments of another statistic."""
         self.n_tokens += other.n_tokens
         self.sums += other.sums
         self.products += other.products
@@ -53,12 +53,12 @@ class Moments(Statistic):
         return self.sums / self.n_tokens.clamp_min(1)
 
     def second(self) -> Float64[Tensor, "groups width width"]:
-        """Mean products E[x_i x_j] within each group."""
+        """Second moments E[x_i x_j] within each group."""
         return self.products / self.n_tokens.clamp_min(1)
 
 
 class CrossMoments:
-    """Sums of products between the channels of two sites, for the same tokens.
+    """Sums of products between the channels of two sites, over the same tokens.
 
     Parameters
     ----------
@@ -70,10 +70,10 @@ class CrossMoments:
         self.products = torch.zeros(left, right, dtype=torch.float64)
 
     def update(self, x: Float[Tensor, "tokens left"], y: Float[Tensor, "tokens right"]) -> None:
-        """Takes in the vectors of the same tokens."""
+        """Accumulates the vectors of the same tokens at both sites."""
         self.products = self.products.to(x.device)
         self.products += x.double().T @ y.double()
 
     def merge(self, other: "CrossMoments") -> None:
-        """Takes in what another statistic has seen."""
+        """Adds the moments of another statistic."""
         self.products += other.products

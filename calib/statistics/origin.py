@@ -1,4 +1,4 @@
-"""Where statistics come from, and which may be added up."""
+"""Provenance of statistics, and the check that shards may be merged."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -9,22 +9,22 @@ from artifacts.errors import MismatchError
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """What the statistics were taken from.
+    """Provenance of calibration statistics.
 
     Parameters
     ----------
     model : Mapping[str, Any]
         Fingerprint of the model.
     model_id : str or None
-        Hub id, where it came from the hub.
+        Hub id; None for a local model.
     corpus : str
         Name of the text.
     seed : int or None
         Seed of the window sampling.
     tool_version : str
-        The kvgauge that took them.
+        Version of kvgauge that gathered them.
     start_token : int or None
-        What every window was begun with, where it was.
+        Token put before every window, if any.
     """
 
     model: Mapping[str, Any]
@@ -35,12 +35,12 @@ class Origin:
     start_token: int | None = None
 
     def check_same(self, other: "Origin") -> None:
-        """Both are of one model, by one version.
+        """Checks that both are of one model, version and start token.
 
         Raises
         ------
         MismatchError
-            With what differs.
+            Names the difference.
         """
         for name in ("model", "model_id", "tool_version", "start_token"):
             own, theirs = getattr(self, name), getattr(other, name)
@@ -49,12 +49,12 @@ class Origin:
                 raise MismatchError(f"merge: the shards differ in {name}: {own!r:.300} and {theirs!r:.300}{advice}")
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values; a start token that there is none of is absent, so that such a file is as it always was."""
+        """Provenance as JSON values; a start token of None is absent, as in files from before there were any."""
         plain = {**asdict(self), "model": dict(self.model)}
         return {name: value for name, value in plain.items() if name != "start_token" or value is not None}
 
     def joined(self, other: "Origin") -> "Origin":
-        """The origin of both together: every text is named once, and a seed that they do not share is none."""
+        """Provenance of merged statistics: names of all texts, and the seed if both have the same."""
         if (self.corpus, self.seed) == (other.corpus, other.seed):
             return self
         names = sorted({*self.corpus.split("+"), *other.corpus.split("+")})

@@ -1,4 +1,4 @@
-"""How long the two-channel vectors are that a rotary embedding turns."""
+"""Norms of the channel pairs that RoPE rotates."""
 
 import torch
 from jaxtyping import Float, Float32, Float64
@@ -9,7 +9,7 @@ from calib.statistics.statistic import Statistic, adopt_device
 
 
 class PairNorms(Statistic):
-    """Largest and mean squared length of each rotary pair: bounds on a key after rotation, at any position.
+    """Largest norm and mean squared norm of each rotary pair: bounds on a key after RoPE, at any position.
 
     Parameters
     ----------
@@ -26,7 +26,7 @@ class PairNorms(Statistic):
         self.squares = torch.zeros(len(pairs[0]), dtype=torch.float64)
 
     def update(self, x: Float[Tensor, "tokens channels"]) -> None:
-        """Takes in finite tokens."""
+        """Accumulates tokens, which must be finite."""
         if x.shape[0] == 0:
             return
         adopt_device(self, x.device)
@@ -36,22 +36,23 @@ class PairNorms(Statistic):
         self.largest = torch.maximum(self.largest, largest.sqrt())
 
     def merge(self, other: "PairNorms") -> None:
-        """Takes in what another statistic has seen."""
+        """Adds the norms of another statistic."""
         self.n_tokens += other.n_tokens
         self.squares += other.squares
         self.largest = torch.maximum(self.largest, other.largest)
 
     def bound(self) -> Float32[Tensor, " pairs"]:
-        """Largest length of each pair."""
+        """Largest norm of each pair."""
+        # A rotation keeps the norm, so neither channel of the rotated pair can exceed it.
         return self.largest
 
     def mean_square(self) -> Float64[Tensor, " pairs"]:
-        """Mean squared length of each pair."""
+        """Mean squared norm of each pair."""
         return self.squares / self.n_tokens.clamp_min(1)
 
 
 def _pairs_compiled(x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest squared length, and sum of the squared lengths, of each pair."""
+    """Largest squared norm, and sum of the squared norms, of each pair."""
     largest, sums = torch.zeros(len(first)), torch.zeros(len(first), dtype=torch.float64)
     add_pairs(*(tensor.contiguous().numpy() for tensor in (x, first, second, largest, sums)))
     return largest, sums
@@ -64,7 +65,7 @@ def _pairs_by_torch(x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, T
 
 
 def rotary_pairs(kv_heads: int, head_dim: int, rotary_dim: int, *, interleaved: bool) -> tuple[Tensor, Tensor]:
-    """Channels that a rotary embedding turns together, over all heads.
+    """Channel pairs that RoPE rotates, over all heads.
 
     Parameters
     ----------

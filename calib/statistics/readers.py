@@ -1,4 +1,4 @@
-"""What reads a site: how much an error there matters to attention, in first order."""
+"""Weights of quantization errors in keys and values, from the queries: first-order effect on attention."""
 
 import torch
 from jaxtyping import Float32, Float64
@@ -9,7 +9,7 @@ from calib.statistics.site_statistics import SiteShape, SiteStatistics
 
 
 def query_moment(key: SiteShape, query: SiteStatistics) -> Float64[Tensor, "kv_heads head_dim head_dim"]:
-    """E[q q^T] of the queries that read each key head: an error e of a key moves their logits by e^T E[q q^T] e.
+    """Second moment E[q q^T] of the queries of each key head: E[(q . e)^2] = e^T E[q q^T] e for a key error e.
 
     References
     ----------
@@ -20,11 +20,13 @@ def query_moment(key: SiteShape, query: SiteStatistics) -> Float64[Tensor, "kv_h
 
 
 def query_energy(key: SiteShape, moment: Float64[Tensor, "kv_heads head_dim head_dim"]) -> Float64[Tensor, " channels"]:
-    """Weight of an error in each key channel: E[q^2] of the queries that read it, alike for both of a rotary pair.
+    """Weight of a squared error in each key channel: E[q^2] of its queries, equal for both channels of a rotary pair.
 
     Averaged over relative positions, the squared error of a logit is the sum over pairs of E|q_pair|^2 / 2 times the
-    pair's squared key error.
+    squared key error of the pair.
     """
+    # One pair: the logit error is q . R e with R a rotation by the angle between the two positions. Over a uniform
+    # angle E[(q . R e)^2] = |q|^2 |e|^2 E[cos^2] = |q|^2 |e|^2 / 2.
     energy = moment.diagonal(dim1=1, dim2=2).reshape(-1).clone()
     if key.rotary_dim:
         first, second = rotary_pairs(key.heads, key.head_dim, key.rotary_dim, interleaved=key.interleaved)
@@ -35,16 +37,16 @@ def query_energy(key: SiteShape, moment: Float64[Tensor, "kv_heads head_dim head
 def logit_metric(
     key: SiteShape, moment: Float64[Tensor, "kv_heads head_dim head_dim"], context_tokens: int
 ) -> Float64[Tensor, "kv_heads head_dim head_dim"]:
-    """G for which an error e of a key costs e^T G e: the mean squared error of the logits of all queries that see it.
+    """Metric G of key errors: e^T G e is the mean squared error of the logits of all queries that attend to the key.
 
-    Keys before rotation meet queries turned by their distance D, so G = E[R_D q q^T R_D^T] over the distances within a
-    context, shorter ones occurring more often. Fast pairs lose their phases in that mean, slow ones keep them. For
-    keys after rotation it is the moment itself.
+    Keys before RoPE meet queries rotated by their distance D, so G = E[R_D q q^T R_D^T] over the distances within a
+    context, shorter ones being more frequent. Fast pairs lose their phase in that mean, slow ones keep it. For keys
+    after RoPE it is the second moment itself.
 
     Parameters
     ----------
     key : SiteShape
-        Of the keys; its frequencies say how fast each pair turns.
+        Shape of the keys, with the frequency of each pair.
     moment : Float64[Tensor, "kv_heads head_dim head_dim"]
         E[q q^T] of the queries, see `query_moment`.
     context_tokens : int
@@ -52,6 +54,8 @@ def logit_metric(
     """
     if not key.frequencies or key.site.stage == "post_rope":
         return moment
+    # A context of T tokens has T - D pairs of positions at distance D. R_m^T R_n depends on m - n alone (RoPE, arXiv
+    # 2104.09864, equation 16): q_m^T R_m^T R_n e = (R_D q)^T e with D = m - n.
     distances = torch.arange(context_tokens, dtype=torch.float64)
     weights = (context_tokens - distances).to(torch.complex128) / float((context_tokens - distances).sum())
     turns = torch.exp(1j * distances[:, None] * torch.tensor(key.frequencies, dtype=torch.float64))
@@ -61,13 +65,16 @@ def logit_metric(
 
 
 def _pairs_first(key: SiteShape) -> Tensor:
-    """Channels of a head: first members of the pairs, those that do not turn, second members."""
+    """Channel order of a head: first channels of the pairs, channels without rotation, second channels."""
     first, second = rotary_pairs(1, key.head_dim, key.rotary_dim, interleaved=key.interleaved)
     return torch.cat([first, torch.arange(key.rotary_dim, key.head_dim), second])
 
 
 def _turned(moment: Tensor, weights: Tensor, turns: Tensor) -> Tensor:
-    """Mean of a moment whose pairs are turned as complex numbers z = u + iv, from E[z_i conj(z_j)] and E[z_i z_j]."""
+    """Mean over distances of a second moment whose pairs are rotated, as complex numbers z = u + i v."""
+    # Rotation multiplies z_j by t_j = e^(i f_j D), so A = E[z_j conj z_k] gets the factors E[t_j conj t_k] and
+    # B = E[z_j z_k] the factors E[t_j t_k]. A = uu + vv + i (vu - uv) and B = uu - vv + i (uv + vu) in terms of the
+    # second moments, hence uu = Re(A + B) / 2, vv = Re(A - B) / 2 and uv = Im(B - A) / 2 afterwards.
     n = turns.shape[1]
     padded = torch.nn.functional.pad(moment, (0, 2 * n - moment.shape[1], 0, 2 * n - moment.shape[1]))
     uu, uv, vv = padded[:, :n, :n], padded[:, :n, n:], padded[:, n:, n:]
@@ -82,7 +89,7 @@ def _turned(moment: Tensor, weights: Tensor, turns: Tensor) -> Tensor:
 def score_weights(
     keys: Float32[Tensor, "rows channels"], energy: Float64[Tensor, " channels"]
 ) -> Float32[Tensor, " rows"]:
-    """Weight of an error in each token's value: the expected squared logit of its key, over all heads; mean 1.
+    """Weight of a squared error in the value of each token: the expected squared logit of its key; mean 1.
 
     References
     ----------

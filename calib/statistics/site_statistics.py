@@ -1,4 +1,4 @@
-"""All that is kept of one site."""
+"""Calibration statistics of one site."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,31 +24,31 @@ Gradients = Float[Tensor, "tokens channels"] | None
 Tier = Literal["basic", "full"]
 
 FIRST_POSITIONS = 8
-"""First positions of each window that are kept apart, so that a fit can leave out any number of them."""
+"""First positions of each window, stored separately so that a fit can leave out any number of sink tokens."""
 
 SAMPLE_TOKENS = {"basic": 1024, "full": 4096}
 """Capacity of the token reservoir, and of the sample of first positions, by tier."""
 
 FISHER = ("gradient_moments", "fisher_histogram", "fisher_token_histogram")
-"""Statistics that need gradients; the others are fed with vectors alone."""
+"""Statistics of gradients; all others are updated with vectors alone."""
 
 _RESERVOIR = ("rows", "row_gradients")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SiteShape:
-    """What a site's statistics need to know of its layer.
+    """Shape of a site, and the rotary embedding of its layer.
 
     Parameters
     ----------
     site : Site
-        The place.
+        The site.
     heads, head_dim : int
         Heads (query heads for queries) and channels of each.
     rotary_dim : int
-        Leading channels of a head that rotate; 0 where nothing does.
+        Leading channels of a head that rotate; 0 without RoPE.
     interleaved : bool
-        How the rotating channels pair up.
+        Pairs (0, 1), (2, 3), ... rather than (0, rotary_dim / 2), ...
     frequencies : sequence of float
         Radians per position of each rotary pair.
     module : str
@@ -64,16 +64,16 @@ class SiteShape:
     module: str = ""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "frequencies", tuple(self.frequencies))  # a list where it was read from a file
+        object.__setattr__(self, "frequencies", tuple(self.frequencies))  # JSON has lists only
 
     @property
     def channels(self) -> int:
-        """Width of a token's vector."""
+        """Channels of a token: heads * head_dim."""
         return self.heads * self.head_dim
 
 
 class _Unread(NamedTuple):
-    """What a statistic will be found from when it is read: tokens, and the statistics that have seen the others."""
+    """Deferred update of a statistic: tokens to accumulate, on top of the state in `others`."""
 
     rows: Float[Tensor, "tokens channels"]
     gradients: Gradients
@@ -84,17 +84,17 @@ class _Unread(NamedTuple):
 class SiteStatistics:
     """Tails, moments, histograms and sampled rows of one site.
 
-    Positions 0 to 7 of each window are only kept as rows; `from_position` takes those in that a fit wants.
+    Positions 0 to 7 of each window are stored as rows only; `from_position` accumulates those that a fit includes.
 
     Parameters
     ----------
     shape : SiteShape
-        Place and shape.
+        Site and shape.
     tier : {'basic', 'full'}
         `full` adds the moments of the whole layer.
     fisher : bool
-        Adds moments and rows of the gradients g of the loss, and histograms in which each value has the weight
-        F = g^2 (arXiv 2401.18079, equation 7); of keys and values only.
+        Adds moments and rows of the loss gradients g, and histograms in which each value has the weight F = g^2 (arXiv
+        2401.18079, equation 7), for keys and values.
     """
 
     def __init__(self, shape: SiteShape, tier: Tier, *, fisher: bool = False) -> None:
@@ -127,7 +127,7 @@ class SiteStatistics:
 
     @property
     def keeps_rows(self) -> bool:
-        """Whether the site takes part in the token reservoir (queries do not)."""
+        """True for keys and values, which are in the token reservoir; queries are not."""
         return self.shape.site.tensor != "query"
 
     @property
@@ -142,7 +142,7 @@ class SiteStatistics:
 
     @property
     def token_histogram(self) -> TokenHistogram:
-        """Histogram of values within their token's range."""
+        """Histogram of values normalised by the range of their token."""
         return self._get("token_histogram", TokenHistogram)
 
     @property
@@ -167,12 +167,12 @@ class SiteStatistics:
 
     @property
     def fisher_token_histogram(self) -> TokenHistogram:
-        """Sums of F, and of F times the square of the token's half-range, in the bins of `token_histogram`."""
+        """Sums of F, and of F times the squared half-range of the token, in the bins of `token_histogram`."""
         return self._get("fisher_token_histogram", TokenHistogram)
 
     @property
     def rows(self) -> Float32[Tensor, "rows channels"]:
-        """Vectors of the token reservoir; none of queries."""
+        """Vectors of the token reservoir; empty for queries."""
         return self.samples.get("rows", torch.empty(0, self.shape.channels))
 
     @property
@@ -188,24 +188,24 @@ class SiteStatistics:
         return self.samples["first_rows"]
 
     def update(self, x: Float[Tensor, "tokens channels"], gradients: Gradients = None) -> None:
-        """Takes in tokens beyond the first positions."""
+        """Accumulates tokens beyond the first positions."""
         self._n_changes += 1
         for name in self.statistics:
             self._read(name)
             self._update(name, x, gradients)
 
     def keep_rows(self, x: Float[Tensor, "tokens channels"], choice: RowChoice, gradients: Gradients = None) -> None:
-        """Takes part in the token reservoir."""
+        """Updates the rows of the token reservoir."""
         self._keep(choice, rows=x, row_gradients=gradients)
 
     def keep_first_rows(
         self, x: Float[Tensor, "tokens channels"], choice: RowChoice, gradients: Gradients = None
     ) -> None:
-        """Takes part in the sample of first positions."""
+        """Updates the sample of first positions."""
         self._keep(choice, first_rows=x, first_gradients=gradients)
 
     def merge(self, other: "SiteStatistics", rows: RowChoice, first_rows: RowChoice) -> None:
-        """Takes in what another shard has seen."""
+        """Adds the statistics of another shard."""
         self._n_changes += 1
         for name in self.statistics:
             self._read(name).merge(other._read(name))
@@ -213,7 +213,8 @@ class SiteStatistics:
         self._keep(first_rows, **{name: t for name, t in other.samples.items() if name not in _RESERVOIR})
 
     def from_position(self, sink_tokens: int, sample: RowSample, first: RowSample) -> "SiteStatistics":
-        """The statistics of all positions from `sink_tokens` on, each found when it is first read."""
+        """Statistics of all positions from `sink_tokens` on, each computed on first access."""
+        # State of positions 8 and above, plus the sampled rows of positions sink_tokens to 7: no second model pass.
         chosen = SiteStatistics(self.shape, self.tier, fisher=self.fisher)
         kept, device = first.positions >= sink_tokens, self.moments.sums.device
         gradients = self.samples["first_gradients"][kept].to(device) if self.fisher else None
@@ -227,16 +228,16 @@ class SiteStatistics:
     def mapped(
         self, rows: Float32[Tensor, "rows channels"], gradients: Float32[Tensor, "rows channels"] | None = None
     ) -> "SiteStatistics":
-        """Statistics of what became of the tokens in the reservoir, for what a wrapper hands on.
+        """Statistics of transformed reservoir tokens: the input of the estimator inside a wrapper.
 
-        Each is computed when it is first read: a fit reads few of them.
+        Each is computed on first access, as a fit reads few of them.
 
         Parameters
         ----------
         rows : Float32[Tensor, "rows channels"]
-            The tokens of `self.rows`, each mapped.
+            Tokens of `self.rows` after the transform.
         gradients : Float32[Tensor, "rows channels"] or None
-            Their gradients; without them what was mapped has none.
+            Gradients with respect to the transformed tokens; None for statistics without gradients.
         """
         found = SiteStatistics(replace(self.shape, rotary_dim=0), self.tier, fisher=gradients is not None)
         found._unread = {name: _Unread(rows, gradients) for name in found.statistics}
@@ -247,14 +248,14 @@ class SiteStatistics:
         return found
 
     def state(self) -> dict[str, Tensor]:
-        """Every tensor by name."""
+        """State tensors by name."""
         found = {
             f"{name}.{key}": tensor for name in self.statistics for key, tensor in self._read(name).state().items()
         }
         return {**found, "rows": self.rows, **self.samples}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Puts back what `state` gave.
+        """Restores the output of `state`.
 
         Raises
         ------
@@ -266,11 +267,12 @@ class SiteStatistics:
         for name in self.samples:
             rows = state.get(name)
             if rows is None or rows.ndim != 2 or rows.shape[1] != self.shape.channels:
-                raise ValueError(f"{self.shape.site}: {name} must have {self.shape.channels} channels")
+                got = "nothing" if rows is None else f"shape {tuple(rows.shape)}"
+                raise ValueError(f"{self.shape.site}: {name} must have {self.shape.channels} channels; got {got}")
             self.samples[name] = rows
 
     def estimated_bytes(self) -> int:
-        """Memory when the samples are full."""
+        """Memory in bytes when the samples are full."""
         fixed = sum(statistic.nbytes for statistic in self.statistics.values())
         return fixed + len(self.samples) * SAMPLE_TOKENS[self.tier] * self.shape.channels * 4
 
@@ -287,7 +289,7 @@ class SiteStatistics:
         return statistic
 
     def _read(self, name: str) -> Statistic:
-        """One statistic, computed if it has not been yet."""
+        """Statistic by name, computed on first access."""
         if name in self._unread:
             unread = self._unread[name]
             if unread.others is not None:
@@ -297,11 +299,11 @@ class SiteStatistics:
         return self.statistics[name]
 
     def _unchanged(self, name: str, n_changes: int) -> Statistic:
-        """One statistic, if it still is what it was after so many changes."""
+        """Statistic by name, if there was no update since the `n_changes`-th."""
         if self._n_changes != n_changes:
             raise ValueError(
-                f"{self.shape.site}: tokens were added after these statistics were chosen from it, and before {name} "
-                "was read; choose them again"
+                f"{self.shape.site}: tokens were added before {name} of a selection of positions was first read; "
+                "select the positions again"
             )
         return self._read(name)
 
@@ -315,7 +317,7 @@ class SiteStatistics:
             statistic.update(gradients)
 
     def _lacks(self, name: str) -> MismatchError:
-        needed = f"{name}, which these statistics (tier {self.tier}) lack. Calibrate again with --statistics full."
+        needed = f"{name}, which statistics of tier {self.tier} lack. Calibrate again with --statistics full."
         if name in (*FISHER, "row_gradients"):
             needed = "squared gradients, which these statistics lack. Calibrate again with --fisher."
         return MismatchError(f"{self.shape.site}: the recipe needs {needed}")

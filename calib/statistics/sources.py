@@ -1,4 +1,4 @@
-"""What a site can be predicted from."""
+"""Inputs of a linear predictor: earlier sites and their moments with the predicted site."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -11,14 +11,15 @@ from artifacts.sites import Site
 
 
 class Shrinkage(NamedTuple):
-    """How far a predictor is drawn away from the least squares of the reservoir.
+    """Regularisation of a predictor.
 
     Parameters
     ----------
     share : float
-        Of the covariances of all tokens before quantization in the normal equations.
+        Weight, from 0 to 1, of the covariances of all tokens before quantization in the normal equations; the rest is
+        that of the dequantized reservoir.
     ridge : float
-        Added to the variance of each input, in units of it; with infinity nothing is predicted.
+        Ridge penalty, relative to the variance of each input; with infinity the prediction is zero.
     """
 
     share: float
@@ -27,30 +28,30 @@ class Shrinkage(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Sources:
-    """Earlier sites of the same tokens, their channels one after the other: "inputs".
+    """Earlier sites of the same tokens, with their channels concatenated as "inputs".
 
     Parameters
     ----------
     sites : tuple of Site
-        In the order of the inputs.
+        Sites in the order of the inputs.
     widths : tuple of int
-        Channels of each.
+        Channels of each site.
     decoded : Float32[Tensor, "rows inputs"]
-        The tokens of the reservoir as their quantizers give them back.
+        Tokens of the reservoir, dequantized.
     exact : Float32[Tensor, "rows inputs"]
-        The same tokens before.
+        The same tokens in full precision.
     n_tokens : int
-        Tokens that the moments are of.
+        Number of tokens behind the moments.
     mean : Float64[Tensor, "inputs"]
-        Of the exact inputs, over all tokens.
+        Mean of the full-precision inputs, over all tokens.
     target_mean : Float64[Tensor, "channels"]
-        Of the site itself, over all tokens.
+        Mean of the predicted site, over all tokens.
     covariance : Float64[Tensor, "inputs inputs"]
-        Of the exact inputs, over all tokens.
+        Covariance of the full-precision inputs, over all tokens.
     cross_covariance : Float64[Tensor, "inputs channels"]
-        Between the exact inputs and the site, over all tokens.
+        Covariance of the full-precision inputs with the predicted site, over all tokens.
     shrinkage : Shrinkage or None
-        Of the predictor, where a fit with other numbers of bits has chosen it; None where it is to be chosen.
+        Regularisation chosen in a fit with other bits; None to choose it.
     """
 
     sites: tuple[Site, ...]
@@ -66,5 +67,5 @@ class Sources:
 
     @property
     def context(self) -> tuple[Tensor, ...]:
-        """The decoded vectors of each site, as a quantizer takes them."""
+        """Dequantized vectors of each site: the context of a quantizer."""
         return torch.split(self.decoded, list(self.widths), dim=1)

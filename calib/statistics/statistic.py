@@ -1,7 +1,7 @@
-"""The contract of every statistic.
+"""Base class of all statistics, and the contract of a new one.
 
-Fixed memory; any chunking, order or sharding of the same tokens gives the same state: integer counts exactly, float64
-sums to 1e-6 of their scale. All state is in the tensors that `STATE` names, so one function saves and one merges.
+Memory is fixed; any chunking, order or sharding of the same tokens gives the same state: integer counts exactly,
+float64 sums to 1e-6 of their scale. All state is in the tensors that `STATE` names, so that saving is generic.
 """
 
 from abc import ABC, abstractmethod
@@ -14,25 +14,25 @@ from torch import Tensor
 
 
 class Statistic(ABC):
-    """Something that a stream of tokens can be summed into."""
+    """Accumulator over a stream of tokens."""
 
     STATE: ClassVar[tuple[str, ...]]
-    """Names of the tensor attributes that hold everything."""
+    """Names of the tensor attributes that make up the state."""
 
     @abstractmethod
     def update(self, x: Float[Tensor, "tokens channels"]) -> None:
-        """Takes in finite tokens."""
+        """Accumulates tokens, which must be finite."""
 
     @abstractmethod
     def merge(self, other: Any) -> None:
-        """Takes in what another statistic has seen."""
+        """Adds the state of another statistic, as if its tokens had been accumulated here."""
 
     def state(self) -> dict[str, Tensor]:
-        """The tensors that hold everything."""
+        """State tensors by name."""
         return {name: getattr(self, name) for name in self.STATE}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Puts back what `state` gave.
+        """Restores the output of `state`.
 
         Raises
         ------
@@ -53,22 +53,22 @@ class Statistic(ABC):
 
 
 def check_weights(statistic: Statistic, weights: Tensor | None, sums: Tensor) -> None:
-    """Weights are only added up in float64.
+    """Checks that a statistic with weights accumulates in float64.
 
     Raises
     ------
     RuntimeError
-        If the statistic counts.
+        If it counts in integers.
     """
     if weights is not None and sums.dtype != torch.float64:
         raise RuntimeError(
-            f"{type(statistic).__name__}: weights of {weights.dtype} can't be cast to counts of {sums.dtype}. Make it "
-            "with dtype=torch.float64."
+            f"{type(statistic).__name__}: weights of {weights.dtype} can't be cast to counts of {sums.dtype}. "
+            "Construct it with dtype=torch.float64."
         )
 
 
 def adopt_device(statistic: Statistic, device: torch.device) -> None:
-    """Moves the state to where the activations are."""
+    """Moves the state to the device of the activations."""
     for name, tensor in statistic.state().items():
         if tensor.device != device:
             setattr(statistic, name, tensor.to(device))

@@ -1,4 +1,4 @@
-"""The largest and smallest values of each channel, exactly."""
+"""Exact tails: the largest and smallest values of each channel."""
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from calib.statistics.statistic import Statistic, adopt_device
 
 
 class Tails(Statistic):
-    """The `depth` smallest and largest values of each channel, from which outer percentiles are exact.
+    """The `depth` smallest and largest values of each channel, for exact outer percentiles.
 
     Parameters
     ----------
@@ -29,19 +29,19 @@ class Tails(Statistic):
         self.largest = torch.full((depth, channels), -torch.inf)
 
     def update(self, x: Float[Tensor, "tokens channels"]) -> None:
-        """Takes in finite tokens."""
+        """Accumulates tokens, which must be finite."""
         adopt_device(self, x.device)
         self.n_tokens += x.shape[0]
         ordered = _ascending(x.float())
         self._keep(ordered, ordered)
 
     def merge(self, other: "Tails") -> None:
-        """Takes in what another statistic has seen."""
+        """Adds the tails of another statistic."""
         self.n_tokens += other.n_tokens
         self._keep(other.smallest, other.largest.flip(0))
 
     def _keep(self, smallest: Float32[Tensor, "values channels"], largest: Float32[Tensor, "values channels"]) -> None:
-        """Takes in candidates for both ends, each ascending."""
+        """Merges candidates for both ends, each ascending."""
         keep = _keep_by_torch if self.smallest.is_cuda else _keep_compiled
         self.smallest = keep(self.smallest, smallest, 1)
         self.largest = keep(self.largest, largest, -1)
@@ -57,11 +57,13 @@ class Tails(Statistic):
         return self.largest[0]
 
     def covers(self, tail: float) -> bool:
-        """Whether the quantiles `tail` and `1 - tail` can be read off exactly."""
+        """True if the quantiles `tail` and `1 - tail` are exact."""
+        # The quantile t of n values lies between the order statistics floor(p) and floor(p) + 1, p = t (n - 1), as in
+        # `numpy.quantile` (Hyndman and Fan 1996, type 7): both must be among those that are kept.
         return self._rank(tail)[0] + 1 < min(self.depth, int(self.n_tokens))
 
     def quantiles(self, tail: float) -> tuple[Float32[Tensor, " channels"], Float32[Tensor, " channels"]]:
-        """Each channel's quantiles `tail` and `1 - tail`, linearly interpolated as numpy does it."""
+        """Quantiles `tail` and `1 - tail` of each channel, linearly interpolated as by `numpy.quantile`."""
         rank, part = self._rank(tail)
         follow = min(rank + 1, self.depth - 1) if part else rank
         return (
@@ -75,7 +77,7 @@ class Tails(Statistic):
 
 
 def _ascending(x: Float32[Tensor, "tokens channels"]) -> Float32[Tensor, "tokens channels"]:
-    """Each channel's values in order. On the CPU by numpy, whose sort is many times faster."""
+    """Sorted values of each channel; on the CPU by numpy, whose sort is many times faster."""
     if x.is_cuda:
         return x.sort(dim=0).values
     return torch.from_numpy(np.sort(x.T.contiguous().numpy(), axis=1)).T

@@ -1,4 +1,4 @@
-"""Which tokens a forward pass held."""
+"""Tokens of a forward pass: their positions and windows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from calib.statistics.row_sample import priorities
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """The tokens of one forward pass, padding left out.
+    """Tokens of one forward pass, without padding.
 
     Parameters
     ----------
@@ -29,11 +29,11 @@ class TokenBatch:
     digests: Sequence[str]
 
     def token_priorities(self) -> Int64[Tensor, " tokens"]:
-        """Pseudo-random numbers that follow from each token's window and position."""
+        """Pseudo-random priority of each token, from its window and position."""
         return self._priorities(self.positions)
 
     def window_priorities(self) -> Int64[Tensor, " tokens"]:
-        """The same number for all tokens of a window."""
+        """Pseudo-random priority of each window, equal for all its tokens, so that windows are sampled as a whole."""
         return self._priorities(torch.zeros_like(self.positions))
 
     def _priorities(self, positions: Int64[Tensor, " tokens"]) -> Int64[Tensor, " tokens"]:

@@ -1,4 +1,4 @@
-"""How values lie within their own token's range, which is what a per-token codebook is fitted to."""
+"""Histogram of values normalised by the range of their token, for per-token codebooks."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ OUTLIER_FRACTIONS = (0.0, 0.005, 0.01, 0.02, 0.05)
 
 
 class TokenHistogram(Statistic):
-    """Histogram of (x - middle) / half_range over [-1, 1], for a few shares of outliers left out per token.
+    """Histogram of (x - middle) / half_range over [-1, 1], for several outlier fractions removed per token.
 
     Parameters
     ----------
@@ -23,9 +23,9 @@ class TokenHistogram(Statistic):
     bins : int
         Bins over [-1, 1].
     dtype : torch.dtype
-        int64 to count values, float64 to add up their weights.
+        int64 for counts, float64 for sums of weights.
     fractions : sequence of float
-        Shares of outliers.
+        Outlier fractions.
     """
 
     STATE = ("counts", "weights")
@@ -44,7 +44,7 @@ class TokenHistogram(Statistic):
     def update(
         self, x: Float[Tensor, "tokens channels"], weights: Float64[Tensor, "tokens channels"] | None = None
     ) -> None:
-        """Takes in finite tokens; without weights every value counts as one."""
+        """Accumulates finite tokens; without weights every value counts as one."""
         check_weights(self, weights, self.counts)
         if x.shape[0] == 0:
             return
@@ -65,17 +65,17 @@ class TokenHistogram(Statistic):
             self.weights[row] += spread
 
     def merge(self, other: "TokenHistogram") -> None:
-        """Takes in what another statistic has seen."""
+        """Adds the counts of another histogram."""
         self.counts += other.counts
         self.weights += other.weights
 
     def centers(self) -> Float64[Tensor, " bins"]:
-        """Middle of each bin, in half-ranges."""
+        """Centre of each bin, in half-ranges."""
         return bin_centers(self.bins, self.counts.device)
 
 
 def bin_centers(bins: int, device: torch.device) -> Float64[Tensor, " bins"]:
-    """Middles of equal bins over [-1, 1]."""
+    """Centres of equal bins over [-1, 1]."""
     return (torch.arange(bins, dtype=torch.float64, device=device) + 0.5) * (2 / bins) - 1
 
 
@@ -85,7 +85,7 @@ def token_histogram(
     bins: int,
     weights: Float64[Tensor, "tokens channels"] | None = None,
 ) -> tuple[Shaped[Tensor, " bins"], Float64[Tensor, " bins"]]:
-    """Counts, and counts times the square of the token's half-range, of the values that are not kept apart.
+    """Counts, and counts times the squared half-range of the token, of all values but the outliers.
 
     With weights, their sums in place of the counts.
     """
@@ -98,10 +98,12 @@ def token_histogram(
 def _inner_range(
     ordered: Float32[Tensor, "tokens channels"], fraction: float
 ) -> tuple[Float32[Tensor, "tokens 1"], Float32[Tensor, "tokens 1"]]:
-    """Smallest and largest value of each token that the percentile rule does not keep apart.
+    """Smallest and largest value of each token that is no outlier under the percentile rule.
 
-    Where it keeps all apart, the largest is not above the smallest.
+    Where all are outliers, the largest is not above the smallest.
     """
+    # The rule of `PercentileSparse`: values at or beyond the interpolated percentiles are outliers. Counting them in
+    # the sorted token gives the places of the first and last value inside.
     last = ordered.shape[1] - 1
     if fraction == 0:
         return ordered[:, :1], ordered[:, last:]
@@ -129,6 +131,7 @@ def _histogram(
     place = torch.where(place > 0, place, 0).clamp_(max=bins - 1)
     index = place.masked_fill_(left_out, bins).int().reshape(-1)
     squares = half_range.double().square().expand_as(x)
+    # (x - x')^2 = half_range^2 (a - a')^2: weights times half_range^2 make a codebook of a minimise the error of x.
     flat = (None, squares) if weights is None else (weights, weights * squares)
     counts, spread = (
         torch.bincount(index, None if part is None else part.reshape(-1), minlength=bins + 1)[:bins] for part in flat

@@ -107,7 +107,7 @@ def test_keys_of_another_stage_are_refused(tiny_llama: LlamaForCausalLM) -> None
 
 
 def test_no_windows_are_no_statistics(tiny_llama: LlamaForCausalLM) -> None:
-    with pytest.raises(ValueError, match=r"layers\.0\.key\.pre_rope: a fit needs tokens .* 0 windows hold none"):
+    with pytest.raises(ValueError, match=r"layers\.0\.key\.pre_rope: a fit needs tokens .* 0 windows have none"):
         fit(gathered(tiny_llama, WINDOWS[:0]), load_recipe("default"))
 
 

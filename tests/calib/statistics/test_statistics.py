@@ -453,7 +453,7 @@ def test_shards_and_order_of_windows_do_not_matter(tiny_llama: LlamaForCausalLM,
     merged.merge(gathered(tiny_llama, windows[:4], tier))
     assert_same_model(merged, whole)
     assert_same_model(gathered(tiny_llama, windows.flip(0), tier), whole)
-    assert whole.exact_head
+    assert whole.has_all_first_positions
 
 
 def test_the_reservoir_overflows_alike_in_any_order(
@@ -466,7 +466,7 @@ def test_the_reservoir_overflows_alike_in_any_order(
     merged.merge(gathered(tiny_llama, windows[::2]))
     assert_same_model(merged, whole)
     assert len(whole.sites[Site(0, "value")].rows) == len(whole.sites[Site(0, "value")].first_rows) == 30
-    assert not whole.exact_head
+    assert not whole.has_all_first_positions
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pkl"])
@@ -684,7 +684,7 @@ def test_what_a_fit_cannot_leave_out_or_find_is_refused(tiny_llama: LlamaForCaus
             statistics.site(site, wrong)
     with pytest.raises(ValueError, match=r"layers\.0\.value: a fit needs tokens from position 8 on; the 2 windows"):
         statistics.site(site, 8)
-    with pytest.raises(ValueError, match=r"layers\.9\.value: the statistics do not hold this site; they hold layers"):
+    with pytest.raises(ValueError, match=r"layers\.9\.value: expected one of the sites layers"):
         statistics.site(Site(9, "value"), 0)
 
 
@@ -781,7 +781,7 @@ def test_statistics_that_were_stopped_within_a_window_are_not_saved(
     with pytest.raises(KeyboardInterrupt):
         add_windows(tiny_llama, attention_layers(tiny_llama), statistics, windows_of(2)[1:])
     assert not statistics.is_whole
-    with pytest.raises(ArtifactError, match="stopped within a window"):
+    with pytest.raises(ArtifactError, match="update of these statistics was interrupted"):
         statistics.save(tmp_path / "s.safetensors")
 
 

@@ -349,7 +349,7 @@ def test_the_figures_are_those_of_the_two_commands(
         ("--recipes kvquant,kvqant", 1, "Did you mean kvquant?"),
         ("--recipes kvquant,kvquant", 2, "several are called kvquant"),
         ("--recipes kvquant --output a.txt/out", 2, "--output a.txt/out: no folder can be made there"),
-        ("--recipes sinks.yaml --seqlen 8", 2, "Take longer windows, or fewer sink tokens."),
+        ("--recipes sinks.yaml --seqlen 8", 2, "Use longer windows or fewer sink tokens."),
         ("--recipes elsewhere.yaml", 2, "no recipe is left to compare: recipe elsewhere: include"),
         ("--recipes kvquant --calibration-dataset wikitxt2", 1, "wikitext2"),
     ],
