@@ -13,10 +13,15 @@ def main(argv: list[str] | None = None) -> int:
     return run("kvgauge report", _main, argv)
 
 
-def _main(argv: list[str]) -> int:
+def parser() -> argparse.ArgumentParser:
+    """The one argument."""
     parser = Parser("kvgauge report", __doc__)
     parser.add_argument("json", type=Path, metavar="FILE", help="report.json; report.html is written beside it")
-    args: argparse.Namespace = parser.parse_args(argv)
+    return parser
+
+
+def _main(argv: list[str]) -> int:
+    args = parser().parse_args(argv)
     from kvgauge.report.gather import FORMAT, VERSION
     from kvgauge.report.page import write_report
 
