@@ -1,4 +1,4 @@
-"""The closed table of estimators: a recipe can name these and nothing else."""
+"""Registry of estimators, a closed table: a recipe can name these methods only."""
 
 from typing import Annotated
 

@@ -1,4 +1,4 @@
-"""Channels without their mean."""
+"""Estimator of mean subtraction per channel."""
 
 from typing import Literal, final
 
@@ -11,13 +11,13 @@ from calib.statistics.site_statistics import SiteShape, SiteStatistics
 
 @final
 class CentredEstimator(WrappingEstimator):
-    """Subtracts each channel's mean before quantizing, and adds it afterwards.
+    """Subtracts the mean of each channel before quantization and adds it back afterwards.
 
     Parameters
     ----------
     correct : bool
-        Adds the mean error as well, each token weighted by its expected squared score where keys are known: attention
-        weights sum to one, so this takes the mean error out of the attention output, as far as attention falls on
+        Bias correction: adds the mean error too, tokens of values weighted by their expected squared score. Attention
+        weights sum to one, so this removes the mean error from the attention output, as far as attention falls on
         encoded tokens.
     """
 
@@ -25,14 +25,14 @@ class CentredEstimator(WrappingEstimator):
     correct: bool = False
 
     def fit(self, statistics: SiteStatistics) -> Fit:
-        """Reads the mean; what is wrapped is fitted to the centred reservoir."""
+        """Centring by the exact mean, with the inner fit on the centred reservoir."""
         mean = statistics.moments.mean().float().cpu()
         gradients = statistics.row_gradients if statistics.fisher else None
         mapped = statistics.mapped(statistics.rows - mean, gradients)
         mapped.query_energy, mapped.query_metric = statistics.query_energy, statistics.query_metric
         inner = self.fit_inner(mapped)
         quantizer = Centred(channels=statistics.shape.channels, inner=inner.quantizer, mean=mean)
-        if self.correct:
+        if self.correct:  # restored = mean + E[x - x'], see `Centred`
             error = (statistics.rows - quantizer.simulate(statistics.rows)).double()
             weights = statistics.token_weights
             shift = error.mean(dim=0) if weights is None else weights.double() @ error / weights.double().sum()
@@ -42,5 +42,5 @@ class CentredEstimator(WrappingEstimator):
         return Fit(quantizer, inner.source)
 
     def dynamic(self, shape: SiteShape) -> Quantizer:
-        """There is none: means are fitted."""
+        """Not available: means are fitted."""
         raise ValueError("the mean is fitted; calibrate first")

@@ -1,4 +1,4 @@
-"""Tables of levels: by exact one-dimensional k-means, or fixed ones."""
+"""Estimator of non-uniform quantization: codebooks by exact one-dimensional k-means, or fixed ones."""
 
 from typing import Literal, final
 
@@ -28,46 +28,46 @@ from calib.statistics.token_histogram import OUTLIER_FRACTIONS, bin_centers, tok
 Weights = Literal["none", "scale2", "fisher", "fisher_scale2", "query", "query_scale2"]
 
 _SITE_BINS = 4096
-"""Bins over [-1, 1] for one table per site or head: within 1e-6 of the optimum for any number of values."""
+"""Bins over [-1, 1] for one codebook per site or head: within 1e-6 of the optimum for any number of values."""
 
 _CHANNEL_BINS = 512
-"""Bins over [-1, 1] for a table per channel."""
+"""Bins over [-1, 1] for a codebook per channel."""
 
 _FINEST_LEVEL_BINS = 4
-"""Histogram bins per level, at least; coarser channels are fitted from the token reservoir."""
+"""Least number of histogram bins per level; coarser channels are fitted to the token reservoir."""
 
 
 @final
 class CodebookEstimator(Estimator):
-    """Levels that minimise the weighted squared error of the normalised values (arXiv 2401.18079, equation 7).
+    """Codebook with the least weighted squared error of the normalised values (arXiv 2401.18079, equation 7).
 
     Parameters
     ----------
     bits : int
         Code width, 1 to 8.
     n_levels : int or None
-        Number of levels, 2 to 256, where it shall not be 2^bits; `bits` is then what tells them apart.
+        Number of levels, 2 to 256; None for 2^bits. `bits` must be the smallest code width for it.
     levels : {'fitted', 'normal_float', 'gaussian', 'laplace'}
-        By k-means; or NormalFloat over the ranges; or the best for a known distribution, over mean and deviation.
+        Fitted by k-means; NormalFloat over the ranges; or Lloyd-Max levels of a distribution over mean and deviation.
     per : {'channel', 'token', 'unit'}
-        Normalised by static ranges of the channels, by each token's own range, or not at all: a fixed table for values
-        that are of variance 1 already.
+        Normalised by static ranges of the channels, by the range of each token, or not at all, for values that have
+        variance 1 already.
     tables : {'site', 'head', 'channel'}
-        One fitted table for all channels, or one for each head or channel.
+        One fitted codebook for all channels, or one per head or channel.
     weights : {'none', 'scale2', 'fisher', 'fisher_scale2', 'query', 'query_scale2'}
-        Every normalised value alike; by the square of its channel's or token's half-range, which makes the error
-        that of x itself; by its squared gradients; by the energy of the queries that read the key channel, without
-        gradients what those measure; or by one of these and the square of the half-range.
+        Weight of a normalised value: 1; the squared half-range of its channel or token, which gives the error of x
+        itself; its squared gradient; the energy of the queries of its key channel, which needs no gradients; or one of
+        these times the squared half-range.
     pooling : float
-        With a table for each channel: weight of the site's average histogram relative to the channel's own, which
-        gives rare values a say that few calibration tokens may not have shown.
+        With a codebook per channel: weight of the site's average histogram relative to that of the channel, against
+        overfitting to few calibration tokens.
     qnorm : bool
-        Moves and stretches the levels that are read back, so that decoded values have the mean and deviation of the
-        normalised ones (Q-Norm, arXiv 2401.18079, section 3.5). Codes are chosen as without it.
+        Q-Norm: gives decoded values the mean and deviation of the original ones (arXiv 2401.18079); codes are chosen
+        as without it.
     outliers : Outliers or None
-        Values kept apart.
+        Outliers stored in 16 bits.
     threshold_dtype : {'float32', 'float16'}
-        Precision of the static range's ends.
+        Precision of the ends of static ranges.
     """
 
     method: Literal["codebook"] = "codebook"
@@ -101,7 +101,7 @@ class CodebookEstimator(Estimator):
 
     @property
     def needs_fisher(self) -> bool:
-        """Whether values are weighted by squared gradients."""
+        """True if values are weighted by squared gradients."""
         return self.weights.startswith("fisher")
 
     def fit(self, statistics: SiteStatistics) -> Fit:
@@ -111,7 +111,7 @@ class CodebookEstimator(Estimator):
         return self._fit_tokens(statistics) if self.per == "token" else self._fit_channels(statistics)
 
     def dynamic(self, shape: SiteShape) -> Quantizer:
-        """Fixed levels over each token's range, or over values that need no normalisation."""
+        """Fixed levels over the range of each token, or without normalisation."""
         if self.levels == "fitted" or self.per == "channel":
             raise ValueError(
                 "codebooks are fitted; calibrate first: calibrate MODEL --nuq --quantizer-path q.safetensors"
@@ -134,14 +134,14 @@ class CodebookEstimator(Estimator):
     def _fit_tokens(self, statistics: SiteStatistics) -> Fit:
         channels = statistics.shape.channels
         weights, source = self._token_weights(statistics)
-        if not weights.any():  # every token is a constant: any levels do
+        if not weights.any():  # all tokens are constant, and any levels represent them
             weights = torch.ones_like(weights)
         table = fitted((bin_centers(len(weights), weights.device)[None], weights[None]), self._n_levels, self.qnorm)
         inner = DynamicCodebook(channels=channels, bits=self.bits, **table)
         return Fit(self.outliers.wrap(inner, None) if self.outliers else inner, source)
 
     def _token_weights(self, statistics: SiteStatistics) -> tuple[Float64[Tensor, " bins"], str]:
-        """Histogram over each token's range, and where it comes from."""
+        """Histogram over the range of each token, and its provenance."""
         histogram = statistics.fisher_token_histogram if self.needs_fisher else statistics.token_histogram
         if self._fraction in OUTLIER_FRACTIONS:
             row = OUTLIER_FRACTIONS.index(self._fraction)
@@ -172,7 +172,7 @@ class CodebookEstimator(Estimator):
     def _histogram(
         self, statistics: SiteStatistics, ranges: Ranges, scale_offset: tuple[Tensor, Tensor]
     ) -> tuple[Histogram, int]:
-        """What each table is fitted to, and how many channels came from the reservoir."""
+        """Histogram of each codebook, and the number of channels from the token reservoir."""
         step = 2 / (self._n_levels * _FINEST_LEVEL_BINS)
         values, n_coarse = normal_values(statistics, ranges, scale_offset, step, fisher=self.needs_fisher)
         channels, shape = len(ranges.low), statistics.shape
@@ -196,13 +196,13 @@ class CodebookEstimator(Estimator):
 
 
 def _spread(statistics: SiteStatistics) -> tuple[Tensor, Tensor]:
-    """Deviation and mean of each channel; deviation 1 where it never changes."""
+    """Standard deviation and mean of each channel; deviation 1 for a constant."""
     mean = statistics.moments.mean()
     deviation = (statistics.moments.second().diagonal(dim1=1, dim2=2).flatten() - mean.square()).clamp_min(0).sqrt()
     return torch.where(deviation > 0, deviation, 1.0).float().cpu(), mean.float().cpu()
 
 
 def _nearest_zero(levels: Float16[Tensor, "tables levels"], channels: int) -> Float16[Tensor, " channels"]:
-    """The level of each channel that lies nearest zero."""
+    """Level nearest zero of each channel."""
     nearest = levels.gather(1, levels.float().abs().argmin(dim=1, keepdim=True))[:, 0]
     return nearest.repeat_interleave(channels // len(nearest))

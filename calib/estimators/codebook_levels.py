@@ -1,4 +1,4 @@
-"""The levels of a codebook as it stores them, with boundaries where codes are not the nearest levels."""
+"""Levels of codebooks: fitted by k-means or fixed, with decision boundaries for Q-Norm."""
 
 import functools
 from typing import Any, Literal
@@ -17,7 +17,7 @@ Distribution = Literal["gaussian", "laplace"]
 _BINS = 2**14
 
 _TAIL = 1e-9
-"""Probability beyond each end of the histogram: 16 standard deviations of a Laplace distribution."""
+"""Probability beyond each end of the histogram, at 14 standard deviations of a Laplace distribution."""
 
 FixedLevels = Literal["normal_float", "gaussian", "laplace"]
 
@@ -26,34 +26,35 @@ Levels = Literal["fitted", "normal_float", "gaussian", "laplace"]
 
 @functools.cache
 def lloyd_max(distribution: Distribution, n_levels: int) -> Float64[Tensor, " levels"]:
-    """Levels with the least mean squared error for a variable of mean 0 and variance 1 (Max 1960).
+    """Lloyd-Max levels: the least mean squared error for a variable of mean 0 and variance 1 (Max 1960).
 
-    Found by exact k-means on a fine histogram; their distortion for a Gaussian is 0.3634, 0.1175, 0.03455 and 0.009501
+    Computed by exact k-means on a fine histogram; the distortion for a Gaussian is 0.3634, 0.1175, 0.03455 and 0.009501
     with 2, 4, 8 and 16 levels.
 
     Parameters
     ----------
     distribution : {'gaussian', 'laplace'}
-        Of the variable.
+        Distribution of the variable.
     n_levels : int
-        From 1 to 256.
+        Number of levels, 1 to 256.
     """
+    # A Laplace distribution of scale b has the variance 2 b^2.
     law = stats.norm() if distribution == "gaussian" else stats.laplace(scale=2**-0.5)
     edge = law.isf(_TAIL)
     edges = torch.linspace(-edge, edge, _BINS + 1, dtype=torch.float64)
     weights = torch.from_numpy(law.cdf(edges.numpy())).diff()
     [levels] = kmeans_1d(((edges[1:] + edges[:-1]) / 2)[None], weights[None], n_levels)
-    symmetric: Tensor = (levels - levels.flip(0)) / 2  # to the last bit
+    symmetric: Tensor = (levels - levels.flip(0)) / 2  # exactly, whatever the solver rounded
     return symmetric
 
 
 def fixed_levels(table: Literal["normal_float", "gaussian", "laplace"], n_levels: int) -> Float64[Tensor, " levels"]:
-    """The levels of a table by name; NormalFloat ones on [-1, 1], the others for variance 1.
+    """Levels of a fixed codebook: NormalFloat on [-1, 1], the others for variance 1.
 
     Raises
     ------
     ValueError
-        If NormalFloat is asked for a number of levels that is no power of two.
+        If the number of NormalFloat levels is no power of two.
     """
     if table != "normal_float":
         return lloyd_max(table, n_levels)
@@ -64,22 +65,21 @@ def fixed_levels(table: Literal["normal_float", "gaussian", "laplace"], n_levels
 
 
 def fixed(table: FixedLevels, n_levels: int) -> Float16[Tensor, "1 levels"]:
-    """A table that needs no data."""
+    """Fixed codebook in float16."""
     return fixed_levels(table, n_levels).half()[None]
 
 
 def fitted(histogram: Histogram, n_levels: int, qnorm: bool) -> dict[str, Any]:
-    """Levels by exact k-means, one table for each histogram; with Q-Norm, boundaries too.
+    """Levels by exact k-means, one codebook for each histogram; with Q-Norm, decision boundaries too.
 
     Parameters
     ----------
     histogram : pair of Float64[Tensor, "tables bins"]
         Centres and weights.
     n_levels : int
-        Levels of each table.
+        Levels of each codebook.
     qnorm : bool
-        Decoded values get the mean and the deviation of what they stand for, while codes stay those of the nearest
-        fitted levels.
+        Give decoded values the mean and deviation of the original ones; codes stay those of the nearest fitted levels.
     """
     levels = kmeans_1d(*histogram, n_levels).cpu().half()
     if not qnorm:
@@ -89,12 +89,14 @@ def fitted(histogram: Histogram, n_levels: int, qnorm: bool) -> dict[str, Any]:
     centers, weights = (part.cpu() for part in histogram)
     decoded = wide.gather(1, torch.searchsorted(boundaries, centers))
     (mean, deviation), (own_mean, own_deviation) = _spread(centers, weights), _spread(decoded, weights)
+    # Q-Norm (arXiv 2401.18079): centroids shrink the deviation to sqrt(1 - D) of the original; level -> (level - m2) *
+    # s1 / s2 + m1 restores mean m1 and deviation s1. Boundaries stay those of the fitted levels.
     gain = torch.where(own_deviation > 0, deviation / own_deviation, 1.0)
     return {"levels": ((wide - own_mean) * gain + mean).half(), "boundaries": boundaries.float()}
 
 
 def _spread(x: Float64[Tensor, "tables bins"], weights: Float64[Tensor, "tables bins"]) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each table's values, "tables 1"."""
+    """Weighted mean and standard deviation of each table, "tables 1"."""
     share = weights / weights.sum(dim=1, keepdim=True)
     mean = (share * x).sum(dim=1, keepdim=True)
     return mean, (share * (x - mean).square()).sum(dim=1, keepdim=True).sqrt()

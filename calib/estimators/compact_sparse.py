@@ -1,4 +1,4 @@
-"""Outliers of each head in eight bits and an index within it."""
+"""Estimator of compact outliers: 8-bit residuals with an index in the head."""
 
 from typing import Literal, final
 
@@ -13,24 +13,24 @@ from calib.estimators.wrapping import WrappingEstimator
 from calib.statistics.site_statistics import SiteShape, SiteStatistics
 
 _HEADROOM = 2.0
-"""Largest residual that does not saturate, over the largest that was seen."""
+"""Ratio of the largest residual that does not saturate to the largest calibrated one."""
 
 
 @final
 class CompactSparseEstimator(WrappingEstimator):
-    """Keeps what the wrapped quantizer misses of the furthest values of each token and head.
+    """Stores the residual of the wrapped quantizer for the outliers of each token and head.
 
     Parameters
     ----------
     fraction : float
-        Share of a head's values, rounded to a whole number of them, at least one.
+        Fraction of the values of a head, rounded to a number of outliers, at least one.
     """
 
     method: Literal["compact_sparse"] = "compact_sparse"
     fraction: float = Field(default=0.01, gt=0, lt=0.5)
 
     def fit(self, statistics: SiteStatistics) -> Fit:
-        """Fits what is wrapped to the reservoir without its outliers, and the unit to what is then missed of them."""
+        """Inner fit on the reservoir with clamped outliers, and the unit of residuals from their largest error."""
         shape, rows = statistics.shape, statistics.rows
         first = self._around(self.inner.fit(statistics).quantizer, shape, 1.0)
         rest = move_to_edge(rows, first.mask(rows))
@@ -42,7 +42,7 @@ class CompactSparseEstimator(WrappingEstimator):
         return Fit(self._around(inner.quantizer, shape, unit), inner.source)
 
     def dynamic(self, shape: SiteShape) -> Quantizer:
-        """There is none: the unit of the residuals is fitted."""
+        """Not available: the unit of the residuals is fitted."""
         raise ValueError("the unit of the residuals is fitted; calibrate first")
 
     def _around(self, inner: Quantizer, shape: SiteShape, unit: float) -> CompactSparse:

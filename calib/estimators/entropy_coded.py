@@ -1,4 +1,4 @@
-"""One step for all channels, as wide as a rate allows, and tables of frequencies for the indices."""
+"""Estimator of entropy-coded quantization: a uniform step for a given rate, and frequency tables of the indices."""
 
 from dataclasses import replace
 from typing import Literal, final
@@ -15,26 +15,29 @@ from calib.statistics.site_statistics import SiteShape, SiteStatistics
 _LEAST_BITS, _MOST_BITS = 0.01, 8.0
 
 _STREAM_BITS = 48
-"""About what a stream takes besides its indices: its length, and half a word at its end."""
+"""Mean overhead of a stream in bits: its length (32) and half a word of padding at its end (16)."""
 
 _GROUP_ELEMENTS = 2**15
-"""Of the tokens that share a stream, whose end costs two thousandths of a bit then."""
+"""Elements of a stream by default; its overhead is then below two thousandths of a bit per element."""
 
 
 @final
 class EntropyCodedEstimator(Estimator):
-    """The step with which the tokens of the reservoir take the given rate.
+    """Step at which the tokens of the reservoir have the given rate.
+
+    A uniform step for all channels is the equal-slope allocation of high-resolution theory: each component gets the
+    same distortion, step^2 / 12 (Gersho and Gray, chapter 8).
 
     Parameters
     ----------
     bits : float
-        Mean bits per channel of whole groups, their streams' ends included, 0.01 to 8.
+        Mean bits per channel of whole groups, including the overhead of their streams, 0.01 to 8.
     centroids : float
-        How far what an index stands for lies from the middle of what is rounded to it, at 0, to its mean, at 1. The
-        mean has the least squared error; but it makes keys and values shorter, and a model reads them worse for it.
+        Reconstruction value of an index, from the middle of its cell (0) to the centroid (1). The centroid has the
+        least squared error, but shrinks keys and values, which costs a model more than it saves.
     group_tokens : int or None
-        Tokens that share a stream. A cache keeps them exact until they are that many; fewer cost more bits for the ends
-        of streams, and more time. None takes 64 for 512 channels and more, and up to 256 for fewer.
+        Tokens per stream. A cache keeps them in full precision until a group is full; small groups cost more overhead
+        and time. None takes 64 from 512 channels on, and up to 256 for fewer.
     """
 
     method: Literal["entropy_coded"] = "entropy_coded"
@@ -44,11 +47,11 @@ class EntropyCodedEstimator(Estimator):
 
     @property
     def allowance(self) -> Allowance:
-        """Any number of bits."""
+        """Bit allowance in units of one bit per token."""
         return Allowance(unit_bits=1, least=_LEAST_BITS, most=_MOST_BITS)
 
     def fit(self, statistics: SiteStatistics) -> Fit:
-        """Reads the token reservoir."""
+        """Step, offsets and frequency tables from the token reservoir."""
         rows = statistics.rows.cpu()
         offset = rows.double().mean(dim=0).float()
         group_tokens = self.group_tokens or min(256, max(64, _GROUP_ELEMENTS // rows.shape[1]))
@@ -69,15 +72,15 @@ class EntropyCodedEstimator(Estimator):
         return replace(found, trade=lambda: trade(rows - offset, self.allowance.most))
 
     def _index_bits(self, shape: SiteShape, group_tokens: int) -> float:
-        """What is left of the bits for indices."""
+        """Bits per channel for indices, without the overhead of streams."""
         ends = _STREAM_BITS / (group_tokens * shape.channels)
         if self.bits <= ends:
             raise ValueError(
-                f"{shape.site}: streams of {group_tokens} tokens of {shape.channels} channels take {ends:.3g} bits"
-                f" per channel for their ends alone; got bits={self.bits}. Raise bits or group_tokens."
+                f"{shape.site}: bits must exceed the overhead of {ends:.3g} bits per channel of streams of "
+                f"{group_tokens} tokens and {shape.channels} channels; got {self.bits}. Raise bits or group_tokens."
             )
         return self.bits - ends
 
     def dynamic(self, shape: SiteShape) -> Quantizer:
-        """There is none: frequencies are counted."""
+        """Not available: frequencies are counted."""
         raise ValueError("frequencies of indices are counted; calibrate first")

@@ -1,7 +1,7 @@
-"""The contract of every estimator.
+"""Base class of all estimators, and the contract of a new one.
 
-A final subclass is a frozen pydantic model: its fields are hyper-parameters that a recipe names, nothing fitted is kept
-in it, and `fit` is a pure function of the statistics.
+A final subclass is a frozen pydantic model: its fields are hyper-parameters that a recipe sets, it holds no fitted
+state, and `fit` is a pure function of the statistics.
 """
 
 from abc import ABC, abstractmethod
@@ -27,12 +27,12 @@ _TRIAL_TOKENS = 16
 
 @dataclass(frozen=True)
 class Allowance:
-    """Numbers of bits that a site can be given out of a budget for all of them.
+    """Code widths that a bit allocation may choose for a site.
 
     Parameters
     ----------
     unit_bits : int
-        Bits of a token that are given at a time.
+        Granularity, in bits per token.
     least, most : float
         Limits, in bits per channel.
     """
@@ -44,23 +44,23 @@ class Allowance:
 
 @dataclass(frozen=True)
 class Fit:
-    """A quantizer, what it was read from, and what other numbers of bits would have cost.
+    """Result of a fit: a quantizer, its provenance, and its rate-distortion curve.
 
     Parameters
     ----------
     quantizer : Quantizer
-        What was fitted.
+        Fitted quantizer.
     source : str
-        Exact statistics, or an approximation and which.
+        Exact statistics, or the name of an approximation.
     steps : tuple of (float, float)
-        Where bits may be any: how much less distortion each step brings per bit, and its bits, in the order in which
-        they are taken; else empty.
+        Rate-distortion curve for a bit allocation: distortion saved per bit, and bits, of successive increments; empty
+        without one.
     trade : callable or None
-        Finds the steps, for the budget that asks for them.
+        Computes the steps on demand.
     decoded : Float32[Tensor, "rows channels"] or None
-        What the tokens of the reservoir come back as, where the fit has found that.
+        Dequantized reservoir tokens, if the fit has computed them.
     shrinkage : Shrinkage or None
-        That of its predictor, where there is one.
+        Regularisation of the predictor, if there is one.
     """
 
     quantizer: Quantizer
@@ -71,66 +71,66 @@ class Fit:
     shrinkage: Shrinkage | None = None
 
     def kept(self) -> "Fit":
-        """Without what holds on to tokens."""
+        """The result without references to tokens, to free memory."""
         return replace(self, trade=None, decoded=None)
 
     def priced(self) -> "Fit":
-        """With its steps."""
+        """The result with its rate-distortion curve computed."""
         return replace(self, steps=self.trade() if self.trade else self.steps)
 
 
 class Estimator(BaseModel, ABC):
-    """Hyper-parameters of a quantizer, and the way from statistics to it."""
+    """Base of estimators: hyper-parameters of a quantizer and its fit to statistics."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     @abstractmethod
     def fit(self, statistics: SiteStatistics) -> Fit:
-        """The quantizer for a site."""
+        """Fitted quantizer for a site."""
 
     @abstractmethod
     def dynamic(self, shape: SiteShape) -> Quantizer:
-        """The quantizer that finds every parameter when it encodes, where there is one.
+        """Quantizer without calibration: all its parameters are fixed or dynamic.
 
         Raises
         ------
         ValueError
-            If the method cannot do without calibration.
+            If the method needs calibration.
         """
 
     @property
     def needs_fisher(self) -> bool:
-        """Whether the fit reads squared gradients."""
+        """True if the fit needs squared gradients."""
         return False
 
     @property
     def needs_full(self) -> bool:
-        """Whether the fit reads what only statistics of the tier `full` hold."""
+        """True if the fit needs statistics of the tier `full`."""
         return False
 
     @property
     def allowance(self) -> Allowance | None:
-        """What `bits` may be where they come out of a budget for all sites; None where they cannot."""
+        """Values of `bits` that a bit allocation may choose; None for a method without bit allocation."""
         return None
 
     def sources(self, site: Site, sites: Collection[Site]) -> tuple[Site, ...]:
-        """Those of `sites`, all earlier, whose decoded vectors the fit reads."""
+        """Earlier sites among `sites` whose dequantized vectors the fit needs."""
         return ()
 
     @final
     def check(self, shape: SiteShape) -> None:
-        """Fits made-up tokens of this shape, so that what does not go with it is found before a model runs.
+        """Fits random tokens of this shape, to find unsuitable hyper-parameters before a model runs.
 
         Raises
         ------
         ValueError
-            If the hyper-parameters do not go with the shape.
+            If the hyper-parameters do not suit the shape.
         """
         self.fit(trial_statistics(shape))
 
 
 def trial_statistics(shape: SiteShape) -> SiteStatistics:
-    """Statistics of a few made-up tokens, with everything that an estimator can read."""
+    """Statistics of a few random tokens, with everything that an estimator can need."""
     x = torch.randn(_TRIAL_TOKENS, shape.channels, generator=torch.Generator().manual_seed(0))
     statistics = SiteStatistics(replace(shape, rotary_dim=0), "full", fisher=True)
     statistics.update(x, x)

@@ -1,4 +1,4 @@
-"""Scales of floating-point formats, from the largest magnitudes."""
+"""Estimators of float8 and block floating-point scales, by absmax."""
 
 from typing import Literal, final
 
@@ -17,15 +17,15 @@ _TINY = torch.finfo(torch.float32).tiny
 
 @final
 class Float8Estimator(Estimator):
-    """Eight-bit floating point, its largest value at the largest magnitude that was seen.
+    """Float8 with absmax scaling: the largest calibrated magnitude maps to the largest float8.
 
     Parameters
     ----------
     format : {'e4m3', 'e5m2'}
         Three bits of mantissa, or two and a wider range.
     scale : {'tensor', 'head', 'channel', 'token', 'head_token', 'one'}
-        What shares a static scale; or a scale of each token, or of each of its heads, found when it is encoded; or no
-        scale, as servers run a checkpoint that has none.
+        One static scale per tensor, head or channel; a dynamic scale per token, or per token and head; or a scale of 1,
+        as inference servers use for a checkpoint without scales.
     """
 
     method: Literal["float8"] = "float8"
@@ -33,7 +33,7 @@ class Float8Estimator(Estimator):
     scale: Literal["tensor", "head", "channel", "token", "head_token", "one"] = "tensor"
 
     def fit(self, statistics: SiteStatistics) -> Fit:
-        """Reads the ends of the channels for a static scale, otherwise nothing."""
+        """Static scales from exact minima and maxima; other scales need no statistics."""
         shape = statistics.shape
         sharing = {"tensor": shape.channels, "head": shape.head_dim, "channel": 1}.get(self.scale)
         if sharing is None:
@@ -41,12 +41,12 @@ class Float8Estimator(Estimator):
         magnitudes = _magnitudes(statistics)
         largest = magnitudes.view(-1, sharing).amax(dim=1).repeat_interleave(sharing)
         scale = _scale(largest, largest_float8(self.format))
-        if self.scale == "channel":  # a constant over itself is 1, which comes back exactly
+        if self.scale == "channel":  # a constant c with the scale |c| becomes +-1, exact in float8
             scale = torch.where(_constant(statistics) & (magnitudes > 0), magnitudes, scale)
         return Fit(Float8(channels=shape.channels, format=self.format, scale=scale), EXACT)
 
     def dynamic(self, shape: SiteShape) -> Quantizer:
-        """A scale for each token or for each of its heads, or none at all."""
+        """Float8 with dynamic scales per token or head, or with a scale of 1."""
         if self.scale == "one":
             return Float8(channels=shape.channels, format=self.format, scale=torch.ones(shape.channels))
         if self.scale in ("token", "head_token"):
@@ -59,19 +59,19 @@ class Float8Estimator(Estimator):
 
 @final
 class BlockFloatEstimator(Estimator):
-    """Four-bit floating point in blocks of channels.
+    """Block floating point: 4-bit elements with a scale per block of channels.
 
     Parameters
     ----------
     format : {'mxfp4', 'nvfp4'}
-        Blocks of 32 channels, which need no calibration; or of 16, under a static scale for the whole site.
+        Blocks of 32 channels without calibration, or blocks of 16 with a static scale for the whole site.
     """
 
     method: Literal["block_float"] = "block_float"
     format: BlockFormat = "mxfp4"
 
     def fit(self, statistics: SiteStatistics) -> Fit:
-        """Reads the largest magnitude for nvfp4, nothing for mxfp4."""
+        """Tensor scale from the exact absmax for nvfp4; mxfp4 needs no statistics."""
         shape = statistics.shape
         if self.format == "mxfp4":
             return Fit(self.dynamic(shape), EXACT)
@@ -79,7 +79,7 @@ class BlockFloatEstimator(Estimator):
         return Fit(BlockFloat(channels=shape.channels, format=self.format, tensor_scale=scale), EXACT)
 
     def dynamic(self, shape: SiteShape) -> Quantizer:
-        """Blocks of mxfp4, whose scales come from the values that are encoded."""
+        """Mxfp4, whose block scales are dynamic."""
         if self.format == "nvfp4":
             raise ValueError("nvfp4 has a fitted scale for each site; calibrate first, or use format: mxfp4")
         return BlockFloat(channels=shape.channels, format=self.format)
@@ -91,10 +91,10 @@ def _magnitudes(statistics: SiteStatistics) -> Float32[Tensor, " channels"]:
 
 
 def _constant(statistics: SiteStatistics) -> Tensor:
-    """Channels that never change."""
+    """True for channels with a single value."""
     return (statistics.tails.minimum == statistics.tails.maximum).cpu()
 
 
 def _scale(magnitudes: Float32[Tensor, "..."], largest: float) -> Float32[Tensor, "..."]:
-    """What brings `largest` to the magnitudes; 1 where all is zero."""
+    """Scale that maps the magnitudes to `largest`; 1 where they are zero."""
     return torch.where(magnitudes > 0, (magnitudes / largest).clamp_min(_TINY), 1.0)

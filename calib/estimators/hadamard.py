@@ -1,4 +1,4 @@
-"""Rotations that need no data."""
+"""Estimator of Walsh-Hadamard rotation, which needs no data."""
 
 from typing import Literal, final
 
@@ -19,15 +19,15 @@ _SIGN_SEED = 0
 
 @final
 class HadamardEstimator(WrappingEstimator):
-    """A Walsh-Hadamard transform of each token, which spreads outliers over the channels (arXiv 2404.00456).
+    """Walsh-Hadamard transform of each token, which spreads outliers over the channels (arXiv 2404.00456).
 
     Parameters
     ----------
     heads : int
-        Neighbouring heads that are transformed together, at most as many as there are; blocks are as wide as the
-        largest power of two that divides their channels.
+        Neighbouring heads to transform together, at most all; a block has the largest power of two that divides their
+        channels.
     random_signs : bool
-        Flips the signs of half of the channels first, always of the same ones.
+        Flip the signs of a fixed random half of the channels first.
     """
 
     method: Literal["hadamard"] = "hadamard"
@@ -35,19 +35,20 @@ class HadamardEstimator(WrappingEstimator):
     random_signs: bool = False
 
     def fit(self, statistics: SiteStatistics) -> Fit:
-        """Fits what is wrapped to the transformed reservoir."""
+        """Transform with the inner fit on the transformed reservoir."""
         shape = statistics.shape
         transform = self._around(Identity(channels=shape.channels), shape).transform
         gradients = transform(statistics.row_gradients) if statistics.fisher else None
         mapped = statistics.mapped(transform(statistics.rows), gradients)
-        if statistics.query_energy is not None:  # a block mixes its channels alike
+        # Entries of H are +-1 / sqrt(n), so the diagonal of H^T diag(w) H is the mean of w over the block.
+        if statistics.query_energy is not None:
             width = self._width(shape)
             mapped.query_energy = statistics.query_energy.view(-1, width).mean(dim=1).repeat_interleave(width)
         inner = self.fit_inner(mapped)
         return Fit(self._around(inner.quantizer, shape), inner.source)
 
     def dynamic(self, shape: SiteShape) -> Quantizer:
-        """The transform around a quantizer that needs no calibration."""
+        """Transform around the dynamic inner quantizer."""
         return self._around(self.inner.dynamic(shape), shape)
 
     def _around(self, inner: Quantizer, shape: SiteShape) -> Hadamard:
@@ -63,6 +64,6 @@ class HadamardEstimator(WrappingEstimator):
 
 
 def _signs(channels: int) -> Int8[Tensor, " channels"]:
-    """Half of them -1."""
+    """Random signs, half of them -1."""
     order = torch.randperm(channels, generator=torch.Generator().manual_seed(_SIGN_SEED))
     return torch.where(order < channels // 2, -1, 1).to(torch.int8)

@@ -1,4 +1,4 @@
-"""No quantization."""
+"""Estimator of the identity: no quantization."""
 
 from typing import Literal, final
 
@@ -10,14 +10,14 @@ from calib.statistics.site_statistics import SiteShape, SiteStatistics
 
 @final
 class IdentityEstimator(Estimator):
-    """Keeps the site exact."""
+    """Keeps the site in full precision."""
 
     method: Literal["identity"] = "identity"
 
     def fit(self, statistics: SiteStatistics) -> Fit:
-        """The identity; nothing is read."""
+        """Identity; needs no statistics."""
         return Fit(Identity(channels=statistics.shape.channels), EXACT)
 
     def dynamic(self, shape: SiteShape) -> Quantizer:
-        """The identity."""
+        """Identity."""
         return Identity(channels=shape.channels)

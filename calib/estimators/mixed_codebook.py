@@ -1,4 +1,4 @@
-"""A codebook for every channel, of as many levels as it deserves."""
+"""Estimator of codebooks with bit allocation: a number of levels for each channel."""
 
 import math
 from bisect import bisect_left
@@ -27,23 +27,23 @@ from calib.solvers.kmeans import distortion_by_levels, kmeans_1d
 from calib.statistics.site_statistics import SiteShape, SiteStatistics
 
 _WORD_BITS, _TOO_LONG = 56, 2**62
-"""Longest word of mixed radix (`artifacts.coding.mixed_radix`), and more bits than any token has."""
+"""Longest word of mixed radix (`artifacts.coding.mixed_radix`), and the initial value of a minimum."""
 
 LEVEL_COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256)
-"""Numbers of levels that a component can get."""
+"""Numbers of levels that a component can have."""
 
 _BITS = np.array([math.log2(n) for n in LEVEL_COUNTS])
 
 _BUDGET_STEP = 0.25
-"""Bits of a token."""
+"""Granularity of the bit budget, in bits per token."""
 
 _LEAST_BITS, _MOST_BITS = 0.25, 8.0
 
 _BINS = 256
-"""Bins over a channel's range."""
+"""Histogram bins over the range of a channel."""
 
 _EXACT_LEVELS = 32
-"""Numbers of levels whose least distortion is computed; beyond, it is taken to fall with their square."""
+"""Largest number of levels whose distortion is computed exactly; beyond, it falls with the square of the number."""
 
 
 @compiled
@@ -53,7 +53,9 @@ def find_hulls(
     hulls: Int64[np.ndarray, "components counts"],
     lengths: Int64[np.ndarray, " components"],
 ) -> None:
-    """Writes the points of each lower convex hull, from the first on, and how many they are."""
+    """Writes the points of the lower convex hull of each rate-distortion curve, and their number."""
+    # Monotone chain (Andrew 1979): drop the last point while the slope to it is not below the slope from it on. Only
+    # points on the hull minimise D + lambda R for some lambda.
     for component in range(len(distortions)):
         row, hull, n = distortions[component], hulls[component], 1
         hull[0] = 0
@@ -75,7 +77,7 @@ def take_steps(
     n_components: int,
     budget: float,
 ) -> Int64[np.ndarray, " components"]:
-    """Numbers of levels after all steps that fit, each component's until the first that does not."""
+    """Number of levels of each component after taking steps in order, each until its first that exceeds the budget."""
     counts, stopped = np.ones(n_components, np.int64), np.zeros(n_components, np.bool_)
     for step in range(len(component)):
         owner = component[step]
@@ -89,7 +91,7 @@ def take_steps(
 
 @compiled
 def bytes_per_token(n_levels: Int64[np.ndarray, " channels"]) -> int:
-    """As `artifacts.coding.mixed_radix.bytes_per_token`."""
+    """Bytes of a token, as by `artifacts.coding.mixed_radix.bytes_per_token`."""
     coded = n_levels[n_levels > 1]
     bits = np.zeros(len(coded) + 1, np.int64)  # from each digit on
     for start in range(len(coded) - 1, -1, -1):
@@ -113,18 +115,18 @@ def _slope(bits: Float64[np.ndarray, " counts"], row: Float64[np.ndarray, " coun
 
 
 class _Steps(NamedTuple):
-    """From point to point of the components' hulls, in the order in which they are taken.
+    """Increments along the convex hulls of all components, from the steepest on.
 
     Parameters
     ----------
     slope : Float64[ndarray, "steps"]
-        Of distortion over bits: negative, and ascending.
+        Change of distortion per bit: negative, and ascending.
     component : Int64[ndarray, "steps"]
-        Whose step it is.
+        Component of the increment.
     bits : Float64[ndarray, "steps"]
-        What it costs.
+        Bits of the increment.
     levels : Int64[ndarray, "steps"]
-        What the component has after it.
+        Levels of the component after it.
     """
 
     slope: Float64[np.ndarray, " steps"]
@@ -133,25 +135,28 @@ class _Steps(NamedTuple):
     levels: Int64[np.ndarray, " steps"]
 
 
-def allot(distortions: Float64[Tensor, "components counts"], bits: float) -> list[int]:
-    """A number of levels for each component, so that the sum of distortions is small and the bytes are within budget.
+def allocate_levels(distortions: Float64[Tensor, "components counts"], bits: float) -> list[int]:
+    """Bit allocation: number of levels of each component for a small total distortion within a budget of bytes.
 
-    Distortion is not convex in log2 of the number of levels, so steps lead from each component's hull point to its
-    next; the steps of all components are taken from the steepest on. Where the next does not fit, later and smaller
-    ones of other components still may.
+    Distortion is not convex in log2 of the number of levels, so increments lead from one point of a component's convex
+    hull to the next; those of all components are taken from the steepest on. If one does not fit the rest of the
+    budget, smaller ones of other components still may.
 
     Parameters
     ----------
     distortions : Float64[Tensor, "components counts"]
-        Of each component with each number of levels in `LEVEL_COUNTS`.
+        Distortion of each component with each number of levels in `LEVEL_COUNTS`.
     bits : float
-        Mean bits per component; the bytes of a whole token, in mixed radix, take no more.
+        Mean bits per component; the bytes of a whole token, in mixed radix, are at most this.
 
     Returns
     -------
     list of int
-        Numbers of levels, some of them 1.
+        Number of levels of each component, from 1.
     """
+    # Greedy marginal analysis (Fox 1966; Shoham and Gersho 1988): min sum D_i(b_i) subject to sum b_i <= B has equal
+    # slopes D_i' = -lambda at the optimum, and with convex curves taking the steepest increments first lowers lambda
+    # until B is spent. Mixed radix rounds words up, so the budget of log2 levels is searched until the bytes fit.
     n_components, steps = len(distortions), _all_steps(distortions)
     most_bytes = int(n_components * bits / 8 + 1e-9)
     budgets = [8.0 * most_bytes - _BUDGET_STEP * n for n in range(1 + int(8 * most_bytes / _BUDGET_STEP))]
@@ -165,7 +170,7 @@ def allot(distortions: Float64[Tensor, "components counts"], bits: float) -> lis
 
 
 def gains(distortions: Float64[Tensor, "components counts"]) -> tuple[tuple[float, float], ...]:
-    """(distortion saved per bit, bits) of all steps that `allot` chooses from, in its order."""
+    """Rate-distortion curve as (distortion saved per bit, bits) of all increments, in the order of allocation."""
     steps = _all_steps(distortions)
     return tuple(zip((-steps.slope).tolist(), steps.bits.tolist(), strict=True))
 
@@ -179,23 +184,23 @@ def _all_steps(distortions: Float64[Tensor, "components counts"]) -> _Steps:
     left, right = hulls[:, :-1][inside], hulls[:, 1:][inside]
     bits = _BITS[right] - _BITS[left]
     slope = (rows[component, right] - rows[component, left]) / bits
-    order = slope.argsort(kind="stable")  # a component's own steps ascend
+    order = slope.argsort(kind="stable")  # keeps the order of a component's increments, whose slopes ascend
     return _Steps(slope[order], component[order], bits[order], np.array(LEVEL_COUNTS)[right][order])
 
 
 @final
 class MixedCodebookEstimator(Estimator):
-    """Levels go where they save most: each channel gets its own number of them and its own exact table.
+    """Codebooks with bit allocation: a number of levels per channel, and exact k-means codebooks of these sizes.
 
-    What counts is the squared error of x summed over the channels; behind a weighting rotation that is the weighted
-    error of what was rotated.
+    The objective is the squared error of x summed over the channels; inside a weighted rotation that is the weighted
+    error of the rotated tokens.
 
     Parameters
     ----------
     bits : float
         Mean bits per channel, 0.25 to 8; counted in whole bytes of a token.
     pooling : float
-        Weight of the average histogram in each channel's own, where its table is fitted; the allotment does without.
+        Weight of the average histogram relative to that of the channel, for the levels; the allocation uses none.
     """
 
     method: Literal["mixed_codebook"] = "mixed_codebook"
@@ -204,18 +209,18 @@ class MixedCodebookEstimator(Estimator):
 
     @property
     def allowance(self) -> Allowance:
-        """Whole bytes of a token."""
+        """Bit allowance in whole bytes of a token."""
         return Allowance(unit_bits=8, least=_LEAST_BITS, most=_MOST_BITS)
 
     def fit(self, statistics: SiteStatistics) -> Fit:
-        """Reads the histograms of the channels."""
+        """Allocation and levels from the histograms of the channels."""
         ranges = channel_ranges(statistics, 0.0)
         scale_offset = normalisation(ranges, "float32")
         values, _ = normal_values(statistics, ranges, scale_offset, torch.inf, fisher=False)
         centers, weights = rebin(values, len(ranges.low), _BINS)
-        shares = weights / weights.sum(dim=1, keepdim=True).clamp_min(1.0)
-        distortions = _distortions(centers, shares) * scale_offset[0].double().square()[:, None]
-        counts = allot(distortions, self.bits)
+        p = weights / weights.sum(dim=1, keepdim=True).clamp_min(1.0)
+        distortions = _distortions(centers, p) * scale_offset[0].double().square()[:, None]
+        counts = allocate_levels(distortions, self.bits)
         tables = _tables(pooled((centers, weights), self.pooling), counts)
         nearest = torch.stack([table[table.abs().argmin()] for table in tables])
         scale, offset = exact_constants(scale_offset, nearest, ranges)
@@ -231,24 +236,25 @@ class MixedCodebookEstimator(Estimator):
         return Fit(quantizer, ranges.source, trade=lambda: gains(distortions))
 
     def dynamic(self, shape: SiteShape) -> Quantizer:
-        """There is none: levels are fitted."""
-        raise ValueError("levels are allotted by what was seen; calibrate first")
+        """Not available: levels are fitted."""
+        raise ValueError("levels are allocated and fitted; calibrate first")
 
 
 def _distortions(
-    centers: Float64[Tensor, "channels bins"], shares: Float64[Tensor, "channels bins"]
+    centers: Float64[Tensor, "channels bins"], probabilities: Float64[Tensor, "channels bins"]
 ) -> Float64[Tensor, "channels counts"]:
-    """Least mean squared error of each channel with each of `LEVEL_COUNTS`, in half-ranges; zero for constants."""
-    moving = shares.sum(dim=1) > 0
+    """Least mean squared error of each channel for each of `LEVEL_COUNTS`, in squared half-ranges; 0 for constants."""
+    # High-resolution theory (Panter and Dite 1951): D falls as n^-2 for many levels n, here from _EXACT_LEVELS on.
+    moving = probabilities.sum(dim=1) > 0
     exact = torch.zeros(len(centers), _EXACT_LEVELS, dtype=torch.float64)
     if moving.any():
-        exact[moving] = distortion_by_levels(centers[moving], shares[moving], _EXACT_LEVELS)
+        exact[moving] = distortion_by_levels(centers[moving], probabilities[moving], _EXACT_LEVELS)
     columns = [exact[:, n - 1] if n <= _EXACT_LEVELS else exact[:, -1] * (_EXACT_LEVELS / n) ** 2 for n in LEVEL_COUNTS]
     return torch.stack(columns, dim=1)
 
 
 def _tables(histogram: Histogram, counts: list[int]) -> list[Tensor]:
-    """The exact levels of each channel, fitted together with all channels that have as many."""
+    """Exact k-means levels of each channel, solved together for all channels with equally many levels."""
     tables: list[Tensor] = [torch.empty(0)] * len(counts)
     for n in sorted(set(counts)):
         chosen = [channel for channel, count in enumerate(counts) if count == n]

@@ -1,4 +1,4 @@
-"""Values of static channels on a common scale: what codebooks are fitted to."""
+"""Normalised values and histograms, to which codebooks of static channels are fitted."""
 
 from typing import NamedTuple
 
@@ -13,14 +13,14 @@ from calib.statistics.token_histogram import bin_centers
 _TINY = torch.finfo(torch.float64).tiny
 
 _ROUNDING = 1e-4
-"""Of a bin's middle, in half-ranges, where a channel lies far from zero."""
+"""Rounding error of a bin centre, in half-ranges, for channels far from zero."""
 
 Histogram = tuple[Float64[Tensor, "tables bins"], Float64[Tensor, "tables bins"]]
 """Centres and weights of bins over [-1, 1]."""
 
 
 class NormalValues(NamedTuple):
-    """Normalised values, each with its channel and with the weight that it stands for."""
+    """Normalised values with their channels and weights."""
 
     channel: Int64[Tensor, " values"]
     a: Float32[Tensor, " values"]
@@ -30,7 +30,7 @@ class NormalValues(NamedTuple):
 def normalisation(
     ranges: Ranges, dtype: ThresholdDtype
 ) -> tuple[Float32[Tensor, " channels"], Float32[Tensor, " channels"]]:
-    """Half-range and middle of each channel, in the arithmetic of the thresholds."""
+    """Half-range and midpoint of each channel, in the precision of the thresholds."""
     low, high = (end.half() if dtype == "float16" else end for end in (ranges.low, ranges.high))
     scale, offset = ((high - low) / 2).float(), ((high + low) / 2).float()
     return torch.where(scale > 0, scale, torch.ones_like(scale)), offset
@@ -39,15 +39,15 @@ def normalisation(
 def normal_values(
     statistics: SiteStatistics, ranges: Ranges, scale_offset: tuple[Tensor, Tensor], step: float, *, fisher: bool
 ) -> tuple[NormalValues, int]:
-    """(x - offset) / scale within the ranges, and how many channels came from the reservoir.
+    """Values (x - offset) / scale within the ranges, and the number of channels from the token reservoir.
 
-    Constant channels have none. The middle of a bin that holds an end of the range may lie beyond it: what is in the
-    bin counts at the end. Channels whose bins are wider than `step` half-ranges are read from the token reservoir.
+    Constant channels have none. The bin of an end of the range may have its centre beyond it and then counts at the
+    end. Channels whose bins are wider than `step` half-ranges are taken from the token reservoir.
 
     Parameters
     ----------
     statistics : SiteStatistics
-        Of the site.
+        Statistics of the site.
     ranges : Ranges
         Values outside are left out.
     scale_offset : pair of Float32[Tensor, "channels"]
@@ -55,7 +55,7 @@ def normal_values(
     step : float
         Coarsest bin, in half-ranges.
     fisher : bool
-        Each value has the weight of its squared gradients instead of one.
+        Weight values by squared gradients rather than by one.
     """
     scale, offset = scale_offset
     histogram = statistics.fisher_histogram if fisher else statistics.histogram
@@ -75,10 +75,12 @@ def normal_values(
 
 
 def rebin(values: NormalValues, tables: int, bins: int) -> Histogram:
-    """One histogram over [-1, 1] for each table, with the mean of what fell into a bin as its centre.
+    """One histogram over [-1, 1] per codebook, with the weighted mean of each bin as its centre.
 
-    `values.channel` holds the table of each value.
+    `values.channel` holds the codebook of each value.
     """
+    # With exact means as centres, the k-means error of any interval of whole bins is exact up to a constant, the
+    # variance within the bins.
     index = ((values.a + 1) * (bins / 2)).clamp_(0, bins - 1).long() + values.channel * bins
     size = tables * bins
     total = torch.bincount(index, values.weights, minlength=size).double().view(tables, bins)  # integers where empty
@@ -87,14 +89,14 @@ def rebin(values: NormalValues, tables: int, bins: int) -> Histogram:
 
 
 def or_middle(histogram: Histogram) -> Histogram:
-    """The histogram; one value at the middle where it is empty, because all channels are constant."""
+    """Histogram with one value at zero where it is empty, because all channels are constant."""
     centers, total = histogram
     total[:, total.shape[1] // 2] += total.sum(dim=1) == 0
     return centers, total
 
 
 def pooled(histogram: Histogram, pooling: float) -> Histogram:
-    """Each channel's histogram with a share of the average shape added; constant channels get the average."""
+    """Histograms with a fraction of the average shape added to each; constant channels get the average."""
     centers, weights = histogram
     mass = weights.sum(dim=1, keepdim=True)
     shape = (weights / mass.clamp_min(_TINY)).sum(dim=0) / (mass > 0).sum().clamp_min(1)
@@ -111,10 +113,10 @@ def exact_constants(
     nearest_zero: Float16[Tensor, " channels"],
     ranges: Ranges,
 ) -> tuple[Float32[Tensor, " channels"], Float32[Tensor, " channels"]]:
-    """Scale and offset with which the level nearest zero gives a constant channel back without rounding.
+    """Scale and offset with which the level nearest zero reproduces a constant channel exactly.
 
-    The scale is a power of two far below the constant's last bit, so that scale * level is exact and vanishes beside
-    it; for the constant zero the offset cancels it.
+    The scale is a power of two far below the last bit of the constant, so that scale * level is exact and vanishes in
+    the sum; for the constant zero the offset cancels it.
     """
     scale, offset = scale_offset
     _, exponent = torch.frexp(ranges.low)
@@ -124,7 +126,7 @@ def exact_constants(
 
 
 def _inside(channel: Tensor, a: Tensor, weights: Tensor, slack: Float32[Tensor, " channels"]) -> NormalValues:
-    """What lies in [-1, 1]; beyond by no more than its channel's slack, at the end."""
+    """Values clamped to [-1, 1]; those beyond by more than the slack of their channel get weight zero."""
     inside = a.abs() <= 1 + _take(slack, channel)
     return NormalValues(channel, a.clamp(-1, 1), weights.double() * inside)
 

@@ -1,4 +1,4 @@
-"""Tokens, or their heads, without their norm."""
+"""Estimator of normalisation by the norm of tokens or heads."""
 
 from typing import Literal, final
 
@@ -15,14 +15,14 @@ _TINY = torch.finfo(torch.float32).tiny
 
 @final
 class NormalisedEstimator(WrappingEstimator):
-    """Divides each token by its root mean square, which is kept in 16 bits.
+    """Divides each token or head by its root mean square, stored in 16 bits.
 
     Parameters
     ----------
     per : {'token', 'head'}
-        One norm for the whole token, or one for each of its heads.
+        One norm for the whole token, or one per head.
     correct : bool
-        Keeps the number that gives the decoded vector the norm of the original (norm correction).
+        Norm correction: store the factor that gives the decoded vector the norm of the original.
     """
 
     method: Literal["normalised"] = "normalised"
@@ -30,17 +30,18 @@ class NormalisedEstimator(WrappingEstimator):
     correct: bool = False
 
     def fit(self, statistics: SiteStatistics) -> Fit:
-        """Fits what is wrapped to the normalised reservoir."""
+        """Normalisation with the inner fit on the normalised reservoir."""
         shape, rows = statistics.shape, statistics.rows
         groups = rows.view(len(rows), -1, self._group_size(shape) or shape.channels)
         sizes = groups.square().mean(dim=2, keepdim=True).sqrt().clamp_min(_TINY).expand_as(groups).flatten(1)
+        # Chain rule with the stored size s held fixed: x = s z, so the gradient at z is s times that at x.
         mapped = statistics.mapped(rows / sizes, statistics.row_gradients * sizes if statistics.fisher else None)
         mapped.query_energy, mapped.query_metric = statistics.query_energy, statistics.query_metric
         inner = self.fit_inner(mapped)
         return Fit(self._around(inner.quantizer, shape), inner.source)
 
     def dynamic(self, shape: SiteShape) -> Quantizer:
-        """Norms around a quantizer that needs no calibration."""
+        """Normalisation around the dynamic inner quantizer."""
         return self._around(self.inner.dynamic(shape), shape)
 
     def _around(self, inner: Quantizer, shape: SiteShape) -> Normalised:

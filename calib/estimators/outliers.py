@@ -1,4 +1,4 @@
-"""Which values are kept apart, and how they are stored."""
+"""Outlier settings of dense-and-sparse quantizers."""
 
 from typing import Literal
 
@@ -10,14 +10,14 @@ from calib.estimators.ranges import Ranges
 
 
 class Outliers(BaseModel):
-    """Values that are kept beside the codes, in 16 bits.
+    """Outliers: values stored in 16 bits beside the codes.
 
     Parameters
     ----------
     fraction : float
-        Share of a token's values, half on each side.
+        Fraction of the values, half on each side.
     rule : {'percentile', 'rank'}
-        Beyond percentiles (static for each channel, or of each token), or exactly so many of each token.
+        Values beyond percentiles (static per channel, or per token), or a fixed number per token.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -26,11 +26,11 @@ class Outliers(BaseModel):
     rule: Literal["percentile", "rank"] = "percentile"
 
     def per_token(self, channels: int) -> int:
-        """Outliers of each token under the rule 'rank': the share rounded, at least one."""
+        """Number of outliers per token under the rule 'rank': the fraction rounded, at least one."""
         return max(1, round(self.fraction * channels))
 
     def wrap(self, inner: Quantizer, thresholds: Ranges | None) -> Quantizer:
-        """`inner` with its outliers kept apart; `thresholds` are static ones, None for those of each token."""
+        """Dense-and-sparse wrapper around `inner`; `thresholds` are static per channel, None for one pair per token."""
         channels = inner.channels
         if self.rule == "rank":
             return RankSparse(channels=channels, inner=inner, outliers_per_token=self.per_token(channels))

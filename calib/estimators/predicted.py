@@ -1,4 +1,4 @@
-"""What earlier sites say about a token, and only the rest of it quantized."""
+"""Estimator of linear prediction from earlier sites, with quantization of the residual."""
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -22,13 +22,13 @@ from calib.statistics.sources import Shrinkage, Sources
 _SHARES = (0.0, 0.3, 1.0)
 
 _RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
-"""What shrinkage is chosen from: coarsely, for it is one choice for a whole site."""
+"""Grid of the regularisation: coarse, as one choice serves a whole site."""
 
 _CONSTANT = 1e-12
-"""Of the largest variance: below it an input is one that never changes."""
+"""Variance, relative to the largest one, below which an input is constant."""
 
 _JUDGED_CHANNELS = 128
-"""Channels of a wide site by which a predictor is judged: shrinkage is one choice for all of them."""
+"""Largest number of channels in the held-out error; one choice of regularisation serves all."""
 
 NOTHING = Shrinkage(0.0, inf)
 
@@ -37,37 +37,39 @@ _LARGEST = torch.finfo(torch.float16).max
 _TINY = torch.finfo(torch.float64).tiny
 
 _FLOOR = 1e-6
-"""Of the mean weight: what no query reads is still predicted somehow."""
+"""Least channel weight, relative to their mean."""
 
 
 @dataclass(frozen=True)
 class NormalEquations:
-    """Covariances that a least-squares predictor is the solution of.
+    """Normal equations of a least-squares predictor.
 
     Parameters
     ----------
     inputs : Float[Tensor, "inputs inputs"]
-        Of the inputs.
+        Covariance of the inputs.
     cross : Float[Tensor, "inputs channels"]
-        Between inputs and targets.
+        Covariance of inputs and targets.
     """
 
     inputs: Float[Tensor, "inputs inputs"]
     cross: Float[Tensor, "inputs channels"]
 
     def mixed(self, other: "NormalEquations", share: float) -> "NormalEquations":
-        """With a share of the other ones in them."""
+        """Convex combination with other normal equations, whose weight is `share`."""
         return NormalEquations(torch.lerp(self.inputs, other.inputs, share), torch.lerp(self.cross, other.cross, share))
 
     def single(self) -> "NormalEquations":
-        """In float32, which takes half the time."""
+        """Normal equations in float32, which takes half the time."""
         return NormalEquations(self.inputs.float(), self.cross.float())
 
     def solve(self, ridge: float) -> Float[Tensor, "inputs channels"]:
-        """The predictor, with a share of each input's variance added to it; inputs that never change count nothing.
+        """Ridge predictor with a penalty relative to the variance of each input; constant inputs get weight zero.
 
-        Nothing is predicted from covariances that are rounding alone, as those of one token repeated are.
+        The predictor is zero for a covariance that is rounding alone, such as that of one token repeated.
         """
+        # A = (S + r diag S)^-1 c (Hoerl and Kennard 1970, for standardised inputs). With D = diag(S)^(-1/2) it equals
+        # D (D S D + r I)^-1 D c: a correlation matrix is better conditioned for Cholesky.
         variance = self.inputs.diagonal()
         scale = torch.where(variance > _CONSTANT * variance.max(), variance, torch.inf).rsqrt()
         scaled = scale[:, None] * self.inputs * scale
@@ -79,23 +81,23 @@ class NormalEquations:
 
     @classmethod
     def of(cls, u: Float[Tensor, "rows inputs"], x: Float[Tensor, "rows channels"]) -> "NormalEquations":
-        """Of centred tokens."""
+        """Normal equations of centred tokens."""
         return cls(u.mT @ u / len(u), u.mT @ x / len(u))
 
 
 def fit_predictor(
     sources: Sources, x: Float32[Tensor, "rows channels"], shrinkage: Shrinkage
 ) -> Float64[Tensor, "inputs channels"]:
-    """A of x ~ u A + bias with the decoded inputs u: least squares on the reservoir, shrunk.
+    """Matrix A of x ~ u A + bias with dequantized inputs u: regularised least squares on the reservoir.
 
     Parameters
     ----------
     sources : Sources
-        The inputs.
+        Inputs.
     x : Float32[Tensor, "rows channels"]
-        The site's own tokens of the reservoir.
+        Reservoir tokens of the predicted site.
     shrinkage : Shrinkage
-        Towards the predictor of all tokens before quantization, and towards zero.
+        Weight of the covariances of all tokens before quantization, and ridge penalty.
     """
     if shrinkage == NOTHING:
         return torch.zeros_like(sources.cross_covariance)
@@ -107,18 +109,18 @@ def fit_predictor(
 def held_out_shrinkage(
     sources: Sources, x: Float32[Tensor, "rows channels"], weights: Float64[Tensor, " channels"]
 ) -> Shrinkage:
-    """The one that predicts the second half of the reservoir, whose order is random, best from the first.
+    """Regularisation with the least error on the second half of the reservoir, fitted to the first half.
 
-    Nothing is predicted where no predictor does it better than the mean.
+    The order of the reservoir is random. The prediction is zero if no predictor is better than the mean.
 
     Parameters
     ----------
     sources : Sources
-        The inputs.
+        Inputs.
     x : Float32[Tensor, "rows channels"]
-        The site's own tokens of the reservoir.
+        Reservoir tokens of the predicted site.
     weights : Float64[Tensor, "channels"]
-        Of a squared error in each channel.
+        Weight of a squared error in each channel.
     """
     half, stride = len(x) // 2, -(-x.shape[1] // _JUDGED_CHANNELS)
     if half < 2:
@@ -136,7 +138,8 @@ def held_out_shrinkage(
 
 
 def _without(sources: Sources, x: Float32[Tensor, "rows channels"], half: int, stride: int) -> NormalEquations:
-    """Of all exact tokens but those that judge: seen before, they would speak for what saw them."""
+    """Normal equations of all full-precision tokens without the held-out half, which would bias its own error."""
+    # Downdating: n S is the sum of u u^T over all n tokens, so subtract the products of the held-out ones.
     u, target = sources.exact[half:] - sources.mean.float(), x[half:] - sources.target_mean[::stride].float()
     n_left = max(1, sources.n_tokens - len(u))
     inputs = sources.n_tokens * sources.covariance - u.mT @ u
@@ -154,16 +157,16 @@ def _error(difference: Float32[Tensor, "rows channels"], weights: Float64[Tensor
 
 @final
 class PredictedEstimator(WrappingEstimator):
-    """Predicts each token linearly from the decoded vectors of earlier sites; what is left is quantized.
+    """Linear prediction of each token from the dequantized vectors of earlier sites; the residual is quantized.
 
-    A site without sources, such as the keys of the first layer, is quantized as it is.
+    A site without sources, such as the keys of the first layer, is quantized without prediction.
 
     Parameters
     ----------
     from_sites : {'before', 'beside', 'both'}
-        Keys and values of the layer before; the key beside a value; or both.
+        Inputs: keys and values of the layer before; the key of the same token and layer, for values; or both.
     rank_fraction : float or None
-        Rank of the predictor, in units of the channels; None for all of it.
+        Rank of the predictor as a fraction of the channels; None for full rank.
 
     References
     ----------
@@ -176,11 +179,11 @@ class PredictedEstimator(WrappingEstimator):
 
     @property
     def needs_full(self) -> bool:
-        """Moments between sites are those of the tier `full`."""
+        """True: moments between sites are in the tier `full`."""
         return True
 
     def sources(self, site: Site, sites: Collection[Site]) -> tuple[Site, ...]:
-        """Those of `sites` that a site is predicted from."""
+        """Sites among `sites` that are the inputs of a site's predictor."""
         found = []
         if self.from_sites != "beside":
             found += [other for other in sites if other.layer == site.layer - 1]
@@ -189,7 +192,7 @@ class PredictedEstimator(WrappingEstimator):
         return tuple(sorted(found))
 
     def fit(self, statistics: SiteStatistics) -> Fit:
-        """Reads moments between sites and the reservoir; what is wrapped is fitted to the rest of the reservoir."""
+        """Predictor from moments and the reservoir, with the inner fit on the residuals of the reservoir."""
         sources = statistics.sources
         if sources is None:
             found: Fit = self.inner.fit(statistics)
@@ -206,16 +209,16 @@ class PredictedEstimator(WrappingEstimator):
         return replace(inner, quantizer=whole, decoded=decoded, shrinkage=shrinkage)
 
     def dynamic(self, shape: SiteShape) -> Quantizer:
-        """There is none: predictors are fitted."""
+        """Not available: predictors are fitted."""
         raise ValueError("a predictor is fitted; calibrate first")
 
     def _predictor(
         self, sources: Sources, statistics: SiteStatistics, weight: Float64[Tensor, "inputs channels"]
     ) -> tuple[Predicted, Float32[Tensor, "rows channels"]]:
-        """Around no quantizer yet, and what it predicts; its bias is the mean of what the rounded weights leave."""
+        """Predictor around the identity, and its predictions; the bias is the mean residual of the float16 weights."""
         rows, channels = statistics.rows, statistics.shape.channels
         expansion, rank = None, max(1, round((self.rank_fraction or 1) * channels))
-        if rank * sum(weight.shape) < weight.numel():  # else factors would be no smaller
+        if rank * sum(weight.shape) < weight.numel():  # only if the two factors are smaller than A
             weight, expansion = _factors(weight, sources, _weights(statistics), rank)
         predicted = Predicted(
             channels=channels,
@@ -231,7 +234,7 @@ class PredictedEstimator(WrappingEstimator):
 
 
 def _weights(statistics: SiteStatistics) -> Float64[Tensor, " channels"]:
-    """Of a squared error in each channel: what queries read of it."""
+    """Weight of a squared error in each channel: the energy of its queries, or 1."""
     energy = statistics.query_energy
     return torch.ones(statistics.shape.channels, dtype=torch.float64) if energy is None else energy
 
@@ -239,7 +242,9 @@ def _weights(statistics: SiteStatistics) -> Float64[Tensor, " channels"]:
 def _factors(
     weight: Float64[Tensor, "inputs channels"], sources: Sources, weights: Float64[Tensor, " channels"], rank: int
 ) -> tuple[Float64[Tensor, "inputs rank"], Float64[Tensor, "rank channels"]]:
-    """The predictor of a lower rank whose predictions differ least: A V and V^T, V the main axes of the predictions."""
+    """Factors of the low-rank predictor with the least weighted change of the predictions."""
+    # Reduced-rank regression (Izenman 1975): with V the leading eigenvectors of the covariance of the weighted
+    # predictions u A W, W = diag(root), the best rank-r predictor is A W V V^T W^-1, by the Eckart-Young theorem.
     root = (weights / weights.mean().clamp_min(_TINY)).clamp_min(_FLOOR).sqrt()
     covariance = torch.cov(sources.decoded.double().mT, correction=0)
     predictions = (root[:, None] * (weight.mT @ covariance @ weight)) * root

@@ -1,4 +1,4 @@
-"""Bases in which the components of a token hardly depend on one another, and errors count alike."""
+"""Estimator of an eigenbasis (KLT): uncorrelated components with equal weights of their errors."""
 
 from dataclasses import replace
 from typing import Literal, final
@@ -16,29 +16,30 @@ from calib.estimators.wrapping import WrappingEstimator
 from calib.statistics.site_statistics import SiteShape, SiteStatistics
 
 _FLOOR = 1e-6
-"""Of the mean eigenvalue of a metric: what no query reads still has some weight, so that the basis can be inverted."""
+"""Least eigenvalue of a metric, relative to their mean, so that the basis is invertible."""
 
 
 @final
 class RotatedEstimator(WrappingEstimator):
-    """The eigenbasis of the covariance of what matters: z = x M, with M = G^(1/2) U.
+    """Weighted Karhunen-Loeve transform z = x M, with M = G^(1/2) U.
 
-    G says what an error costs, e^T G e; U are the eigenvectors of the covariance of x G^(1/2), so that the components
-    of z are uncorrelated and the squared error of z is the cost of that of x.
+    The metric G gives the cost e^T G e of an error e; the columns of U are the eigenvectors of the covariance of
+    x G^(1/2). The components of z are uncorrelated, and the squared error of z is the cost of the error of x.
 
     Parameters
     ----------
     metric : {'none', 'query', 'fisher'}
-        G: the identity; what an error does to the logits of the queries that read a key, averaged over the distances
-        between them (`calib.statistics.readers.logit_metric`); or what it does to the loss, E[g g^T] with the gradients
-        g, in which a share of the query metric is mixed.
+        G: the identity; the mean squared error of the logits of the queries of a key
+        (`calib.statistics.readers.logit_metric`); or the second moments E[g g^T] of the loss gradients, mixed with a
+        fraction of the query metric.
     tokens : {'alike', 'score', 'queries'}
-        Whose covariance: of all tokens alike; for values, each weighted by the expected squared logit of its key; or,
-        for keys, of the queries that read them (arXiv 2605.17757).
+        Covariance of all tokens with equal weights; for values, weighted by the expected squared logit of their keys;
+        or, for keys, of their queries (arXiv 2605.17757).
     scope : {'head', 'layer'}
-        A basis of each head, or one of all heads together, which needs statistics of the tier `full`.
+        One basis per head, or one for all heads, which needs statistics of the tier `full`.
     query_share : float
-        Of the query metric in the metric 'fisher', both having the same trace: a few tokens carry most of a gradient.
+        Fraction of the query metric in the metric 'fisher', after scaling to equal traces: few tokens dominate the
+        gradients.
     """
 
     method: Literal["rotated"] = "rotated"
@@ -55,16 +56,18 @@ class RotatedEstimator(WrappingEstimator):
 
     @property
     def needs_fisher(self) -> bool:
-        """Whether the metric or what is wrapped reads squared gradients."""
+        """True if the metric or the inner fit needs squared gradients."""
         return self.metric == "fisher" or self.inner.needs_fisher
 
     @property
     def needs_full(self) -> bool:
-        """Moments of whole layers are those of the tier `full`."""
+        """True for a basis of the whole layer, or if the inner fit needs the tier `full`."""
         return self.scope == "layer" or self.inner.needs_full
 
     def fit(self, statistics: SiteStatistics) -> Fit:
-        """Reads moments; what is wrapped is fitted to the rotated reservoir."""
+        """Basis from second moments, with the inner fit on the rotated reservoir."""
+        # |e M|^2 = e G^(1/2) U U^T G^(1/2) e^T = e G e^T for any orthogonal U; of these the eigenvectors of the
+        # weighted covariance G^(1/2) C G^(1/2) have the largest coding gain (Gersho and Gray, chapter 8).
         metric, covariance = self._metric(statistics), self._covariance(statistics)
         root = _root(metric) if self.scope == "head" else self._layer_root(metric, statistics)
         basis = (root @ _eigenvectors(root @ covariance @ root)).float()
@@ -74,7 +77,7 @@ class RotatedEstimator(WrappingEstimator):
         return replace(inner, quantizer=rotated.wrapping(inner.quantizer))
 
     def dynamic(self, shape: SiteShape) -> Quantizer:
-        """There is none: bases are fitted."""
+        """Not available: bases are fitted."""
         raise ValueError("a basis is fitted; calibrate first, or use method: hadamard")
 
     def _metric(self, statistics: SiteStatistics) -> Float64[Tensor, "heads head_dim head_dim"]:
@@ -87,15 +90,16 @@ class RotatedEstimator(WrappingEstimator):
         if self.query_share == 0 or statistics.query_metric is None:
             return fisher
         query = _query_metric(statistics)
+        # Equal traces make both metrics count alike, whatever their units; the mixture keeps the trace of Fisher's.
         traces = [metric.diagonal(dim1=1, dim2=2).sum(dim=1)[:, None, None] for metric in (fisher, query)]
         return (1 - self.query_share) * fisher + self.query_share * query * (traces[0] / traces[1].clamp_min(1e-300))
 
     def _layer_root(
         self, metric: Float64[Tensor, "heads head_dim head_dim"], statistics: SiteStatistics
     ) -> Float64[Tensor, "1 channels channels"]:
-        """Root of the metric of a whole layer; the gradients of the reservoir tell how errors of several heads add up.
+        """Square root of the metric of a whole layer, with correlations between heads from reservoir gradients.
 
-        They are few: half of the metric stays that of all tokens, head by head.
+        These are few tokens, so half of the metric remains block-diagonal, from the gradients of all tokens.
         """
         if self.metric != "fisher":
             root: Tensor = torch.block_diag(*_root(metric))
@@ -115,7 +119,7 @@ class RotatedEstimator(WrappingEstimator):
 
     def _weighted_covariance(self, statistics: SiteStatistics) -> Float64[Tensor, "groups width width"]:
         if statistics.token_weights is None:
-            raise ValueError(f"{statistics.shape.site}: tokens: score is for values, found by keys; use tokens: alike")
+            raise ValueError(f"{statistics.shape.site}: tokens: score is for values only; use tokens: alike")
         groups = 1 if self.scope == "layer" else statistics.shape.heads
         weights = statistics.token_weights.double() / statistics.token_weights.double().sum()
         rows = statistics.rows.double()
@@ -125,12 +129,14 @@ class RotatedEstimator(WrappingEstimator):
 
 def _query_metric(statistics: SiteStatistics) -> Float64[Tensor, "heads head_dim head_dim"]:
     if statistics.query_metric is None:
-        raise ValueError(f"{statistics.shape.site}: no query reads this site; use metric: none for values")
+        raise ValueError(f"{statistics.shape.site}: a query metric is for keys only; use metric: none for values")
     return statistics.query_metric
 
 
 def _root(metric: Float64[Tensor, "heads head_dim head_dim"]) -> Float64[Tensor, "heads head_dim head_dim"]:
-    """Symmetric square root, with every eigenvalue at least a small share of their mean."""
+    """Symmetric square root, with eigenvalues of at least a small fraction of their mean."""
+    # G = V diag(l) V^T gives G^(1/2) = V diag(sqrt l) V^T. The floor bounds the condition number of M by sqrt(width /
+    # floor); a metric of zeros becomes the identity.
     values, vectors = torch.linalg.eigh(metric)
     floor = (_FLOOR * values.mean(dim=1, keepdim=True)).clamp_min(torch.finfo(torch.float64).tiny)
     values = torch.where(values.sum(dim=1, keepdim=True) > 0, values.maximum(floor), 1.0)
@@ -139,7 +145,7 @@ def _root(metric: Float64[Tensor, "heads head_dim head_dim"]) -> Float64[Tensor,
 
 
 def _eigenvectors(covariance: Float64[Tensor, "groups width width"]) -> Float64[Tensor, "groups width width"]:
-    """As columns, from the largest eigenvalue on; the largest entry of each is positive."""
+    """Eigenvectors as columns, by descending eigenvalue; the largest entry of each is positive, for a unique sign."""
     vectors: Tensor = torch.linalg.eigh(covariance).eigenvectors.flip(-1)
     largest = vectors.gather(1, vectors.abs().argmax(dim=1, keepdim=True))
     return vectors * largest.sign()

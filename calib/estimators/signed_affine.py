@@ -1,4 +1,4 @@
-"""Blocks with a signed step."""
+"""Estimator of symmetric block quantization with a signed scale."""
 
 from typing import Literal, final
 
@@ -12,7 +12,7 @@ from calib.statistics.site_statistics import SiteShape, SiteStatistics
 
 @final
 class SignedAffineEstimator(Estimator):
-    """Blocks of channels whose largest magnitude is hit exactly; nothing is fitted.
+    """Blocks of channels with a signed dynamic scale that represents the extreme value exactly; nothing is fitted.
 
     Parameters
     ----------
@@ -27,9 +27,9 @@ class SignedAffineEstimator(Estimator):
     group_size: int = Field(default=32, ge=1)
 
     def fit(self, statistics: SiteStatistics) -> Fit:
-        """Reads nothing but the shape."""
+        """Quantizer for the shape; needs no statistics."""
         return Fit(self.dynamic(statistics.shape), EXACT)
 
     def dynamic(self, shape: SiteShape) -> Quantizer:
-        """The quantizer, whatever was or was not calibrated."""
+        """Quantizer for the shape."""
         return SignedAffine(channels=shape.channels, bits=self.bits, group_size=self.group_size)

@@ -1,4 +1,4 @@
-"""Running statistics in place of calibration."""
+"""Estimator of streaming quantization: running scales in place of calibration."""
 
 from typing import Literal, final
 
@@ -12,22 +12,22 @@ from calib.statistics.site_statistics import SiteShape, SiteStatistics
 
 @final
 class StreamingEstimator(Estimator):
-    """Scales that follow a running maximum from chunk to chunk; nothing is fitted.
+    """Scales from a moving average of the absmax per chunk; nothing is fitted.
 
     Parameters
     ----------
     bits, high_bits : int
-        Code width of ordinary and of promoted channels, 2 to 8.
+        Code width of normal and of promoted channels, 2 to 8.
     chunk_tokens : int
-        Consecutive tokens that share scales.
+        Consecutive tokens with one set of scales.
     decay : float
-        Weight of the past in the running maximum.
+        Weight of the past in the running absmax.
     groups : int
-        Groups of channels that share a scale; 0 for every channel its own.
+        Groups of channels with one scale each; 0 for one scale per channel.
     outlier_detection : bool
-        Whether channels are promoted at all.
+        Promote outlier channels to `high_bits`.
     outlier_threshold_relative : float
-        Promotes a channel in a chunk whose maximum exceeds the running one, the chunk included, this many times.
+        Promotes a channel for a chunk whose absmax exceeds the running one, this chunk included, by this factor.
     outlier_threshold_abs : float or None
         Promotes beyond this magnitude as well, in units of x.
     """
@@ -50,19 +50,20 @@ class StreamingEstimator(Estimator):
             if self.outlier_threshold_abs is not None:
                 raise ValueError("outlier_threshold_abs promotes nothing without outlier_detection; drop one of them")
         elif self.outlier_threshold_abs is None and self.outlier_threshold_relative * (1 - self.decay) >= 1:
+            # e' = decay * e + (1 - decay) * m >= (1 - decay) * m, so m / e' never exceeds 1 / (1 - decay).
             most = 1 / (1 - self.decay)
             raise ValueError(
-                f"no maximum exceeds the running one, which it is part of, {most:.4g} times at decay {self.decay:g}; "
-                f"use outlier_threshold_relative below {most:.4g}, or outlier_detection: false"
+                f"an absmax exceeds the running one, which includes it, at most {most:.4g} times at decay "
+                f"{self.decay:g}; use outlier_threshold_relative below {most:.4g}, or outlier_detection: false"
             )
         return self
 
     def fit(self, statistics: SiteStatistics) -> Fit:
-        """Reads nothing but the shape."""
+        """Quantizer for the shape; needs no statistics."""
         return Fit(self.dynamic(statistics.shape), EXACT)
 
     def dynamic(self, shape: SiteShape) -> Quantizer:
-        """The quantizer, whatever was or was not calibrated."""
+        """Quantizer for the shape."""
         return Streaming(
             channels=shape.channels,
             bits=self.bits,

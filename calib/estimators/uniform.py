@@ -1,4 +1,4 @@
-"""Uniform grids."""
+"""Estimator of uniform quantization, static or dynamic."""
 
 from collections.abc import Callable
 from typing import Literal, final
@@ -17,7 +17,7 @@ from calib.estimators.ranges import Ranges, ThresholdDtype, channel_ranges, cons
 from calib.statistics.site_statistics import SiteShape, SiteStatistics
 
 RATIOS = torch.linspace(1.0, 0.3, 36)
-"""Shares of the range that are tried: steps of 2 %."""
+"""Clip ratios of the grid search: from 1 to 0.3 in steps of 2 %."""
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -28,20 +28,22 @@ def best_ratios(
     weights: Float32[Tensor, "rows channels"],
     sharing: int,
 ) -> Float32[Tensor, " channels"]:
-    """For every channel the ratio at which the weighted squared error over `rows` is least; of equals the largest.
+    """Clip ratio of every channel with the least weighted squared error over `rows`; ties go to the larger ratio.
 
     Parameters
     ----------
     quantizer : callable
-        The quantizer whose ranges are shrunk by a ratio for each channel.
+        Quantizer with ranges clipped by a ratio per channel.
     rows : Float32[Tensor, "rows channels"]
-        Tokens to try it on.
+        Tokens to quantize.
     weights : Float32[Tensor, "rows channels"]
-        Of their squared errors.
+        Weights of their squared errors.
     sharing : int
-        Neighbouring channels that have one ratio; divides the channels.
+        Neighbouring channels with one ratio; divides the channels.
     """
     errors = []
+    # Clipping trades saturation of the tails for finer steps; the best ratio has no closed form and is searched on a
+    # grid, as in SKVQ (arXiv 2405.06219), here by the error of keys and values themselves.
     for ratio in RATIOS:
         decoded = quantizer(ratio.expand(rows.shape[1])).simulate(rows)
         errors.append((weights * (decoded - rows).square()).sum(dim=0, dtype=torch.float64))
@@ -51,36 +53,36 @@ def best_ratios(
 
 @final
 class UniformEstimator(Estimator):
-    """Equal steps between the ends of a range.
+    """Uniform quantization with equal steps between the ends of a range.
 
     Parameters
     ----------
     bits : int
         Code width, 1 to 8.
     per : {'tensor', 'head', 'channel', 'token'}
-        What shares a scale. All but `token` are static unless `static` says otherwise; a dynamic scale per head is one
-        of each token and head.
+        Granularity of the scales. All but `token` are static by default; a dynamic scale per head is one per token and
+        head.
     group_size : int or None
-        Channels of a token, or consecutive tokens of a channel, that share a scale; always dynamic.
+        Channels of a token, or consecutive tokens of a channel, with one scale; always dynamic.
     static : bool or None
-        Scales from calibration (True) or from the values that are encoded (False); None for what is usual.
+        Scales from calibration (True) or from the values that are encoded (False); None for the default of `per`.
     symmetric : bool
         Range centred on zero.
     whole_zero_point : bool
-        Zero point rounded to an integer within the code range.
+        Round the zero point to an integer inside the code range.
     range : {'minmax', 'percentile', 'mse', 'attention'}
-        Ends of a static range: smallest and largest value; percentiles that leave out `clip_fraction`; or, of either
-        kind, the share of the range with the least squared error over the token reservoir, plain or weighted by what it
-        does to attention in first order: by the energy of the queries for keys (methods of arXiv 2605.17757), by the
-        expected squared logit of the token's key for values.
+        Ends of a range: minimum and maximum; percentiles that exclude `clip_fraction` (static only); or the clip ratio
+        with the least squared error over the token reservoir, unweighted or weighted by its first-order effect on
+        attention: the energy of the queries for keys (arXiv 2605.17757), the expected squared logit of the token's key
+        for values.
     clip_fraction : float
-        For percentiles, half on each side.
+        Fraction of values outside the percentiles, half on each side.
     clip_ratio : float
-        Share of a dynamic range that is kept.
+        Fraction of a dynamic range that is kept.
     outliers : Outliers or None
-        Values kept apart.
+        Outliers stored in 16 bits.
     threshold_dtype : {'float32', 'float16'}
-        Precision of the static range's ends.
+        Precision of the ends of static ranges.
     """
 
     method: Literal["uniform"] = "uniform"
@@ -116,7 +118,7 @@ class UniformEstimator(Estimator):
         return self
 
     def fit(self, statistics: SiteStatistics) -> Fit:
-        """Reads the ranges of the channels; a dynamic grid needs at most the share of its range to keep."""
+        """Static scales from channel ranges; a dynamic quantizer needs at most a clip ratio."""
         if self._is_dynamic:
             return self._fit_dynamic(statistics)
         fraction = self.outliers.fraction if self.outliers else 0.0
@@ -133,7 +135,7 @@ class UniformEstimator(Estimator):
         return Fit(self.outliers.wrap(inner, outer) if self.outliers else inner, source)
 
     def dynamic(self, shape: SiteShape) -> Quantizer:
-        """Ranges of the values that are encoded: of each token or group, or of each channel over the whole call."""
+        """Dynamic ranges of each token or group, or of each channel over the whole call."""
         return self._wrapped(self._dynamic(shape, self.clip_ratio))
 
     @property
@@ -169,7 +171,7 @@ class UniformEstimator(Estimator):
         return self.outliers.wrap(inner, None) if self.outliers else inner
 
     def _sharing(self, shape: SiteShape) -> int:
-        """Neighbouring channels with one static scale."""
+        """Number of neighbouring channels with one static scale."""
         return {"tensor": shape.channels, "head": shape.head_dim}.get(self.per, 1)
 
     def _percentiles(self, statistics: SiteStatistics, outlier_fraction: float) -> Ranges:

@@ -1,4 +1,4 @@
-"""What estimators of wrapping quantizers share: the entry of what they wrap."""
+"""Base class of estimators of wrappers, with the estimator of the wrapped quantizer."""
 
 from dataclasses import replace
 
@@ -7,35 +7,35 @@ from calib.statistics.site_statistics import SiteStatistics
 
 
 class WrappingEstimator(Estimator):
-    """An estimator that maps the tokens, has another one fit what results, and wraps that.
+    """Base of estimators that transform tokens, fit another estimator to the result, and wrap its quantizer.
 
     Parameters
     ----------
     inner : estimator
-        Of the quantizer that is wrapped.
+        Estimator of the wrapped quantizer.
     """
 
     inner: "AnyEstimator"  # type: ignore[name-defined]  # resolved by the table that it is a part of
 
     @property
     def needs_fisher(self) -> bool:
-        """Whether what is wrapped reads squared gradients."""
+        """True if the inner fit needs squared gradients."""
         needed: bool = self.inner.needs_fisher
         return needed
 
     @property
     def needs_full(self) -> bool:
-        """Whether what is wrapped reads what only the tier `full` holds."""
+        """True if the inner fit needs statistics of the tier `full`."""
         needed: bool = self.inner.needs_full
         return needed
 
     @property
     def allowance(self) -> Allowance | None:
-        """That of what is wrapped."""
+        """Bit allowance of the inner estimator."""
         allowance: Allowance | None = self.inner.allowance
         return allowance
 
     def fit_inner(self, mapped: SiteStatistics) -> Fit:
-        """The wrapped quantizer; mapped statistics are those of the reservoir, never of all tokens."""
+        """Inner fit to transformed statistics, which are those of the reservoir and never of all tokens."""
         found: Fit = self.inner.fit(mapped)
         return replace(found, source=found.source.replace(EXACT, f"reservoir of {len(mapped.rows)} tokens"))

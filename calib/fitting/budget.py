@@ -23,7 +23,7 @@ Proxy = Literal["relative", "fisher"]
 _ROUNDS = 4
 
 
-def share_out(
+def allocate_bits(
     chosen: Mapping[Site, tuple[Fit, Allowance]], weights: Mapping[Site, float], target_bits: float
 ) -> dict[Site, float]:
     """Bits of each site so that their mean is the target and the last step anywhere saves as much per bit.
@@ -117,7 +117,7 @@ def fit_budget(
         wanted = dict[Site, float]()
         for sites in together:
             chosen = {site: (fits[site], allowances[site]) for site in sites}
-            wanted |= share_out(chosen, weights, target_bits)
+            wanted |= allocate_bits(chosen, weights, target_bits)
         if wanted == bits:
             break
         bits = wanted

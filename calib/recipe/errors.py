@@ -36,7 +36,7 @@ class _Place(NamedTuple):
     models: list[type[BaseModel]]
 
 
-def refusal(error: ValidationError, kind: Any, where: str, marks: Marks) -> RecipeError:
+def recipe_error(error: ValidationError, kind: Any, where: str, marks: Marks) -> RecipeError:
     """All that pydantic found, a line each.
 
     Parameters

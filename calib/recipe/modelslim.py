@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from calib.recipe.errors import Location, RecipeError, mark, refusal
+from calib.recipe.errors import Location, RecipeError, mark, recipe_error
 from calib.recipe.patterns import Patterns
 from calib.recipe.recipe_file import Document
 
@@ -106,7 +106,7 @@ def _validated(part: Document) -> _Processor:
     try:
         return _Processor.model_validate_json(json.dumps(part.data), strict=True)
     except ValidationError as error:
-        raise refusal(error, _Processor, part.where, part.marks) from error
+        raise recipe_error(error, _Processor, part.where, part.marks) from error
 
 
 def _recipe(processors: list[_Processor]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 
 from artifacts.sites import Stage
 from calib.estimators import AnyEstimator, Estimator
-from calib.recipe.errors import Marks, RecipeError, mark, refusal
+from calib.recipe.errors import Marks, RecipeError, mark, recipe_error
 from calib.recipe.modelslim import from_modelslim, is_modelslim
 from calib.recipe.override import CachedTensor, Override, merged
 from calib.recipe.patterns import Patterns
@@ -137,7 +137,7 @@ class Recipe(BaseModel):
         try:
             return _ENTRY.validate_json(json.dumps(self._entry(tensor, overrides)), strict=True)
         except ValidationError as error:
-            raise refusal(error, AnyEstimator, f"{self.name}: overrides of {tensor} together", {}) from error
+            raise recipe_error(error, AnyEstimator, f"{self.name}: overrides of {tensor} together", {}) from error
 
     @property
     def needs_fisher(self) -> bool:
@@ -190,7 +190,7 @@ class Recipe(BaseModel):
         try:
             return cls.model_validate_json(json.dumps(data), strict=True)
         except ValidationError as error:
-            raise refusal(error, cls, where, marks) from error
+            raise recipe_error(error, cls, where, marks) from error
         except (TypeError, ValueError) as error:  # json holds no other types, and no circles
             raise RecipeError(f"recipe {where}: expected numbers, texts, lists and entries; {error}") from error
 

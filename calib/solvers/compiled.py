@@ -1,6 +1,6 @@
-"""Loops over many small steps, compiled: each step would be a call of its own elsewhere, and wait for other threads.
+"""Compilation of loops over many small steps, each of which would be a tensor operation of its own.
 
-Compiled functions take arrays and numbers, and release the interpreter's lock, so that threads run them side by side.
+Compiled functions take arrays and numbers and release the interpreter's lock, so that threads run them in parallel.
 """
 
 import inspect
@@ -13,13 +13,13 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def compiled(function: F) -> F:
-    """The function as machine code, made when it is first called.
+    """Function compiled to machine code on its first call.
 
-    It is kept on disk between processes, beside the module, in the user's cache or in ``NUMBA_CACHE_DIR``; where none
-    of them can be written to, every process makes it anew. Run-time checks of annotations stay outside.
+    The code is cached on disk, beside the module, in the user's cache or in ``NUMBA_CACHE_DIR``; if none of them is
+    writable, every process compiles again. Run-time checks of annotations are left out.
     """
     plain = inspect.unwrap(function)
     try:
         return cast(F, numba.njit(nogil=True, error_model="numpy", cache=True)(plain))
-    except RuntimeError:  # no place to keep it
+    except RuntimeError:  # no writable place for the cache
         return cast(F, numba.njit(nogil=True, error_model="numpy")(plain))

@@ -1,6 +1,6 @@
-"""Counts of the indices that tokens have when they are rounded to multiples of a step, and what they say about it.
+"""Rate and distortion of uniform quantization with entropy coding, from counts of the indices of calibration tokens.
 
-Indices are those of float32, ``rint(x / step)``. A compiled function writes one answer for each channel.
+Indices are computed in float32 as ``rint(x / step)``. Compiled functions write one result per channel.
 """
 
 import math
@@ -17,13 +17,15 @@ from calib.solvers.compiled import compiled
 from calib.solvers.threads import in_parts
 
 REACH = 512
-"""Tables go no further than this on either side of the index zero; what lies beyond is escaped."""
+"""Largest magnitude of an index in a table; indices beyond are escaped."""
 
+# Krichevsky-Trofimov estimator (1981): (count + 1/2) / (n + alphabet / 2), the Bayes estimate under Jeffreys' prior,
+# which codes n symbols in about log2(n) / 2 bits per free parameter more than the best table.
 PRIOR = 0.5
-"""Occurrences of every index, and of the escape symbol, that are added to those that were counted."""
+"""Pseudo-count of every index and of the escape symbol."""
 
 ESCAPE_BITS = 5.0
-"""What follows an escape symbol, besides the bits of the distance from the table."""
+"""Bits of an escape besides those of the distance from the table: the bit length of that distance."""
 
 Channels = Float32[np.ndarray, "channels tokens"]
 
@@ -32,23 +34,23 @@ Sums = Float64[np.ndarray, "channels symbols"]
 Answers = Float64[np.ndarray, " channels"]
 
 _WIDEST, _FINEST = 4.0, 2.0**-20
-"""Widest and finest step, in largest deviations: no index is beyond what a stream can hold."""
+"""Widest and finest step, relative to the largest deviation: every index fits a stream."""
 
 _TINY = torch.finfo(torch.float32).tiny
 
 _PRECISION = 1e-3
-"""Of the rate."""
+"""Relative tolerance of the rate."""
 
 _CURVE_TOKENS = 1024
-"""Tokens that the trade of bits against distortion is measured on."""
+"""Tokens for the rate-distortion curve."""
 
 _CURVE_STEP = 0.05
-"""Bits per channel between two points of that trade."""
+"""Bits per channel between two points of the rate-distortion curve."""
 
 
 @compiled
 def write_counts(x: Channels, step: np.float32, counts: Sums, sums: Sums) -> None:
-    """Adds up how often each index occurs, and what is rounded to it less the index, in steps; last, all escaped."""
+    """Adds up the occurrences of each index, and the residuals a - index in steps; escaped indices come last."""
     for channel in range(len(x)):
         for value in x[channel]:
             a = value / step
@@ -60,10 +62,9 @@ def write_counts(x: Channels, step: np.float32, counts: Sums, sums: Sums) -> Non
 
 @compiled
 def write_bits(ascending: Channels, step: np.float32, bits: Answers) -> None:
-    """Writes what each channel takes if every token has a table that has not counted it.
-
-    Equal indices are neighbours, so that the end of each run of them is found by bisection.
-    """
+    """Writes the bits of each channel by leave-one-out: every token is coded by the table of all other tokens."""
+    # Without a token the count c of its index is c - 1 of n - 1: it takes log2((n - 1 + PRIOR * known) / (c - 1 +
+    # PRIOR)) bits, so that rare indices are not underrated. Values are sorted: runs of an index end by bisection.
     n = ascending.shape[1]
     for channel in range(len(ascending)):
         x = ascending[channel]
@@ -89,7 +90,9 @@ def write_bits(ascending: Channels, step: np.float32, bits: Answers) -> None:
 
 @compiled
 def write_errors(ascending: Channels, step: np.float32, errors: Answers) -> None:
-    """Writes each channel's squared error, in steps, where every index stands for its mean, and so do all escaped."""
+    """Writes the squared error of each channel, in squared steps, with centroids as reconstruction values."""
+    # Within a cell sum (r - mean r)^2 = sum r^2 - (sum r)^2 / count, with r = a - index; values are sorted, so a cell
+    # is a run. All escaped indices have one common centroid shift.
     for channel in range(len(ascending)):
         error, escaped, escaped_sum = 0.0, 0, 0.0
         count, total, index = 0, 0.0, np.float32(0)
@@ -109,7 +112,7 @@ def write_errors(ascending: Channels, step: np.float32, errors: Answers) -> None
 
 @compiled
 def _run_end(x: Float32[np.ndarray, " tokens"], step: np.float32, start: int, index: float) -> int:
-    """First place from `start` on whose index is above `index`: strides that double until one is, then bisection."""
+    """First place from `start` on whose index is above `index`, by exponential search and bisection."""
     stride = 1
     while start + stride <= len(x) and np.rint(x[start + stride - 1] / step) <= index:
         start += stride
@@ -126,16 +129,16 @@ def _run_end(x: Float32[np.ndarray, " tokens"], step: np.float32, start: int, in
 
 @dataclass(frozen=True, eq=False)
 class IndexCounts:
-    """How often each index occurs with a step, for indices from -REACH to REACH and, last, all others.
+    """Counts of the indices for a step, from -REACH to REACH and, last, all others.
 
     Parameters
     ----------
     step : float
-        In units of the deviations.
+        Step, in units of the deviations.
     counts : Float64[Tensor, "channels symbols"]
-        Occurrences.
+        Occurrences of each index.
     sums : Float64[Tensor, "channels symbols"]
-        Of what is rounded to an index less the index, in steps.
+        Sums of the residuals x / step - index.
     """
 
     step: float
@@ -144,7 +147,7 @@ class IndexCounts:
 
     @classmethod
     def of(cls, deviation: Float32[Tensor, "tokens channels"], step: float) -> "IndexCounts":
-        """Counts the tokens."""
+        """Index counts of tokens for a step."""
         x, step = _by_channel(deviation), _possible(step)
         counts, sums = np.zeros((2, len(x), 2 * REACH + 2))
         in_parts(lambda part: write_counts(x[part], np.float32(step), counts[part], sums[part]), len(x))
@@ -152,47 +155,51 @@ class IndexCounts:
 
     @property
     def known(self) -> Bool[Tensor, "channels symbols"]:
-        """The indices of the tables, which go one beyond the ends of what occurs and contain zero, and the others."""
+        """True for indices in the tables (one beyond the range that occurs, and zero) and for the escape symbol."""
+        # Dilate the seen indices by one (max pooling of width 3), then fill between the first and the last: cumulative
+        # maxima from both ends are both one exactly in between.
         seen = self.counts[:, :-1] > 0
         seen[:, REACH] = True
         wide = torch.nn.functional.max_pool1d(seen.float(), 3, stride=1, padding=1)
         inside = (wide.cummax(dim=1).values * wide.flip(1).cummax(dim=1).values.flip(1)).bool()
         return torch.cat([inside, torch.ones_like(inside[:, :1])], dim=1)
 
-    def shares(self) -> Float64[Tensor, "channels symbols"]:
-        """How likely each symbol is held to be; zero for those in no table."""
+    def probabilities(self) -> Float64[Tensor, "channels symbols"]:
+        """Estimated probability of each symbol; zero outside the tables."""
         smoothed = (self.counts + PRIOR) * self.known
         return smoothed / smoothed.sum(dim=1, keepdim=True)
 
     def tables(self) -> tuple[Int16[Tensor, " channels"], Int16[Tensor, " channels"], Int16[Tensor, " symbols"]]:
         """Smallest index and number of indices of each channel, and all frequencies."""
-        known, shares = self.known, self.shares()
+        known, p = self.known, self.probabilities()
         n_symbols = known.sum(dim=1)
-        frequencies = (shares * (TOTAL - n_symbols)[:, None]).floor().long() + known
-        frequencies.scatter_add_(1, shares.argmax(dim=1, keepdim=True), TOTAL - frequencies.sum(dim=1, keepdim=True))
+        # A range coder needs positive integers with the sum TOTAL: one for each symbol, the rest in proportion, and
+        # what rounding down leaves (less than one per symbol) to the most frequent, where it costs least.
+        frequencies = (p * (TOTAL - n_symbols)[:, None]).floor().long() + known
+        frequencies.scatter_add_(1, p.argmax(dim=1, keepdim=True), TOTAL - frequencies.sum(dim=1, keepdim=True))
         first = known.int().argmax(dim=1) - REACH
         return first.to(torch.int16), (n_symbols - 1).to(torch.int16), frequencies[known].to(torch.int16)
 
     def shifts(self) -> Float64[Tensor, " indices"]:
-        """Mean of what is rounded to each index, less the index."""
+        """Centroid of the cell of each index relative to the index, in steps."""
         return (self.sums / self.counts.clamp_min(1))[:, :-1][self.known[:, :-1]]
 
 
 @dataclass(frozen=True, eq=False)
 class Trials:
-    """Tokens that steps are tried on: each channel's, in ascending order.
+    """Sorted deviations of each channel, to measure rate and distortion of a step.
 
     Parameters
     ----------
     ascending : Float32[ndarray, "channels tokens"]
-        Deviations.
+        Deviations in ascending order.
     """
 
     ascending: Float32[np.ndarray, "channels tokens"]
 
     @classmethod
     def of(cls, deviation: Float32[Tensor, "tokens channels"]) -> "Trials":
-        """Of these tokens."""
+        """Sorted deviations of tokens."""
         ascending = _by_channel(deviation)
         in_parts(lambda part: ascending[part].sort(axis=1), len(ascending))
         return cls(ascending)
@@ -203,12 +210,12 @@ class Trials:
         return float(np.abs(self.ascending[:, [0, -1]]).max())
 
     def rate(self, step: float) -> float:
-        """Mean bits per channel that other tokens would take: each token with a table that has not counted it."""
+        """Mean bits per channel for unseen tokens, by leave-one-out."""
         mean: float = self._answers(write_bits, step).sum() / self.ascending.size
         return mean
 
     def distortion(self, step: float) -> float:
-        """Mean squared error of a token, summed over its channels, where each index stands for its mean."""
+        """Mean squared error of a token, summed over its channels, with centroids as reconstruction values."""
         mean: float = self._answers(write_errors, step).sum() / self.ascending.shape[1]
         return step**2 * mean
 
@@ -219,10 +226,12 @@ class Trials:
 
 
 def with_rate(deviation: Float32[Tensor, "tokens channels"], bits: float) -> IndexCounts:
-    """Counts with the widest step that takes the bits per channel, found by bisection; the finest, if none takes them.
+    """Counts for the step whose rate is `bits` per channel, by bisection; the finest step if no rate is that high.
 
-    Rates end where only few channels move: a finer step adds bits to those alone.
+    The rate is bounded if few channels vary: a finer step adds bits to those alone.
     """
+    # The rate falls as the step grows, about one bit per factor of two (high-resolution theory, Gish and Pierce 1968),
+    # so the bisection is in the logarithm of the step.
     trials = Trials.of(deviation)
     if trials.widest == 0:
         return IndexCounts.of(deviation, 1.0)
@@ -236,7 +245,7 @@ def with_rate(deviation: Float32[Tensor, "tokens channels"], bits: float) -> Ind
 
 
 def trade(deviation: Float32[Tensor, "tokens channels"], most_bits: float) -> tuple[tuple[float, float], ...]:
-    """(distortion saved per bit, bits) of a token, as finer and finer steps bring them, up to a rate per channel.
+    """Rate-distortion curve of a token as (distortion saved per bit, bits) of successive increments of the rate.
 
     Beyond the rate of the finest step nothing is saved.
     """
@@ -248,6 +257,8 @@ def trade(deviation: Float32[Tensor, "tokens channels"], most_bits: float) -> tu
     if not points:
         return ()
     rates, distortions = np.maximum.accumulate(np.array(points), axis=0).T[0], np.array(points).T[1]
+    # D falls about as 2^(-2 R), so log D is interpolated linearly in R. The gains are then made non-increasing (a
+    # convex curve), as an allocation by equal slopes needs.
     bits = np.arange(0, most_bits, _CURVE_STEP)
     falling = np.exp(np.interp(bits, rates, np.log(distortions.clip(min=np.finfo(float).tiny))))
     unit = _CURVE_STEP * deviation.shape[1]
@@ -256,13 +267,13 @@ def trade(deviation: Float32[Tensor, "tokens channels"], most_bits: float) -> tu
 
 
 def _falling_steps(widest: float) -> list[float]:
-    """From the widest step to the finest, each finer by the root of two."""
+    """Steps from the widest to the finest, each smaller by a factor of sqrt(2)."""
     steps = [_WIDEST * widest * 2 ** (-n / 2) for n in range(1 + round(2 * math.log2(_WIDEST / _FINEST)))]
     return [_possible(step) for step in steps if step >= _TINY]
 
 
 def _possible(step: float) -> float:
-    """As float32 holds it, above zero."""
+    """Step as a positive float32 number."""
     return float(torch.tensor(step).clamp_min(_TINY))
 
 

@@ -87,10 +87,10 @@ def solve_distortions(centers: Problems, weights: Problems, distortions: Answers
 
 @compiled
 def _reduce(centers: Values, weights: Values, values: Values, prefix: Prefix) -> tuple[int, float, float, float]:
-    """Writes the distinct values and the sums; gives their number, the least, the range and the total weight.
+    """Writes the distinct values and the prefix sums; returns their number, the minimum, the range, the total weight.
 
-    The weights are the steps of their own sum: one that vanishes in it vanishes in all three, so an interval without
-    weight has no moment either.
+    A weight is taken as the increment of the running sum of weights: one that is lost to rounding there is lost in all
+    three sums, so that an interval without weight has no moment either.
     """
     low, high, total = np.inf, -np.inf, 0.0
     for center, weight in zip(centers, weights):  # noqa: B905 - compiled code knows no `strict`
@@ -118,7 +118,7 @@ def _reduce(centers: Values, weights: Values, values: Values, prefix: Prefix) ->
 
 @compiled
 def _cost(prefix: Prefix, start: int, stop: int) -> float:
-    """Squared error around the mean of an interval."""
+    """Squared error of an interval around its mean: sum w u^2 - (sum w u)^2 / sum w."""
     weight, moment = prefix[0, stop] - prefix[0, start], prefix[1, stop] - prefix[1, start]
     error: float = prefix[2, stop] - prefix[2, start] - moment * moment / max(weight, _TINY)
     return max(error, 0.0)
@@ -140,9 +140,10 @@ def _fill_rows(prefix: Prefix, n: int, rows: Float64[np.ndarray, "n_rows positio
 def _fill_row(prefix: Prefix, base: Row, cuts: Int64[np.ndarray, " positions"], row: Row) -> None:
     """Writes ``min_i D[i] + cost(i, j)`` at every position j; `base` holds D less the squares before i.
 
-    The best cuts at the two ends of a stride bound those within, so that strides which halve take O(n) each. Rows
-    ascend by theory; what is made to ascend here are ties decided by rounding.
+    The best cuts at both ends of a stride bound those within, so that each pass over halved strides takes O(n). Rows
+    ascend in theory; the last loop makes them ascend where rounding decided ties.
     """
+    # D[i] + cost(i, j) = D[i] + (Q_j - Q_i) - (S_j - S_i)^2 / (W_j - W_i): Q_j is constant in i and added at the end.
     n = len(base) - 1
     stride, cuts[0], row[0] = 1, 0, 0.0
     while 2 * stride <= n:
@@ -166,7 +167,7 @@ def _fill_row(prefix: Prefix, base: Row, cuts: Int64[np.ndarray, " positions"], 
 
 @compiled
 def _last_start(prefix: Prefix, row: Row, stop: int) -> int:
-    """Where the last of the optimal intervals before a position begins."""
+    """Start of the last optimal interval before a position."""
     least, best = np.inf, 0
     for start in range(stop + 1):
         error = row[start] + _cost(prefix, start, stop)
@@ -178,7 +179,7 @@ def _last_start(prefix: Prefix, row: Row, stop: int) -> int:
 def kmeans_1d(
     centers: Float[Tensor, "problems bins"], weights: Float[Tensor, "problems bins"], n_levels: int
 ) -> Float[Tensor, "problems n_levels"]:
-    """Levels, ascending, that minimise ``sum_i w_i (x_i - Q(x_i))^2`` exactly.
+    """Ascending levels that minimise ``sum_i w_i (x_i - Q(x_i))^2`` exactly.
 
     Parameters
     ----------
@@ -248,7 +249,7 @@ def _require(condition: bool, message: str) -> None:
 
 
 def _check(who: str, centers: Tensor, weights: Tensor, n_levels: int) -> None:
-    """Refuse what has no answer, naming the count of offenders."""
+    """Validates the arguments; errors count the offending values."""
     _require(
         centers.shape == weights.shape and centers.ndim == 2 and centers.numel() > 0,
         f"{who}: expected centers and weights of one shape (problems, bins), not empty; "

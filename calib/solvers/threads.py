@@ -1,4 +1,4 @@
-"""Work that consists of many small operations, spread over threads as a whole and not operation by operation."""
+"""Thread pools for work of many small operations: threads take whole items, not parts of an operation."""
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,20 +10,20 @@ import torch
 Item = TypeVar("Item")
 
 _PARTS_PER_THREAD = 4
-"""So that a thread that is held up leaves the rest of its share to the others."""
+"""Parts per thread: more than one, so that others take over from a thread that is delayed."""
 
 
 def for_each(function: Callable[[Item], object], items: Iterable[Item]) -> None:
-    """Calls a function with every item, in as many threads as torch may use, each of which has torch for itself.
+    """Calls a function with every item, in as many threads as torch may use, with one torch thread in each.
 
-    Torch cuts an operation into equal shares and waits for the last of them. Beside another busy process one of its
-    threads is not running then, and every operation lasts until that one has its turn. Here a thread that is held up
-    delays one item while others take the rest.
+    Torch cuts an operation into equal parts and waits for the last one. Beside another busy process one of its threads
+    is often not running, and every operation waits for it. Here a delayed thread delays one item while others take the
+    rest.
     """
     n_threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
 
     def call(item: Item) -> None:
-        with torch.inference_mode(inference):  # a thread's own, otherwise off
+        with torch.inference_mode(inference):  # the mode is per thread and off in a new one
             function(item)
 
     with torch_threads(1), ThreadPoolExecutor(n_threads) as threads:
@@ -32,14 +32,14 @@ def for_each(function: Callable[[Item], object], items: Iterable[Item]) -> None:
 
 
 def in_parts(work: Callable[[slice], object], n: int) -> None:
-    """Does `n` independent pieces of work, neighbours together, in as many threads as torch has.
+    """Runs `n` independent pieces of work, in slices of neighbours, in as many threads as torch has.
 
     Parameters
     ----------
     work : callable
-        Does the pieces of a slice; it spends its time in compiled functions.
+        Processes a slice of pieces, mostly in compiled functions.
     n : int
-        Pieces.
+        Number of pieces.
     """
     threads = min(torch.get_num_threads(), n)
     if threads <= 1:
@@ -53,7 +53,7 @@ def in_parts(work: Callable[[slice], object], n: int) -> None:
 
 @contextmanager
 def torch_threads(n: int) -> Iterator[None]:
-    """Has torch, and `in_parts`, use so many threads as long as the block runs, in threads that it starts too."""
+    """Sets the number of threads of torch and `in_parts` inside the context, also in threads started there."""
     before = torch.get_num_threads()
     torch.set_num_threads(n)
     try:

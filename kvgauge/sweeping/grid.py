@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from artifacts.errors import KVGaugeError
-from calib.recipe.errors import RecipeError, mark, refusal
+from calib.recipe.errors import RecipeError, mark, recipe_error
 from calib.recipe.recipe import Recipe, load_recipe
 from calib.recipe.recipe_file import Document, parse_document
 from kvgauge.configuration.tasks import TaskConfig, task_names
@@ -124,7 +124,7 @@ def _validated(document: Document) -> Grid:
     try:
         return Grid.model_validate_json(json.dumps(_spelt_out(document.data)), strict=True)
     except ValidationError as error:
-        raise refusal(error, Grid, document.where, document.marks) from error
+        raise recipe_error(error, Grid, document.where, document.marks) from error
 
 
 def _spelt_out(data: dict[str, Any]) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def test_what_is_joined_is_what_is_decoded(name: str, sizes: tuple[int, ...]) ->
 
 
 def test_entries_that_belong_to_no_token_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"scale has 2 entries; 6 tokens with 1 for each 1 need 6\. Say"):
+    with pytest.raises(ValueError, match=r"scale has 2 entries; 6 tokens with 1 for each 1 need 6\. Give"):
         Codes(tensors={"scale": torch.ones(2)}, shape=(6, 8), dtype=torch.float32)
     Codes(tensors={"scale": torch.ones(2)}, shape=(6, 8), dtype=torch.float32, spans={"scale": Span(tokens=4)})
 

@@ -85,7 +85,7 @@ def test_a_step_names_the_site_and_the_next_step_starts_afresh(fetched: list[int
         with pytest.raises(IndexError):
             model(IDS + 64, use_cache=False)
         assert model(IDS, use_cache=False).logits.isfinite().all()
-    assert finite._ASKED.get() is None
+    assert finite._PENDING.get() is None
 
 
 def followed_by_an_error() -> None:

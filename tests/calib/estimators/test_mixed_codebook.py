@@ -13,7 +13,7 @@ from artifacts.quantizers.mixed_codebook import MixedCodebook
 from artifacts.sites import Site
 from calib.estimators import CodebookEstimator, MixedCodebookEstimator, RotatedEstimator, mixed_codebook
 from calib.estimators.estimator import trial_statistics
-from calib.estimators.mixed_codebook import LEVEL_COUNTS, allot
+from calib.estimators.mixed_codebook import LEVEL_COUNTS, allocate_levels
 from calib.statistics.readers import logit_metric
 from calib.statistics.site_statistics import SiteShape, SiteStatistics
 
@@ -38,7 +38,7 @@ def statistics_of(x: Tensor, heads: int = 2) -> SiteStatistics:
 def test_no_other_allotment_on_the_hull_is_better() -> None:
     """The steps are taken from the steepest on, so nothing with as many bits, to a step, leaves less."""
     distortions = gaussian_distortions([3.0, 1.0, 0.5, 0.1])
-    chosen = allot(distortions, bits=2.0)
+    chosen = allocate_levels(distortions, bits=2.0)
     spent = sum(math.log2(n) for n in chosen)
     assert spent <= 8
     index = {n: i for i, n in enumerate(LEVEL_COUNTS)}
@@ -69,7 +69,7 @@ def test_bytes_are_those_of_the_words(n_components: int) -> None:
 @pytest.mark.parametrize("bits", [0.25, 0.5, 1.0, 1.7, 2.5, 3.3, 4.0, 6.0])
 @pytest.mark.parametrize("n_components", [8, 32, 67])
 def test_bytes_stay_within_the_budget_and_use_it(bits: float, n_components: int) -> None:
-    counts = allot(gaussian_distortions([2.0 ** (-0.2 * c) for c in range(n_components)]), bits)
+    counts = allocate_levels(gaussian_distortions([2.0 ** (-0.2 * c) for c in range(n_components)]), bits)
     n_bytes = MixedRadix(counts).bytes_per_token
     assert n_bytes <= n_components * bits / 8
     assert n_bytes >= int(n_components * bits / 8) - 1

@@ -29,7 +29,7 @@ from calib.estimators import Allowance, Fit, PredictedEstimator
 from calib.estimators import predicted as predicted_estimator
 from calib.estimators.estimator import trial_statistics
 from calib.estimators.predicted import NOTHING, NormalEquations, _without, fit_predictor, held_out_shrinkage
-from calib.fitting.budget import share_out
+from calib.fitting.budget import allocate_bits
 from calib.fitting.fit import fit
 from calib.recipe.recipe import Recipe, RecipeError, load_recipe, shipped_recipes
 from calib.statistics.model_statistics import ModelStatistics
@@ -377,19 +377,19 @@ def asking(slopes: list[float], unit_bits: int = 8) -> tuple[Fit, Allowance]:
 def test_bytes_go_where_they_save_most() -> None:
     steep, flat = ([scale * 2.0**-n for n in range(64)] for scale in (4096.0, 1.0))
     sites = {KEY0: asking(steep), VALUE0: asking(flat)}
-    found = share_out(sites, dict.fromkeys(sites, 1.0), 2.0)
+    found = allocate_bits(sites, dict.fromkeys(sites, 1.0), 2.0)
     assert found[KEY0] + found[VALUE0] == 4.0
     assert found[KEY0] - found[VALUE0] == pytest.approx(12 / 16, abs=8 / 16)  # 2^12 is twelve steps of a bit
-    weighted = share_out(sites, {KEY0: 1.0, VALUE0: 4096.0}, 2.0)
+    weighted = allocate_bits(sites, {KEY0: 1.0, VALUE0: 4096.0}, 2.0)
     assert weighted == {KEY0: 2.0, VALUE0: 2.0}
     finer = {KEY0: asking(steep, unit_bits=1), VALUE0: asking(flat, unit_bits=1)}
-    assert share_out(finer, dict.fromkeys(finer, 1.0), 2.0) == {KEY0: 2.375, VALUE0: 1.625}
+    assert allocate_bits(finer, dict.fromkeys(finer, 1.0), 2.0) == {KEY0: 2.375, VALUE0: 1.625}
 
 
 @pytest.mark.parametrize("target", [0.75, 1.1, 3.0, 8.0])
 def test_no_site_gets_less_or_more_than_it_can_be_given(target: float) -> None:
     sites = {KEY0: asking([1.0] * 200), VALUE0: asking([1e-9] * 200, unit_bits=1), KEY1: asking([])}
-    found = share_out(sites, dict.fromkeys(sites, 1.0), target)
+    found = allocate_bits(sites, dict.fromkeys(sites, 1.0), target)
     assert 3 * target - 1 / 16 < sum(found.values()) <= 3 * target
     assert all(0.25 <= bits <= 8 for bits in found.values())
     assert found[KEY0] == pytest.approx(min(8.0, 3 * target - 0.75), abs=0.5)
@@ -536,7 +536,7 @@ def test_a_budget_is_met_in_stored_bytes(
 
 
 def test_a_budget_is_for_sites_that_allot_levels(statistics: ModelStatistics) -> None:
-    with pytest.raises(RecipeError, match="target_bits is shared out; key needs an entry with method: mixed_codebook"):
+    with pytest.raises(RecipeError, match="target_bits allocates bits; key needs an entry with method: mixed_codebook"):
         load_recipe("kvquant-3").edited({"target_bits": 2.0})
     exact = load_recipe("predictive").edited({"target_bits": 2.0, "exclude": ["layers.0.key*"]})
     with pytest.raises(RecipeError, match=r"layers\.0\.key\.pre_rope: target_bits"):

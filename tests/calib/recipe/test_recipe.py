@@ -8,7 +8,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from calib.estimators import CodebookEstimator, IdentityEstimator, UniformEstimator
-from calib.recipe.errors import refusal
+from calib.recipe.errors import recipe_error
 from calib.recipe.override import merged
 from calib.recipe.recipe import Recipe, RecipeError, load_recipe, shipped_recipes
 from kvgauge.cli.calibrate import parser
@@ -273,13 +273,13 @@ def test_errors_inside_wrappers_name_what_is_known_there(change: dict[str, Any],
     with pytest.raises(ValidationError) as caught:
         Wrapper.model_validate(entry)
     marks = {(): "r.yaml, line 1", ("inner", "inner"): "r.yaml, line 7"}
-    assert str(refusal(caught.value, Wrapper, "r", marks)) == f"recipe r.yaml, line 7: {message}"
+    assert str(recipe_error(caught.value, Wrapper, "r", marks)) == f"recipe r.yaml, line 7: {message}"
 
 
 def test_the_types_that_a_value_might_have_share_a_line() -> None:
     with pytest.raises(ValidationError) as caught:
         Wrapper.model_validate({"seed": [], "inner": {"method": "grid"}})
-    message = str(refusal(caught.value, Wrapper, "r", {}))
+    message = str(recipe_error(caught.value, Wrapper, "r", {}))
     assert message == "recipe r: seed: must be a valid integer; got [] or must be 'none'; got []"
 
 
