@@ -461,7 +461,7 @@ FOREIGN: dict[str, tuple[Callable[[Path], object], type[ArtifactError], str]] = 
         CorruptArtifactError,
         "MEMOIZE",
     ),
-    "deep": (raw(b"\x80\x04" + b"]" * 100_000 + b"a" * 99_999 + b"."), CorruptArtifactError, "not one written by kvgauge"),
+    "deep": (raw(b"\x80\x04" + b"]" * 100_000 + b"a" * 99_999 + b"."), CorruptArtifactError, "not one written by"),
     "row-of-many": (plain_pickle(header_text(), [("a", "float32", (1,), b"0123", 5)]), CorruptArtifactError, "kvgauge"),
     "object-array": (plain_pickle(header_text(), [("a", "object", (1,), b"01234567")]), CorruptArtifactError, "dtype"),
     "wrong-size": (
