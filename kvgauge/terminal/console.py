@@ -180,5 +180,5 @@ def listing_of_runs() -> str:
 
 def _message(error: Exception) -> str:
     text = str(error) or type(error).__name__
-    known = isinstance(error, UsageError | ValueError | OSError | MemoryError)
+    known = isinstance(error, KVGaugeError | ValueError | OSError | MemoryError)
     return text if known else f"{type(error).__name__}: {text}"

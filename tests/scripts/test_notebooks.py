@@ -23,6 +23,7 @@ from simquant import CachePolicy
 from simquant.protocols.protocol import Protocol
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
+IMPORTS = (ast.Import, ast.ImportFrom)
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -59,6 +60,15 @@ def test_notebooks_define_nothing(path: Path) -> None:
 def test_definitions_would_be_found() -> None:
     source = "%%capture\ndef a():\n    pass\nclass B: ...\nc = lambda: 0\nd = sorted(x, key=lambda e: e)\n"
     assert definitions(source) == ["a", "B", "lambda"]
+
+
+@every_notebook
+def test_what_notebooks_import_is_there(path: Path) -> None:
+    sources = [cell["source"] for cell in cells(path) if cell["cell_type"] == "code"]
+    code = ["".join(line for line in source if not line.startswith("%")) for source in sources]
+    lines = [ast.unparse(node) for source in code for node in ast.parse(source).body if isinstance(node, IMPORTS)]
+    assert lines
+    exec("\n".join(lines), {})
 
 
 @every_notebook
