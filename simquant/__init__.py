@@ -1,4 +1,4 @@
-"""How quantizers are used: inside attention, and measured there."""
+"""Use of quantizers in a model's KV cache: simulation, packed caches, eviction, and evaluation."""
 
 from artifacts.model.transformers_release import cache_argument, check_release
 

@@ -1,4 +1,4 @@
-"""Full precision against quantized, on the same windows."""
+"""Evaluation of quantized caches against full precision on the same windows: perplexity, KL divergence, bits."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -42,7 +42,7 @@ def perplexity(
     batch_size: int = 1,
     normalization: Normalization = "targets",
 ) -> float:
-    """exp of the mean negative log probability of all tokens but the first of each window, or of those in `scored`.
+    """Perplexity: exp of the mean negative log-likelihood of all tokens but the first of each window.
 
     Inside `simulate` this is the perplexity of the quantized model.
 
@@ -53,16 +53,16 @@ def perplexity(
     windows : Int64[Tensor, "windows tokens"]
         Token ids, without padding.
     scored : ScoredTargets or None
-        Which targets count, where windows overlap; see `strided_windows`.
+        Targets that count, for overlapping windows; see `strided_windows`. None is all but the first of each window.
     batch_size : int
         Windows per forward pass.
     normalization : {'targets', 'gptq'}
-        Mean over all targets, or over the windows' means; the same for windows of equal length.
+        Mean over all targets, or mean of the windows' means as GPTQ computes it; equal for windows of equal length.
 
     Returns
     -------
     float
-        From 1 to the size of the vocabulary and beyond; the lower the better.
+        Perplexity, from 1; a uniform guess has the size of the vocabulary.
     """
     scored = scored_targets(windows, scored, normalization)
     found: list[Tensor] = []
@@ -90,7 +90,7 @@ def evaluate(
     progress: Progress = iter,
     log: WindowLog | None = None,
 ) -> EvalResult:
-    """Scores a model with a full-precision and with a quantized cache, on the same windows.
+    """Loss of a quantized cache against full precision: perplexity, KL divergence, top-1 agreement, and stored bits.
 
     Parameters
     ----------
@@ -101,14 +101,14 @@ def evaluate(
     quantizers : Artifact or mapping from Site to Quantizer
         See `simulate`.
     policy : CachePolicy or None
-        Which tokens stay exact; None takes what the artifact and its recipe say.
+        Tokens kept in full precision; None takes the policy of the artifact and its recipe.
     protocol : {'full', 'decode', 'cache'}
-        Every token quantized before it is read; each query sees what a cache holds at its step, in one pass; or step by
-        step through a packed cache, the reference for 'decode'.
+        'full': every token is quantized before any query reads it. 'decode': one pass in which each query reads what
+        a cache holds at its step. 'cache': step by step through a packed cache, the reference for 'decode'.
     chunking : Chunking or None
-        How the text enters the cache under 'decode' and 'cache'; None is token by token.
+        Steps in which the text is read under 'decode' and 'cache'; None is token by token.
     scored : ScoredTargets or None
-        Which targets count, where windows overlap (see `strided_windows`); None is all but the first of each window.
+        Targets that count, for overlapping windows (see `strided_windows`); None is all but the first of each window.
     batch_size : int
         Windows per forward pass.
     normalization : {'targets', 'gptq'}
@@ -116,8 +116,8 @@ def evaluate(
     progress : callable
         Wraps the batches, for a progress bar.
     log : WindowLog or None
-        Where finished batches are kept; those that an interrupted run of the same evaluation has left are not run
-        again, and the result is what it would have been, the time they took included.
+        File of finished batches. Batches of an interrupted run of the same evaluation are not run again; the result is
+        that of an uninterrupted run, their time included.
 
     Returns
     -------
@@ -127,9 +127,9 @@ def evaluate(
     Raises
     ------
     NothingQuantizedError
-        If a quantizer has fewer than 16 bits and no token went through it, or no scored target reads one that did.
+        If a quantizer has fewer than 16 bits and encoded no token, or no scored target reads its codes.
     UnsupportedModelError
-        If the protocol changes the model's logits though nothing is quantized.
+        If the protocol changes the model's logits with identity quantizers.
     NonFiniteError
         If the full-precision or the quantized model gives NaN; infinite losses are reported.
     WindowLogError
@@ -166,22 +166,22 @@ def evaluate_each(
     progress: Progress = iter,
     log: WindowLog | None = None,
 ) -> list[EvalResult]:
-    """Results of `evaluate` for each of several sets of quantizers, from one full-precision pass over the windows.
+    """Results of `evaluate` for several sets of quantizers, with one full-precision pass over the windows for all.
 
     Parameters
     ----------
     candidates : sequence of Artifact or of mappings from Site to Quantizer
-        See `simulate`. The results are in their order.
+        See `simulate`; results are in the same order.
     model, windows, policy, protocol, chunking, scored, batch_size, normalization, progress, log
         See `evaluate`.
 
     Raises
     ------
     NothingQuantizedError
-        If a quantizer of a candidate has fewer than 16 bits and no scored target reads what went through one; after the
-        first batch, if no token went through it.
+        If a quantizer of a candidate has fewer than 16 bits and no scored target reads its codes; after the first
+        batch, if it encoded no token.
     UnsupportedModelError
-        If the protocol changes the model's logits though nothing is quantized.
+        If the protocol changes the model's logits with identity quantizers.
     NonFiniteError
         If the full-precision or the quantized model gives NaN; infinite losses are reported.
     WindowLogError
@@ -222,13 +222,13 @@ def _score(
     numbered: tuple[int, Int64[Tensor, "windows tokens"]],
     n_scored: Sequence[int],
 ) -> list[BatchScores]:
-    """What each set of quantizers makes of a batch, which the model in full precision reads once for all."""
+    """Scores of a batch under each set of quantizers, against one full-precision pass."""
     start = time.perf_counter()
     first, batch = numbered
     logits = runs[0].protocol.exact_logits(model, batch, logits=window_logits)
     fp = ScoredLogits.of(logits, batch, n_scored)
     for window, (nll,) in enumerate(fp.by_window(fp.nll), start=first):
-        check_logits("full-precision", window, nll)  # before a quantizer finds it
+        check_logits("full-precision", window, nll)  # so that a quantizer is not blamed for NaN
     seconds = time.perf_counter() - start
     found = [run.score(model, layers, batch, fp) for run in runs]
     return [replace(own, seconds=own.seconds + seconds) for own in found]

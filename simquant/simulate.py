@@ -1,4 +1,4 @@
-"""Attention that reads keys and values as a quantized cache would give them back."""
+"""Simulated quantization: attention reads every key and value after encoding and decoding (protocol 'full')."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -28,27 +28,27 @@ def simulate(
     policy: CachePolicy | None = None,
     layers: Sequence[AttentionLayer] | None = None,
 ) -> Iterator[Usage]:
-    """Inside the context every key and value that the model caches has been through its quantizer.
+    """Context in which every key and value of the model is encoded and decoded before attention reads it.
 
-    This is the fully quantized protocol: a token's key and value are encoded and decoded before any query, its own
-    included, sees them. The model is as it was afterwards, also after an exception.
+    This is the protocol 'full': no query, its own token's included, reads a token in full precision, sinks excepted.
+    The model is restored on exit, also after an exception.
 
     Parameters
     ----------
     model : nn.Module
         A transformers causal language model.
     quantizers : Artifact or mapping from Site to Quantizer
-        One for the keys and one for the values of every layer; identities keep a layer exact.
+        One for the keys and one for the values of every layer; `Identity` leaves a layer in full precision.
     policy : CachePolicy or None
-        Which tokens stay exact; None takes what the artifact says.
+        Number of sink tokens; None takes that of the artifact.
     layers : sequence of AttentionLayer or None
-        From `attention_layers(model)`, if they are known already. Inside another simulation they must be: looking for
-        them runs the model, and the outer quantizers would change and count what it shows.
+        Result of `attention_layers(model)`, if at hand. Required inside another simulation: finding the layers runs
+        the model, and the outer quantizers would change and count those passes.
 
     Yields
     ------
     Usage
-        Counts of tokens and stored bytes, growing while the model runs.
+        Counts of tokens and stored bytes, updated while the model runs.
 
     Raises
     ------
@@ -60,8 +60,8 @@ def simulate(
     policy = policy or default_policy(quantizers, sinks_alone=True)
     if not policy.encodes_at_once:
         raise ValueError(
-            f"simulate: every token but the sinks is quantized before it is read; got a policy with {policy.describe()}"
-            ". Use decode_exact or packed_cache (the protocols 'decode' and 'cache')."
+            "simulate: expected a policy with sinks alone, since every other token is quantized before it is read; got "
+            f"{policy.describe()}. Use decode_exact or packed_cache (the protocols 'decode' and 'cache')."
         )
     usage, sources = Usage(quantizers), DecodedSources(quantizers)
     with ExitStack() as stack:
@@ -82,7 +82,7 @@ def _handler(
     policy, tokens, usage = under
 
     def handle(x: Float[Tensor, "batch heads tokens head_dim"]) -> Tensor:
-        """What attention reads in place of `x`."""
+        """Keys or values that attention reads in place of `x`."""
         own = on_device.get(x.device) or on_device.setdefault(x.device, quantizer.to(x.device))
         rows = to_rows(x)
         keep = tokens.encoded(x.shape[0], x.shape[2], policy.sink_tokens)
@@ -105,7 +105,7 @@ def _handler(
 def _read(
     quantizer: Quantizer, rows: Tensor, context: Context, parts: list[Tensor] | None, counted: tuple[Site, Usage]
 ) -> Tensor:
-    """What attention reads: the chosen rows decoded, the others as they are."""
+    """Rows that attention reads: those in `parts` encoded and decoded, the others in full precision."""
     if parts is None:
         return _simulated(quantizer, rows, context, counted)
     read = rows.clone()
@@ -124,7 +124,7 @@ def _simulated(quantizer: Quantizer, rows: Tensor, context: Context, counted: tu
 def _all_decoded(
     quantizer: Quantizer, rows: Tensor, read: Tensor, context: Context, exact: Bool[Tensor, "batch tokens"] | None
 ) -> Tensor:
-    """What attention reads, but with the tokens that stay exact decoded too: as sources they are nothing else."""
+    """Rows that later sites are predicted from: those of attention, with sinks encoded and decoded as well."""
     if exact is None or not exact.any():
         return read
     chosen, decoded = exact.flatten().to(rows.device), read.clone()
@@ -135,7 +135,7 @@ def _all_decoded(
 def _parts(
     quantizer: Quantizer, batch: int, n_tokens: int, keep: Bool[Tensor, "batch tokens"] | None, device: torch.device
 ) -> list[Tensor] | None:
-    """Rows encoded together: all of them (None), the chosen ones, or each sequence's own where tokens share scales."""
+    """Indices of rows that are encoded together: None for all, or per sequence if tokens share scales."""
     if quantizer.tokens_per_scale == 1 and keep is None:
         return None
     chosen = torch.ones(batch, n_tokens, dtype=torch.bool) if keep is None else keep

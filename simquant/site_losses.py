@@ -1,4 +1,4 @@
-"""What each quantizer costs when all others are left out: which keys or values to give more bits."""
+"""Sensitivity of the model to each site: loss with one layer's keys or values quantized alone."""
 
 import math
 from collections.abc import Mapping
@@ -21,14 +21,14 @@ from simquant.protocols.protocol import ProtocolName
 
 @dataclass(frozen=True, kw_only=True)
 class SiteLoss:
-    """Of the keys or the values of one layer, quantized alone.
+    """Loss with the keys or the values of one layer quantized alone.
 
     Parameters
     ----------
     nats, stderr : float
-        Mean loss per target and its standard error, clustered by window; negative losses are chance.
+        Mean loss per target and its standard error, clustered by window; a negative loss is noise.
     kl : float
-        Mean KL(fp || quantized) in nats, which varies less than the loss from window to window.
+        Mean KL(fp || quantized) in nats, which varies less from window to window than the loss.
     """
 
     nats: float
@@ -47,9 +47,10 @@ def site_losses(
     batch_size: int = 1,
     progress: Progress = iter,
 ) -> dict[Site, SiteLoss]:
-    """What quantizing each site alone loses; the sites' losses add up to that of all only where all are small.
+    """Loss of each site quantized alone, to decide which ones get more bits.
 
-    Runs the model 1 + n times over each batch, n being the sites that are quantized at all: take a few windows.
+    Losses of sites add up to the loss of all only while all are small. Runs the model 1 + n times over each batch, for
+    n quantized sites: a few windows are enough.
 
     Parameters
     ----------
@@ -73,9 +74,9 @@ def site_losses(
 
 
 def loss_shares(losses: Mapping[Site, SiteLoss]) -> dict[Site, float]:
-    """Each site's share of the sum of what they lose alone, the largest first; what gains counts as nothing.
+    """Share of each site in the sum of the sites' losses, the largest first; negative losses count as zero.
 
-    Sites whose loss is infinite or no number share all of it.
+    If losses are infinite or NaN, those sites share the whole.
     """
     nats = {site: math.inf if math.isnan(loss.nats) else max(0.0, loss.nats) for site, loss in losses.items()}
     if math.inf in nats.values():

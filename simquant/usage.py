@@ -1,4 +1,4 @@
-"""What was stored while a model ran, counted and never computed."""
+"""Counters of stored tokens and bytes, filled while a model runs."""
 
 import math
 from collections import defaultdict
@@ -16,22 +16,22 @@ from artifacts.sites import Site
 from simquant.cache.store.token_store import TokenStore
 
 CONTEXT_TOKENS = (2048, 32768, 131072)
-"""Context lengths over which static bytes are spread in reports."""
+"""Context lengths over which reports amortise static bytes."""
 
 
 @final
 @dataclass(frozen=True)
 class StoredBytes:
-    """The bytes of some keys and values, exact tokens included.
+    """Bytes of stored keys and values, tokens in full precision included.
 
     Parameters
     ----------
     n_elements : int
-        Numbers that are held, in whatever form.
+        Stored elements: tokens times channels.
     size_bytes : int
-        What they take: codes, scales, exact tokens, running states.
+        Bytes of codes, scales, full-precision tokens and running scales.
     plain_bytes : int
-        What they would take in the dtype they came in.
+        Bytes of the same elements in the dtype of the model.
     """
 
     n_elements: int = 0
@@ -40,7 +40,7 @@ class StoredBytes:
 
     @classmethod
     def of(cls, stores: Iterable[TokenStore]) -> "StoredBytes":
-        """What these hold; beams are counted each by itself, also where they share memory."""
+        """Bytes of some stores; tensors that beams share count once for each beam."""
         return sum((cls._of(store) for store in stores), start=cls())
 
     @property
@@ -78,15 +78,15 @@ class SiteUsage:
     Parameters
     ----------
     n_encoded, n_exact : int
-        Tokens that went through a quantizer, and tokens that the policy kept.
+        Tokens that were encoded, and tokens that the policy keeps in full precision.
     encoded_bytes, exact_bytes : int
-        What each of the two takes.
+        Bytes of each of the two.
     replaced_bytes : int
-        What the encoded tokens would take as they came.
+        Bytes of the encoded tokens in the dtype of the model.
     n_small : int
-        Tokens among those that the policy kept whose keys have small norms; they have codes, too.
+        Tokens in full precision for their small key norms, part of `n_exact`; they also have codes.
     n_padding : int
-        Columns that are no tokens; nothing is stored for them.
+        Padding columns, for which nothing is stored.
     """
 
     n_encoded: int = 0
@@ -100,28 +100,28 @@ class SiteUsage:
 
 @dataclass
 class Usage:
-    """Counters of all sites during a simulation."""
+    """Counters of all sites while a model runs."""
 
     quantizers: Mapping[Site, Quantizer]
     sites: dict[Site, SiteUsage] = field(default_factory=lambda: defaultdict(SiteUsage))
 
     def add(self, site: Site, codes: Codes) -> None:
-        """Counts what was stored for encoded tokens."""
+        """Counts encoded tokens and their bytes."""
         self.sites[site].n_encoded += codes.shape[0]
         self.sites[site].encoded_bytes += codes.nbytes
         self.sites[site].replaced_bytes += math.prod(codes.shape) * codes.dtype.itemsize
 
     def add_exact(self, site: Site, n_tokens: int, nbytes: int) -> None:
-        """Counts tokens that stay as they are."""
+        """Counts tokens in full precision and their bytes."""
         self.sites[site].n_exact += n_tokens
         self.sites[site].exact_bytes += nbytes
 
     def add_padding(self, site: Site, n_columns: int) -> None:
-        """Counts what a pass has brought besides tokens."""
+        """Counts padding columns of a forward pass."""
         self.sites[site].n_padding += n_columns
 
     def add_store(self, site: Site, store: TokenStore) -> None:
-        """Counts what a cache holds for a sequence."""
+        """Counts the tokens and bytes that a cache holds for a sequence."""
         self.sites[site].n_encoded += store.n_encoded
         self.sites[site].encoded_bytes += store.encoded_bytes
         self.sites[site].replaced_bytes += StoredBytes.of([store]).plain_bytes - store.exact_bytes
@@ -129,7 +129,7 @@ class Usage:
         self.add_exact(site, store.n_exact, store.exact_bytes)
 
     def include(self, other: "Usage") -> None:
-        """Adds what another simulation has counted."""
+        """Adds the counts of another run."""
         for site, use in other.sites.items():
             for counter in fields(SiteUsage):
                 setattr(
@@ -138,35 +138,37 @@ class Usage:
 
     @property
     def quantized_fraction(self) -> float:
-        """Share of the tokens, over all sites, that a quantizer of fewer than 16 bits has seen."""
+        """Share of the tokens, over all sites, that quantizers of fewer than 16 bits have encoded."""
         total = sum(use.n_encoded + use.n_exact for use in self.sites.values())
         lossy = sum(use.n_encoded for site, use in self.sites.items() if self.quantizers[site].spec.bits < 16)
         return lossy / total if total else 0.0
 
     def bits(self, tensor: str) -> float:
-        """StoredBytes bits per element of the encoded keys or values, static bytes left out."""
+        """Stored bits per element of the encoded keys or values, without static bytes."""
         chosen = self._chosen(tensor)
         elements = sum(use.n_encoded * self.quantizers[site].channels for site, use in chosen.items())
         return 8 * sum(use.encoded_bytes for use in chosen.values()) / elements if elements else 0.0
 
     @property
     def average_bits(self) -> float:
-        """StoredBytes bits per element over all keys and values, exact tokens included, static bytes left out."""
+        """Stored bits per element over all keys and values, full-precision tokens included, without static bytes."""
         stored = sum(use.encoded_bytes + use.exact_bytes for use in self.sites.values())
         elements = sum((use.n_encoded + use.n_exact) * self.quantizers[s].channels for s, use in self.sites.items())
         return 8 * stored / elements if elements else 0.0
 
     def static_bytes(self, tensor: str) -> int:
-        """Bytes of scales, codebooks and thresholds, stored once for any number of tokens."""
+        """Bytes of calibrated scales, codebooks and thresholds, stored once for any number of tokens."""
         return sum(self.quantizers[site].static_bytes for site in self._chosen(tensor))
 
     def amortised_bits(self, tensor: str, context_tokens: int, exact_tokens: int) -> float:
-        """Bits per element of a cache of `context_tokens` tokens: codes, exact tokens and static bytes.
+        """Bits per element of a cache of `context_tokens` tokens: codes, full-precision tokens and static bytes.
 
-        Tokens with keys of small norm come in the share that was seen, though they grow rarer: an upper bound.
+        Tokens with small key norms are counted in the share seen so far, an upper bound, since they grow rarer.
         """
         chosen = self._chosen(tensor)
         total = 0.0
+        # Bytes per encoded and per full-precision token, times their expected numbers in the context, plus the static
+        # bytes once per sequence. A short run in which a site encoded nothing counts its tokens in full precision.
         for site, use in chosen.items():
             per_exact = (use.exact_bytes + use.replaced_bytes) / ((use.n_exact + use.n_encoded) or 1)
             per_encoded = use.encoded_bytes / use.n_encoded if use.n_encoded else per_exact
@@ -178,7 +180,7 @@ class Usage:
         return 8 * total / (context_tokens * channels) if channels else 0.0
 
     def n_tokens(self) -> dict[Site, int]:
-        """Tokens of each site so far, padding among them."""
+        """Columns of each site so far, padding included."""
         used = {site: self.sites[site] for site in self.quantizers}
         return {site: use.n_encoded + use.n_exact + use.n_padding for site, use in used.items()}
 
@@ -188,12 +190,12 @@ class Usage:
 
 @contextmanager
 def counted_passes(model: nn.Module, usage: Usage) -> Iterator[None]:
-    """Every forward pass of the model inside the context adds tokens at every site.
+    """Context that checks after every forward pass that each site has counted tokens.
 
     Raises
     ------
     UnsupportedModelError
-        After a pass that did not.
+        After a pass in which some site has not.
     """
     before: dict[Site, int] = {}
 

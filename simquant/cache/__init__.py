@@ -1,1 +1,1 @@
-"""A transformers cache that keeps codes, and what it keeps of each layer, sequence and site."""
+"""Packed KV cache: codes per layer, sequence and site, attention over them, and a transformers `Cache` around both."""

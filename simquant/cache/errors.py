@@ -1,7 +1,7 @@
-"""What can go wrong with a cache in use; that an artifact or a cache is of another model is a `MismatchError`."""
+"""Errors of a cache in use; an artifact or a cache of another model is a `MismatchError`."""
 
 from artifacts.errors import KVGaugeError
 
 
 class CacheStateError(KVGaugeError, RuntimeError):
-    """A cache cannot do what was asked of it in the state that it is in."""
+    """Operation that a cache cannot carry out in its present state."""

@@ -1,4 +1,4 @@
-"""Drops tokens of a layer when a step has been read, as an `Eviction` asks."""
+"""Eviction of tokens from a layer after each step: attention scores, pooling, and the choice of whole groups."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -20,19 +20,19 @@ from simquant.policy.eviction import Choice, Eviction
 from simquant.policy.policy import CachePolicy
 
 _SCORES = 2**22
-"""Scores that are held at a time: queries are taken in parts."""
+"""Attention scores in memory at a time; queries are split so that there are no more."""
 
 Blocks = Callable[[], Iterable[tuple[Tensor, Tensor]]]
-"""Starts over with the blocks of a sequence: keys "kv_heads tokens head_dim", and where "queries tokens" is visible."""
+"""Iterates over the blocks of a sequence from the start: keys "kv_heads tokens head_dim", mask "queries tokens"."""
 
 
 def attention_received(
     query: Float[Tensor, "q_heads queries head_dim"], kv_heads: int, blocks: Blocks, scoring: Scoring
 ) -> Float[Tensor, "kv_heads tokens"]:
-    """The attention weights of each token, summed over the queries that see it, of the mean head that reads the key.
-
-    Keys come twice, block by block: once for the totals of the softmax, once for the weights.
-    """
+    """Attention weights that each token receives, summed over queries and averaged over the heads of a KV head."""
+    # H2O's accumulated attention, and SnapKV's over its observation window: s_j = sum_i exp(q_i k_j - L_i), with L_i
+    # the log-sum-exp of row i. L_i needs all keys, so that blocks are decoded twice (first L, then the weights) and
+    # the matrix of queries x tokens is never in memory.
     grouped = (widened(query) * scoring.scaling).unflatten(0, (kv_heads, -1))
     total = _log_total(grouped, blocks, scoring)
     received = []
@@ -50,14 +50,16 @@ def attention_received(
 def pooled(
     scores: Float[Tensor, "kv_heads tokens"], pooling: str, kernel_tokens: int
 ) -> Float[Tensor, "kv_heads tokens"]:
-    """Each token's score shared with its neighbours, by 'avg' or 'max'; beyond the ends the mean finds zeros."""
+    """Scores smoothed over neighbouring tokens, by 'avg' or 'max'; the mean counts zeros beyond the ends."""
+    # SnapKV (2404.14469) pools scores along the tokens so that a heavy token is kept together with its context. Stride
+    # 1 and padding k // 2, k odd, leave one score per token; avg_pool1d divides by k at the ends, as its code does.
     pool = torch.nn.functional.avg_pool1d if pooling == "avg" else torch.nn.functional.max_pool1d
     shared: Tensor = pool(scores, kernel_tokens, stride=1, padding=kernel_tokens // 2)
     return shared
 
 
 def _log_total(grouped: Tensor, blocks: Blocks, scoring: Scoring) -> Float[Tensor, "kv_heads group queries 1"]:
-    """The logarithm of the sum that each query's softmax divides by; zero for a query that sees nothing."""
+    """Log-sum-exp of each query's scores, the denominator of its softmax; zero for a query that sees no token."""
     total = grouped.new_full((*grouped.shape[:3], 1), -torch.inf)
     if scoring.sink_logits is not None:
         total[:] = scoring.sink_logits.to(total.dtype).view(*grouped.shape[:2], 1, 1)
@@ -67,13 +69,14 @@ def _log_total(grouped: Tensor, blocks: Blocks, scoring: Scoring) -> Float[Tenso
             _logits(part, key, own, scoring)
             for part, own in zip(grouped.split(size, dim=2), visible.split(size), strict=True)
         )
+        # log(e^a + e^b) block by block: the denominator of an online softmax, in the logarithm (arXiv:1805.02867).
         total = torch.logaddexp(total, torch.cat([part.logsumexp(dim=-1, keepdim=True) for part in logits], dim=2))
     seen: Tensor = total.masked_fill(total.isneginf(), 0.0)
     return seen
 
 
 def _part(grouped: Tensor, key: Tensor) -> int:
-    """How many queries are taken at a time."""
+    """Number of queries per part."""
     return max(1, _SCORES // (grouped.shape[0] * grouped.shape[1] * key.shape[1]))
 
 
@@ -90,7 +93,7 @@ def _logits(
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """What a layer has read with in a step; see `LayerStore.attend`."""
+    """Queries, mask, scoring and rotary tables of one layer in one step; see `LayerStore.attend`."""
 
     query: Float[Tensor, "batch q_heads queries head_dim"]
     visible: Bool[Tensor, "#batch queries columns"]
@@ -98,7 +101,7 @@ class Reading:
     tables: RotaryTables
 
     def received(self, store: LayerStore, row: int, n_queries: int) -> Float[Tensor, "kv_heads held"]:
-        """What the last queries of one sequence have paid each token that is held."""
+        """Attention that the last queries of one sequence give each token in the cache."""
         visible = self.visible[min(row, len(self.visible) - 1), -n_queries:]
         query = self.query[row, :, -n_queries:]
         blocks = partial(store.key_blocks, row, visible, self.tables)
@@ -108,21 +111,21 @@ class Reading:
 @final
 @dataclass(frozen=True)
 class Evictor:
-    """Applies an `Eviction` to the layers of a model; all that changes is kept by the caches themselves.
+    """Evicts tokens from the layers of a model; all state is in the caches themselves.
 
     Parameters
     ----------
     eviction : Eviction
-        What to keep.
+        Budgets and rules.
     n_layers : int
-        Layers of the model.
+        Layers of the model, over which PyramidKV spreads its budget.
     """
 
     eviction: Eviction
     n_layers: int
 
     def after_step(self, store: LayerStore, reading: Reading) -> None:
-        """Drops what exceeds the budgets of every sequence."""
+        """Evicts the tokens that exceed the budget of each sequence."""
         for row, sequence in enumerate(store.sequences):
             if sequence.survivors is None or not sequence.survivors.n_seen:  # nothing but padding so far
                 continue
@@ -142,7 +145,7 @@ class Evictor:
         return self.eviction.of_decoded(len(survivors.numbers), survivors.n_prompt_kept, n_decoded, n_new)
 
     def _scores(self, choice: Choice, store: LayerStore, row: int, reading: Reading) -> Float[Tensor, " tokens"]:
-        """One for each token that is held, up to the last candidate."""
+        """Score of each token in the cache, up to the last candidate."""
         if choice.n_queries == 0:
             return -torch.arange(choice.end, device=reading.query.device).float()
         survivors = store.sequences[row].survivors
@@ -155,30 +158,30 @@ class Evictor:
 
 
 def check_evictable(policy: CachePolicy, layers: Sequence[AttentionLayer]) -> None:
-    """A cache under the policy can drop tokens, if the policy asks for that.
+    """Check that a policy with eviction has a layer to evict from.
 
     Raises
     ------
     MismatchError
-        If every layer forgets by itself.
+        If every layer has sliding-window attention.
     """
     if policy.eviction is not None and all(layer.sliding_window is not None for layer in layers):
         raise MismatchError(
-            f"eviction: all {len(layers)} layers of the model have a sliding window and forget by themselves. Use no "
-            "eviction."
+            f"eviction: expected a layer with full attention; got {len(layers)} layers of sliding-window attention, "
+            "which drop old tokens anyway. Use a policy without eviction."
         )
 
 
 @dataclass(frozen=True)
 class _Groups:
-    """Candidates that can be dropped: encoded tokens, in whole groups that share scales.
+    """Candidates for eviction: encoded tokens, in whole groups that share scales.
 
     Parameters
     ----------
     first, n_groups, size : int
-        First token of the first group, how many there are, tokens of each.
+        First token of the first group, number of groups, tokens per group.
     n_kept : int
-        Groups that stay.
+        Groups to keep.
     """
 
     first: int
@@ -188,9 +191,11 @@ class _Groups:
 
 
 def _groups(sequence: CachedSequence, choice: Choice) -> _Groups | None:
-    """The groups among the candidates; None if all stay. Candidates outside of them stay, and count as kept."""
+    """Whole groups among the candidates; None if all are kept. Candidates outside of them are kept, and counted."""
     stores = sequence.stores()
     sinks, size = sequence.key.sink_tokens, math.lcm(*(store.quantizer.tokens_per_scale or 1 for store in stores))
+    # Groups are counted from the first token after the sinks: round the start up to a group, and the end (candidates
+    # that both keys and values have encoded) down. The budget left after the tokens outside is rounded up to groups.
     first = sinks + -(-max(0, choice.start - sinks) // size) * size
     n_groups = max(0, min(choice.end, *(store.encoded_end for store in stores)) - first) // size
     n_outside = choice.end - choice.start - n_groups * size
@@ -199,7 +204,7 @@ def _groups(sequence: CachedSequence, choice: Choice) -> _Groups | None:
 
 
 def _never_dropped(sequence: CachedSequence, scores: Float[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:
-    """Scores that are infinite for tokens whose keys have small norms."""
+    """Scores with infinity at the tokens kept in full precision for their small key norms."""
     if sequence.small is None:
         return scores
     assert sequence.survivors is not None
@@ -207,7 +212,7 @@ def _never_dropped(sequence: CachedSequence, scores: Float[Tensor, " tokens"]) -
 
 
 def _kept(sequence: CachedSequence, groups: _Groups, scores: Float[Tensor, " tokens"]) -> Bool[Tensor, " held"]:
-    """True at all tokens but those of the groups with the least scores; of equals the first stay, infinite ones all."""
+    """Mask of the kept tokens: all but the groups of lowest mean score; ties keep the first, infinite scores all."""
     kept = torch.ones(sequence.key.n_tokens, dtype=torch.bool, device=scores.device)
     candidates = slice(groups.first, groups.first + groups.n_groups * groups.size)
     by_group = scores[candidates].view(groups.n_groups, groups.size).mean(dim=1)

@@ -1,4 +1,4 @@
-"""A model that keeps its keys and values packed, in `generate()` and elsewhere."""
+"""Context manager under which a transformers model runs on packed KV caches, in `generate()` and elsewhere."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -33,22 +33,22 @@ def packed_cache(
     policy: CachePolicy | None = None,
     layers: Sequence[AttentionLayer] | None = None,
 ) -> Iterator[Callable[[], PackedCache]]:
-    """Inside the context the model runs on caches that keep codes, and reads them block by block.
+    """Context in which a model runs on packed caches: keys and values are stored as codes, and decoded block by block.
 
-    The model is as it was afterwards, also after an exception. Logits of identity quantizers differ from those of a
-    `DynamicCache` by rounding alone: sums are taken block by block, in float32.
+    The model is restored on exit, also after an exception. With identity quantizers, logits differ from those of a
+    `DynamicCache` by rounding alone: attention sums block by block, in float32.
 
     Parameters
     ----------
     model : nn.Module
         A transformers causal language model.
     quantizers : Artifact or mapping from Site to Quantizer
-        One for the keys and one for the values of every layer; identities keep a layer exact.
+        One for the keys and one for the values of every layer; `Identity` leaves a layer in full precision.
     policy : CachePolicy or None
-        Which tokens stay exact, and when the others are encoded; None takes what the artifact's recipe says, and
-        otherwise keeps none but its sinks.
+        Tokens kept in full precision, and eviction. None takes the policy of the artifact's recipe; without one, only
+        the artifact's sinks are kept.
     layers : sequence of AttentionLayer or None
-        From `attention_layers(model)`, if they are known already.
+        Result of `attention_layers(model)`, if at hand.
 
     Yields
     ------
@@ -58,9 +58,8 @@ def packed_cache(
     Raises
     ------
     MismatchError
-        If the artifact was made for another model or covers only some layers, if a quantizer shares scales among
-        tokens that the policy does not hand over together, if the policy evicts what cannot be, or if a cache comes
-        from elsewhere.
+        If the artifact was made for another model or lacks layers, if a quantizer shares scales among tokens that the
+        policy does not encode together, if no layer can evict, or if the model is called with another cache.
 
     Examples
     --------
@@ -87,7 +86,7 @@ def packed_cache(
 
 
 class _Session:
-    """What happens inside one `packed_cache` context: tells the cache in use what `update` does not."""
+    """State of one `packed_cache` context: passes on to the cache in use what `Cache.update` is not told."""
 
     def __init__(
         self,
@@ -98,7 +97,7 @@ class _Session:
     ) -> None:
         self._layers, self._quantizers, self._policy, self._tokens = layers, quantizers, policy, tokens
         self._in_use: dict[int, PackedCache] = {}
-        self._n_read = 0  # tokens of the text at hand, with those of the last step
+        self._n_read = 0  # tokens of the current text, those of the last step included
         self._evictor = None if policy.eviction is None else Evictor(policy.eviction, len(layers))
 
     def new_cache(self) -> PackedCache:
@@ -108,11 +107,11 @@ class _Session:
         return PackedCache(stores, self)
 
     def handlers(self) -> dict[nn.Module, Handler]:
-        """How each attention module reads."""
+        """Attention function of each attention module."""
         return {layer.module: self._reader(layer) for layer in self._layers}
 
     def before(self, layer: AttentionLayer) -> Callable[..., None]:
-        """A hook for the attention module: which cache is in use, and what the step brings besides keys and values."""
+        """Pre-forward hook of an attention module: notes the cache in use, padding and rotary tables of the step."""
         first, *_ = parameters(layer.module)
 
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -136,7 +135,7 @@ class _Session:
         return hook
 
     def after(self, layer: AttentionLayer) -> Callable[..., None]:
-        """A hook for the attention module, called also if it fails: what the step has brought is no later one's."""
+        """Forward hook of an attention module, called also if it fails: clears the state of the step."""
 
         def hook(*_: Any) -> None:
             cache = self._in_use.pop(layer.layer, None)
@@ -146,7 +145,7 @@ class _Session:
         return hook
 
     def on_key(self, site: Site) -> Callable[[Tensor], None]:
-        """A handler that hands keys before rotation to the cache in use."""
+        """Handler that passes keys before rotation to the cache in use."""
 
         def handle(x: Float[Tensor, "batch kv_heads tokens head_dim"]) -> None:
             layer = self._in_use[site.layer].layers[site.layer]
@@ -162,7 +161,7 @@ class _Session:
             cache = self._in_use[layer.layer]
             check_handed(layer.module, cache.layers[layer.layer].handed, (key, value))
             store = cache.layers[layer.layer].store
-            if store.policy.exact_prefill and store.n_columns == query.shape[2]:
+            if store.policy.exact_prefill and store.n_columns == query.shape[2]:  # the cache was empty before this step
                 mean = attend(query, key, value, visible, scoring)
             else:
                 mean = store.attend(query, visible, scoring, cache.tables)
@@ -175,11 +174,12 @@ class _Session:
 
 
 def _refuse_dropped(module: nn.Module, cache: Any, n_tokens: int) -> None:
-    """Says it where `generate` of a model with two sets of rotary factors (Phi-3) has put another cache in place."""
+    """Raises if `generate` of a model with two sets of rotary factors (Phi-3) has replaced the packed cache."""
     limit = getattr(getattr(module, "config", None), "original_max_position_embeddings", None)
     if limit is not None and n_tokens > limit and not isinstance(cache, PackedCache):
         raise MismatchError(
             f"{type(module).__name__}: generate() dropped the packed cache: beyond {limit} tokens "
-            f"(original_max_position_embeddings) this model rotates keys otherwise, and reads a text of {n_tokens} "
-            f"tokens anew. Keep prompt and answer within {limit} tokens, or call the model itself, step by step."
+            f"(original_max_position_embeddings) this model uses other rotary factors, and prefills a text of "
+            f"{n_tokens} tokens again. Keep prompt and answer within {limit} tokens, or call the model itself, step "
+            "by step."
         )

@@ -1,1 +1,1 @@
-"""Other systems under the names that their users know: KIVI, SCOPE, fake-quantized caches."""
+"""Interfaces of other systems under their own names: KIVI, SCOPE, fake-quantized caches."""

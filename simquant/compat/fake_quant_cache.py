@@ -1,4 +1,4 @@
-"""A cache whose keys and values are quantized on their way in."""
+"""Fake-quantized cache: keys and values are encoded and decoded before a cache stores them."""
 
 import inspect
 from collections.abc import Mapping
@@ -16,19 +16,19 @@ from artifacts.sites import Site
 from simquant.cache.errors import CacheStateError
 
 INTERFACE = "update(key_states, value_states, layer_idx)"
-"""What a cache must offer."""
+"""Interface that a cache must offer."""
 
 
 @final
 class FakeQuantCache:
-    """What `fake_quant_cache` makes: apart from `update` it is the cache that it wraps.
+    """Wrapper of a cache that quantizes in `update`, and passes every other access on.
 
     Parameters
     ----------
     cache : object
-        With `update(key_states, value_states, layer_idx)`.
+        Cache with `update(key_states, value_states, layer_idx)`.
     quantizers : mapping from Site to Quantizer
-        For rotated keys and for values.
+        Quantizers of rotated keys and of values.
     """
 
     def __init__(self, cache: Any, quantizers: Mapping[Site, Quantizer]) -> None:
@@ -44,7 +44,7 @@ class FakeQuantCache:
         *args: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
-        """Hands quantized keys and values on, and returns what the cache returns.
+        """Passes quantized keys and values on, and returns the result of the cache.
 
         Raises
         ------
@@ -58,34 +58,34 @@ class FakeQuantCache:
         result = self._cache.update(key, value, layer_idx, *args, **kwargs)
         if not (isinstance(result, tuple) and len(result) == 2):
             raise TypeError(
-                f"layers.{layer_idx}: {type(self._cache).__name__}.update must return all keys and values of the "
-                f"layer, as a tuple of two tensors; got {type(result).__name__}"
+                f"layers.{layer_idx}: {type(self._cache).__name__}.update: expected all keys and values of the layer, "
+                f"a tuple of two tensors; got {type(result).__name__}. Return both from update"
             )
         self._updated.add(layer_idx)
         return result
 
     def check_updated(self) -> None:
-        """Every layer with quantizers has used the cache.
+        """Check that every layer with quantizers has updated the cache.
 
         Raises
         ------
         CacheStateError
-            If some have not: their keys and values were not quantized.
+            If some layers have not, so that their keys and values were not quantized.
         """
         idle = sorted({site.layer for site in self._quantizers} - self._updated)
         if idle:
             names = ", ".join(f"layers.{layer}" for layer in idle[:6]) + (", ..." if len(idle) > 6 else "")
             raise CacheStateError(
-                f"{names}: the attention never called cache.{INTERFACE}, so nothing was quantized there. Pass "
-                "**cache_argument(model, cache) with use_cache=True to a model of as many layers, whose attention "
-                "updates it."
+                f"{names}: attention never called cache.{INTERFACE}, so that nothing was quantized there. Pass "
+                "**cache_argument(model, cache) and use_cache=True to a model with as many layers, whose attention "
+                "updates the cache."
             )
 
     def _simulated(self, site: Site, x: Tensor) -> Tensor:
         if site not in self._quantizers:
             raise MismatchError(
-                f"{site}: the cache has no quantizer for it. A layer that shall stay exact carries the quantizer "
-                "'identity'; otherwise calibrate all layers."
+                f"{site}: expected a quantizer for this site; got none. Calibrate all layers, and give the quantizer "
+                "'identity' to one that shall keep full precision."
             )
         own = self._moved.get((site, x.device))
         own = own or self._moved.setdefault((site, x.device), self._quantizers[site].to(x.device))
@@ -99,31 +99,32 @@ class FakeQuantCache:
             self.check_updated()
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "_cache":  # copying asks before there is a cache
+        if name.startswith("__") or name == "_cache":  # copy and pickle look names up before __init__ has run
             raise AttributeError(name)
         return getattr(self._cache, name)
 
 
 def fake_quant_cache(cache: Any, quantizers: Artifact | Mapping[Site, Quantizer]) -> FakeQuantCache:
-    """The cache, with every key and value quantized once on its way in.
+    """Wraps a cache so that every key and value is quantized once, when it is stored.
 
-    As msModelSlim deploys int8 caches: accuracy is that of the quantized cache, memory is not saved (`packed_cache`
-    does). As a context manager it also checks, at the end, that the model used it.
+    Accuracy is that of a quantized cache, as msModelSlim deploys int8 caches; memory is not saved (`packed_cache` does
+    that). As a context manager the result also checks on exit that the model has used it.
 
     Parameters
     ----------
     cache : object
-        A transformers cache, or anything with `update(key_states, value_states, layer_idx)`, which returns all keys
+        A transformers cache, or any object with `update(key_states, value_states, layer_idx)` that returns all keys
         and values of the layer.
     quantizers : Artifact or mapping from Site to Quantizer
-        For rotated keys (`stage: post_rope`) and values of all layers; calibrated, or with scales of single tokens.
+        Quantizers of rotated keys (`stage: post_rope`) and of values for all layers, with calibrated or per-token
+        scales.
 
     Raises
     ------
     TypeError
         If the cache has no such method.
     MismatchError
-        If a quantizer needs more than the tokens that `update` gets.
+        If a quantizer needs other tokens than those given to one `update`.
 
     Examples
     --------
@@ -135,8 +136,8 @@ def fake_quant_cache(cache: Any, quantizers: Artifact | Mapping[Site, Quantizer]
     _check_interface(cache)
     if isinstance(quantizers, Artifact) and quantizers.manifest.sink_tokens:
         raise MismatchError(
-            f"fake_quant_cache: the artifact keeps its first {quantizers.manifest.sink_tokens} tokens exact, and "
-            "`cache.update` does not say which tokens those are. Calibrate with sink_tokens: 0, or use packed_cache."
+            f"fake_quant_cache: expected an artifact without sinks, since `cache.update` is not told token positions; "
+            f"got sink_tokens={quantizers.manifest.sink_tokens}. Calibrate with sink_tokens: 0, or use packed_cache."
         )
     for site, quantizer in quantizers.items():
         _check_quantizer(site, quantizer)
@@ -156,10 +157,12 @@ def _check_interface(cache: Any) -> None:
 def _check_quantizer(site: Site, quantizer: Quantizer) -> None:
     if site.tensor == "query" or site.stage == "pre_rope":
         raise MismatchError(
-            f"{site}: `cache.update` gets rotated keys, and values. Calibrate with stage: post_rope, or use simulate."
+            f"{site}: expected quantizers of rotated keys and of values, which `cache.update` is given; got one of "
+            f"{'queries' if site.tensor == 'query' else 'keys before RoPE'}. Calibrate with stage: post_rope, or use "
+            "simulate."
         )
     if quantizer.tokens_per_scale != 1 or quantizer.sources:
         raise MismatchError(
-            f"{site}: {quantizer.spec.describe()} needs more than the tokens of one update. Use calibrated scales or "
-            "scales of single tokens, or packed_cache."
+            f"{site}: expected calibrated or per-token scales; got {quantizer.spec.describe()}, which needs other "
+            "tokens than those of one update. Use packed_cache."
         )

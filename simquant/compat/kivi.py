@@ -1,4 +1,4 @@
-"""KIVI (arXiv 2402.02750) by the names of its settings: which quantizers they stand for, and what these save."""
+"""Settings of KIVI (arXiv 2402.02750), their quantizers and cache policy, and the memory that they save."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,20 +19,21 @@ from simquant.usage import StoredBytes
 @final
 @dataclass(frozen=True, kw_only=True)
 class KIVISettings:
-    """Rotated keys per channel in groups of tokens, values per token in groups of channels, recent tokens exact.
+    """KIVI's quantization: rotated keys per channel over groups of tokens, values per token over groups of channels.
 
-    Scale and offset of a group are float16; the offset is unclamped, so that a group far from zero keeps its bits.
-    The step that fills the cache reads exact keys and values.
+    Recent tokens form a residual window in full precision. Scale and offset of a group are float16; the offset is not
+    clamped, so that a group far from zero keeps its precision. Prefill attends in full precision.
 
     Parameters
     ----------
     k_bits, v_bits : int
-        Code width of keys and of values, 1 to 8; 16 keeps them exact.
+        Bits of keys and of values, 1 to 8; 16 leaves them in full precision.
     group_size : int
-        Values that share a scale, from 2: tokens of a channel of the keys, channels of a token of the values, where a
-        group is at most a head.
+        Elements that share a scale, from 2: tokens of a channel for keys, channels of a token for values, at most a
+        head.
     residual_length : int
-        Most recent tokens that stay exact, from 0; they leave in whole groups, so that up to `group_size - 1` more do.
+        Most recent tokens in full precision, from 0. Tokens are encoded in whole groups, so that there are up to
+        `group_size - 1` more.
 
     Raises
     ------
@@ -49,7 +50,7 @@ class KIVISettings:
         for name in ("k_bits", "v_bits"):
             bits = getattr(self, name)
             if type(bits) is not int or bits not in (*range(1, 9), 16):
-                raise ValueError(f"KIVI: {name} must be an integer from 1 to 8, or 16 for exact; got {bits!r}")
+                raise ValueError(f"KIVI: {name} must be an integer from 1 to 8, or 16 for full precision; got {bits!r}")
         for name, least in (("group_size", 2), ("residual_length", 0)):
             value = getattr(self, name)
             if type(value) is not int or value < least:
@@ -57,11 +58,11 @@ class KIVISettings:
 
     @property
     def policy(self) -> CachePolicy:
-        """When tokens are encoded."""
+        """Cache policy of these settings."""
         return CachePolicy(residual_tokens=self.residual_length, block_tokens=self.group_size, exact_prefill=True)
 
     def quantizers(self, layers: Sequence[AttentionLayer]) -> dict[Site, Quantizer]:
-        """Those of all keys and values of a model's layers."""
+        """Quantizers of all keys and values of a model's layers."""
         return {
             site: quantizer.at(site)
             for layer in layers
@@ -72,13 +73,13 @@ class KIVISettings:
         }
 
     def key_quantizer(self, channels: int) -> Quantizer:
-        """For the keys of one layer."""
+        """Quantizer of the keys of one layer."""
         if self.k_bits == 16:
             return Identity(channels=channels)
         return DynamicAffine(channels=channels, bits=self.k_bits, per="channel", group_size=self.group_size)
 
     def value_quantizer(self, channels: int, head_dim: int) -> Quantizer:
-        """For the values of one layer.
+        """Quantizer of the values of one layer.
 
         Raises
         ------
@@ -94,7 +95,7 @@ class KIVISettings:
 def memory_savings(
     seq_len: int, *, head_dim: int = 128, dtype: torch.dtype = torch.float16, **settings: int
 ) -> dict[str, int | float]:
-    """What one head of one layer takes after `seq_len` tokens, found by storing as many.
+    """Memory of one head of one layer after `seq_len` tokens, measured by storing as many.
 
     Parameters
     ----------
@@ -103,7 +104,7 @@ def memory_savings(
     head_dim : int
         Channels of a head.
     dtype : torch.dtype
-        That of the model.
+        Dtype of the model.
     **settings
         See `KIVISettings`.
 

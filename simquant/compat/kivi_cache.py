@@ -1,4 +1,4 @@
-"""A packed cache with KIVI's settings, as users of KIVI for Qwen and Llama know it."""
+"""Packed cache with KIVI's settings, under the interface of KIVI for Qwen and Llama."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -18,7 +18,7 @@ from simquant.usage import StoredBytes
 
 
 class _Opened:
-    """What the open caches of a model share: its layers, and the one context in which it reads packed caches."""
+    """Layers and `packed_cache` context of a model, shared by its open caches."""
 
     def __init__(self, model: nn.Module, settings: KIVISettings) -> None:
         self.layers, self._n_open = attention_layers(model), 0
@@ -30,7 +30,7 @@ class _Opened:
         self._stack.callback(_OPEN.pop, model)
 
     def until_closed(self, cache: "KIVICache") -> Callable[[], object]:
-        """Counts a cache; what is returned, or the end of the cache, takes it off again."""
+        """Counts an open cache, until the returned function is called or the cache is garbage-collected."""
         self._n_open += 1
         closing = finalize(cache, self._close_one)
         closing.atexit = False
@@ -46,11 +46,11 @@ _OPEN: WeakKeyDictionary[nn.Module, _Opened] = WeakKeyDictionary()
 
 
 class KIVICache(PackedCache):
-    """An empty cache for one model, which reads packed keys and values until the cache is closed.
+    """Empty packed cache for one model, whose attention reads packed caches until the last one is closed.
 
-    It closes at the end of a `with` block or by `close`; what it holds can still be counted then. A model may have
-    several open at a time, with other settings too, and is as it was once the last is closed. A deep copy goes on by
-    itself, as long as the cache that it was made of is open.
+    A cache closes at the end of a `with` block or by `close`; its contents can still be counted then. A model may have
+    several open caches, with different settings, and is restored when the last is closed. A deep copy grows
+    independently, as long as the original is open.
 
     Parameters
     ----------
@@ -77,11 +77,11 @@ class KIVICache(PackedCache):
         self._closing = opened.until_closed(self)
 
     def get_cache_info(self) -> dict[str, int | float]:
-        """Settings, lengths and true sizes.
+        """Settings, lengths and measured sizes of the cache.
 
-        `quantized_len` and `residual_len` are those of the longest sequence; tokens that a sliding window has passed
-        are in neither. `effective_bits` per element and `memory_ratio`, over the bytes in the model's dtype, count all
-        that is held, for every beam; in `size_bytes` what beams share counts once.
+        `quantized_len` and `residual_len` are those of the longest sequence, without tokens that a sliding window has
+        dropped. `effective_bits` per element and `memory_ratio`, over the bytes in the model's dtype, count every beam
+        in full; `size_bytes` counts tensors that beams share once.
         """
         stores = [store for layer in self.layers for _, store in layer.store.stores()]
         lossy = [store for store in stores if store.quantizer.spec.bits < 16]
@@ -101,11 +101,11 @@ class KIVICache(PackedCache):
         }
 
     def close(self) -> None:
-        """The cache keeps what it holds; if it is the model's last open one, the model is as it was."""
+        """Closes the cache, which keeps its contents; the model is restored with its last open cache."""
         self._closing()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "KIVICache":
-        """A cache that goes on by itself, as long as this one is open."""
+        """Copy that grows independently, as long as this cache is open."""
         other = super().__deepcopy__(memo)
         assert isinstance(other, KIVICache), "a copy is of its original's class"
         other._closing = lambda: None

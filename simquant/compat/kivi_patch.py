@@ -1,4 +1,4 @@
-"""A model whose `generate` fills KIVI caches by itself."""
+"""Patch that makes a model's `generate` use KIVI caches."""
 
 from functools import partial
 from types import MethodType
@@ -14,17 +14,17 @@ _ADDED = ("new_kivi_cache", "generate")
 
 
 def patch_model(model: nn.Module, *, auto_inject_cache: bool = True, **settings: int) -> None:
-    """Gives a model `new_kivi_cache()`, and a `generate` that fills a fresh one at each call.
+    """Adds `new_kivi_cache()` to a model, and a `generate` that uses a new one in each call.
 
-    A call that brings a cache of its own, or `use_cache=False`, is left alone; so is the model between calls.
-    `unpatch_model` undoes it.
+    Calls with a cache of their own or `use_cache=False` are unchanged, and so is the model between calls.
+    `unpatch_model` removes the patch.
 
     Parameters
     ----------
     model : nn.Module
         A transformers causal language model.
     auto_inject_cache : bool
-        Whether `generate` changes.
+        Replace `generate`, too.
     **settings
         k_bits, v_bits, group_size, residual_length: see `KIVISettings`.
 
@@ -35,14 +35,14 @@ def patch_model(model: nn.Module, *, auto_inject_cache: bool = True, **settings:
     """
     if "new_kivi_cache" in vars(model):
         raise ValueError(f"patch_model: {type(model).__name__} is patched already; call unpatch_model(model) first")
-    KIVISettings(**settings)  # refused here rather than by the first text
+    KIVISettings(**settings)  # raises here rather than at the first text
     vars(model)["new_kivi_cache"] = partial(KIVICache, model, **settings)
     if auto_inject_cache:
         vars(model)["generate"] = MethodType(_generate, model)
 
 
 def unpatch_model(model: nn.Module) -> None:
-    """Undoes `patch_model`; a model that is not patched stays as it is."""
+    """Removes the patch of `patch_model`; a model without it is unchanged."""
     if "new_kivi_cache" in vars(model):
         for name in _ADDED:
             vars(model).pop(name, None)

@@ -1,4 +1,4 @@
-"""Eviction under the names of SCOPE and KIVI-SCOPE."""
+"""Eviction settings under the option names of SCOPE and KIVI-SCOPE."""
 
 import difflib
 import re
@@ -25,12 +25,12 @@ _SCOPE_VALUES = {"allkv": "all", "fullkv": "all", "streamingllm": "streaming_llm
 
 
 def from_scope_options(**options: Any) -> Eviction:
-    """The eviction that SCOPE or KIVI-SCOPE is asked for by these options, under their names.
+    """Eviction settings from options of SCOPE or KIVI-SCOPE, under their names.
 
     Raises
     ------
     ValueError
-        If an option is unknown (the error says which is nearest), if two say the same, or as `Eviction`.
+        If an option is unknown (with the nearest known one), if two options mean the same setting, or as `Eviction`.
 
     Examples
     --------
@@ -44,7 +44,9 @@ def from_scope_options(**options: Any) -> Eviction:
             nearest = f" Nearest: {near[0]}." if near else ""
             raise ValueError(f"SCOPE: unknown option {name!r}; known are {', '.join(_SCOPE_NAMES)}.{nearest}")
         if _SCOPE_NAMES[name] in found:
-            raise ValueError(f"SCOPE: {name} repeats another option ({_SCOPE_NAMES[name]} here); give one of them")
+            raise ValueError(
+                f"SCOPE: expected one option for {_SCOPE_NAMES[name]}; got {name} beside another. Remove one of them"
+            )
         found[_SCOPE_NAMES[name]] = _scope_value(value)
     try:
         return Eviction(**found)
@@ -53,7 +55,7 @@ def from_scope_options(**options: Any) -> Eviction:
 
 
 def _in_scope_names(message: str, options: Mapping[str, Any]) -> str:
-    """A message about fields of `Eviction`, about the options that were given instead."""
+    """Error message with the names of the given options in place of fields of `Eviction`."""
     spelt = {_SCOPE_NAMES[name]: name for name in (*_SCOPE_NAMES, *options)}
     words = spelt | {value: option for option, value in _SCOPE_VALUES.items() if option != "fullkv"}
     return re.sub(r"\b[a-z_]+\b", lambda word: words.get(word[0], word[0]), message)

@@ -1,1 +1,1 @@
-"""Three ways to run a model on a quantized cache, and the figures of each."""
+"""Scores of windows, their means and standard errors, and the result of an evaluation."""

@@ -1,4 +1,4 @@
-"""What attention layers read while the exact model runs: the ground on which quantizers are compared layer by layer."""
+"""Queries, keys and values of attention layers in full precision, on which quantizers are compared layer by layer."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -20,12 +20,12 @@ from artifacts.sites import Site
 class WindowSites:
     """Keys before rotation and values of all layers in one window, for quantizers that predict one from another.
 
-    What sites are predicted from is decoded once for a set of quantizers; with the next set it is let go.
+    Sources of predicted sites are decoded once for a set of quantizers, and freed when the next set comes.
 
     Parameters
     ----------
     vectors : Mapping[Site, Float[Tensor, "1 heads tokens head_dim"]]
-        As the exact model has them.
+        Keys and values in full precision.
     """
 
     def __init__(self, vectors: Mapping[Site, Float[Tensor, "1 _ tokens _"]]) -> None:
@@ -35,7 +35,7 @@ class WindowSites:
         self._rows: dict[Site, Tensor] = {}
 
     def context(self, quantizers: Mapping[Site, Quantizer], site: Site) -> Context:
-        """What a site's quantizer is handed: its sources, decoded from the window's first token on."""
+        """Decoded sources of a site, from the window's first token on."""
         self._start(quantizers)
         for earlier in sorted(self._sources - self._rows.keys()):
             if earlier < site:
@@ -43,7 +43,7 @@ class WindowSites:
         return tuple(self._rows[source] for source in quantizers[site].sources)
 
     def decoded(self, quantizers: Mapping[Site, Quantizer], site: Site) -> Float[Tensor, "tokens channels"] | None:
-        """All tokens of a site that others are predicted from, as they are decoded; None for any other site."""
+        """Decoded tokens of a site that others are predicted from; None for any other site."""
         self._start(quantizers)
         if site in self._sources and site not in self._rows:
             x = self.vectors[site]
@@ -59,18 +59,18 @@ class WindowSites:
 
 @dataclass(frozen=True, eq=False)
 class AttentionInputs:
-    """What one layer attends with while the exact model reads one window.
+    """Queries, keys and values of one layer for one window, from the model in full precision.
 
     Parameters
     ----------
     layer : AttentionLayer
-        The layer.
+        Attention layer.
     query, key : Float[Tensor, "1 heads tokens head_dim"]
-        Before rotation.
+        Queries and keys before rotation.
     value : Float[Tensor, "1 kv_heads tokens head_dim"]
-        As it is cached.
+        Values as they are cached.
     tables : pair of Tensor, or None
-        The cosines and sines that `rotate` reads; None where nothing rotates.
+        RoPE cosines and sines; None for a layer without rotation.
     sites : WindowSites
         Keys and values of all layers.
     """
@@ -83,13 +83,13 @@ class AttentionInputs:
     sites: WindowSites
 
     def rotated(self, x: Float[Tensor, "1 heads tokens head_dim"]) -> Float[Tensor, "1 heads tokens head_dim"]:
-        """Keys or queries as attention reads them."""
+        """Keys or queries after rotation."""
         return x if self.tables is None else rotate(x, *self.tables, self.layer.rotation)
 
     def decoded(
         self, quantizers: Mapping[Site, Quantizer], sink_tokens: int
     ) -> tuple[Float[Tensor, "1 kv_heads tokens head_dim"], Float[Tensor, "1 kv_heads tokens head_dim"]]:
-        """The rotated key and the value after the layer's quantizers; the first `sink_tokens` tokens stay exact."""
+        """Rotated keys and values after encoding and decoding; the first `sink_tokens` tokens in full precision."""
         before, after = (Site(self.layer.layer, "key", stage) for stage in ("pre_rope", "post_rope"))
         if before in quantizers:
             key = self.rotated(self._decoded(quantizers, before, self.key, sink_tokens))
@@ -124,14 +124,14 @@ def _on(device: torch.device, context: Context) -> Context:
 def attention_inputs(
     model: nn.Module, layers: Sequence[AttentionLayer], window: Int64[Tensor, " tokens"]
 ) -> list[AttentionInputs]:
-    """What every layer attends with while the model, as it is, reads one window without padding.
+    """Attention inputs of every layer, from one forward pass in full precision over a window without padding.
 
     Parameters
     ----------
     model : nn.Module
-        A transformers causal language model; it is as it was afterwards.
+        A transformers causal language model; restored afterwards.
     layers : Sequence[AttentionLayer]
-        Its attention layers.
+        Attention layers of the model.
     window : Int64[Tensor, "tokens"]
         Token ids.
     """

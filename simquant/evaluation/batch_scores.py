@@ -1,4 +1,4 @@
-"""What one batch of windows adds to an evaluation, in memory and as JSON."""
+"""Scores of one batch of windows, in memory and as JSON."""
 
 import base64
 from collections.abc import Mapping, Sequence
@@ -25,11 +25,11 @@ class BatchScores:
     Parameters
     ----------
     scores : tuple of Scores
-        Of each window.
+        Scores of each window.
     usage : Usage
-        What was stored.
+        Counts of stored tokens and bytes.
     seconds : float
-        Wall time, that of the full-precision pass included.
+        Wall time, including the full-precision pass.
     """
 
     scores: tuple[Scores, ...]
@@ -37,7 +37,7 @@ class BatchScores:
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values that keep every bit."""
+        """Lossless JSON values: arrays as base64 of their bytes."""
         return {
             "scores": [_scores_to_json(scores) for scores in self.scores],
             "usage": {str(site): asdict(use) for site, use in self.usage.sites.items()},
@@ -46,12 +46,12 @@ class BatchScores:
 
     @staticmethod
     def from_json(data: Mapping[str, Any], quantizers: Mapping[Site, Quantizer]) -> "BatchScores":
-        """What `to_json` wrote.
+        """Scores from the JSON values of `to_json`.
 
         Raises
         ------
         KeyError, TypeError, AttributeError, ValueError
-            If it has another form.
+            If the values have another form.
         """
         usage = Usage(quantizers)
         usage.sites.update({Site.parse(site): SiteUsage(**counts) for site, counts in data["usage"].items()})
@@ -61,24 +61,26 @@ class BatchScores:
 def read_batches(
     log: WindowLog, settings: Mapping[str, Any], candidates: Sequence[Mapping[Site, Quantizer]]
 ) -> list[list[BatchScores]]:
-    """The batches that earlier runs of the same evaluation have finished: what each set of quantizers scored.
+    """Batches finished by earlier runs of the same evaluation, with the scores of each set of quantizers.
 
     Raises
     ------
     WindowLogError
-        If the log is one of another evaluation, or holds anything else.
+        If the log belongs to another evaluation, or is damaged.
     """
     entries = log.start(settings)
     if len(entries) > len(settings["batch_sizes"]):
         raise WindowLogError(
-            f"{log.path}: expected at most {len(settings['batch_sizes'])} batches; got {len(entries)}. Delete the file"
+            f"{log.path}: expected at most {len(settings['batch_sizes'])} batches; got {len(entries)}. Delete the file."
         )
     try:
         return [
             [BatchScores.from_json(data, own) for data, own in zip(entry, candidates, strict=True)] for entry in entries
         ]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise WindowLogError(f"{log.path}: a batch has another form than it was written in ({error!s:.100})") from error
+        raise WindowLogError(
+            f"{log.path}: expected batches of scores; got a batch of another form ({error!s:.100}). Delete the file."
+        ) from error
 
 
 def _scores_to_json(scores: Scores) -> dict[str, str]:
@@ -91,7 +93,10 @@ def _scores_from_json(data: Mapping[str, str]) -> Scores:
     floats = {name: _unpacked(data[name], "<f8") for name in _FLOATS}
     agrees = _unpacked(data["agrees"], "u1").bool()
     if len({len(column) for column in (*floats.values(), agrees)}) != 1:
-        raise ValueError("scores of different numbers of targets")
+        raise ValueError(
+            "scores: expected as many targets in each column; got "
+            + ", ".join(f"{name} {len(column)}" for name, column in {**floats, "agrees": agrees}.items())
+        )
     return Scores(**floats, agrees=agrees)
 
 

@@ -1,4 +1,4 @@
-"""How much of a text lies beyond the ranges that calibration fitted: whether it is like the calibration text."""
+"""Share of clipped values: a check that a text resembles the calibration text."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -16,13 +16,13 @@ from simquant.evaluation.scoring import window_logits
 from simquant.policy.checks import check_coverage, default_policy
 
 _RISE = 3
-"""How many times the expected share is no chance: windows are correlated, so that a share doubles now and then."""
+"""Multiple of the expected share that gives a warning: windows are correlated, so that a share may double by chance."""
 
 _LEAST_SHARE = 0.001
-"""Below it nothing is said: one value in a thousand costs less than the codes lose anyway."""
+"""Smallest share that gives a warning: one clipped value in a thousand costs less than rounding does."""
 
 _LARGEST_UNKNOWN_SHARE = 0.1
-"""Where the calibration text is not at hand: ten times the 1 % that recipes leave out on purpose."""
+"""Limit without the calibration text: ten times the 1 % that recipes leave out of the range on purpose."""
 
 
 @torch.no_grad()
@@ -34,23 +34,23 @@ def clipped_shares(
     sink_tokens: int | None = None,
     layers: Sequence[AttentionLayer] | None = None,
 ) -> dict[Site, float]:
-    """By site, the share of the exact model's values that lie beyond the range that its quantizer was fitted with.
+    """Share of values outside of the calibrated range, for each site with a static range.
 
-    Values beyond it saturate, or are kept beside the codes and cost bits (`ThresholdSparse`). Sites without a static
-    range are left out.
+    Values come from the model in full precision. Outside of the range they saturate, or are stored as outliers and cost
+    bits (`ThresholdSparse`).
 
     Parameters
     ----------
     model : nn.Module
-        A transformers causal language model; it is as it was afterwards.
+        A transformers causal language model; restored afterwards.
     windows : Int64[Tensor, "windows tokens"]
-        Token ids, without padding; each is one pass.
+        Token ids, without padding; each window is one forward pass.
     quantizers : Artifact or mapping from Site to Quantizer
         See `simulate`.
     sink_tokens : int or None
-        First tokens of each window that stay exact and are not counted; None takes what the artifact says.
+        First tokens of each window, not counted; None takes the number of the artifact.
     layers : sequence of AttentionLayer or None
-        From `attention_layers(model)`, if they are known already.
+        Result of `attention_layers(model)`, if at hand.
     """
     layers = attention_layers(model) if layers is None else layers
     check_coverage(quantizers, layers)
@@ -66,18 +66,18 @@ def clipped_shares(
 def drift_warning(
     evaluated: Mapping[Site, float], calibrated: Mapping[Site, float] | None, *, calibration_tokens: int
 ) -> str | None:
-    """What to tell about a text whose values leave the fitted ranges too often; None where they do not.
-
-    A new value lies beyond the smallest and the largest of n like it with probability 2 / (n + 1), whatever their
-    distribution: so many are expected beside those that lay outside in the calibration text already.
+    """Warning about a text whose values leave the calibrated ranges too often; None if they do not.
 
     Parameters
     ----------
     evaluated, calibrated : mapping from Site to float
-        `clipped_shares` of the evaluated and of the calibration text, None where the latter is not at hand.
+        Results of `clipped_shares` for the evaluated and for the calibration text; None without the latter.
     calibration_tokens : int
-        How many tokens the ranges were fitted to.
+        Number of tokens that the ranges were fitted to.
     """
+    # A new value is below the minimum or above the maximum of n exchangeable ones with probability 2 / (n + 1), for any
+    # continuous distribution: each of the n + 1 is as likely the largest. That share is expected by chance alone, in
+    # addition to the share that the fit already left outside.
     chance = 2 / (calibration_tokens + 1)
     drifted = {site: share for site, share in evaluated.items() if share > _limit(site, calibrated, chance)}
     if not drifted:
@@ -86,8 +86,8 @@ def drift_warning(
     before = "" if calibrated is None else f"; of the calibration text it was {calibrated.get(worst, 0.0):.2%}"
     others = f", and too much at {len(drifted) - 1} more of {len(evaluated)} sites" if len(drifted) > 1 else ""
     return (
-        f"{drifted[worst]:.2%} of the values at {worst} lie beyond the range that calibration fitted{before}{others}. "
-        "The text is unlike the calibration text: calibrate on text like it"
+        f"{drifted[worst]:.2%} of the values at {worst} lie outside of the calibrated range{before}{others}. The text "
+        "is unlike the calibration text: calibrate on text like it"
     )
 
 
@@ -99,7 +99,7 @@ def _limit(site: Site, calibrated: Mapping[Site, float] | None, chance: float) -
 
 def _counter(site: Site, quantizer: Quantizer, first: int, counts: dict[Site, list[int]]) -> Callable[[Tensor], None]:
     def count(x: Float[Tensor, "batch heads tokens head_dim"]) -> None:
-        """Adds the values outside, and all values."""
+        """Counts the values outside of the range, and all values."""
         outside = quantizer.to(x.device).outside(to_rows(x[:, :, first:]))
         if outside is not None and outside.numel():
             own = counts.setdefault(site, [0, 0])

@@ -1,4 +1,4 @@
-"""What a cached token takes besides its loss: bits, what is stored once, and the arithmetic of reading it back."""
+"""Costs of a quantized cache: stored bits, static bytes, and the arithmetic of decoding."""
 
 import math
 from collections.abc import Mapping
@@ -17,13 +17,13 @@ class Costs:
     Parameters
     ----------
     bits_per_token : float
-        Stored for a token, tokens that the policy keeps exact included.
+        Stored bits of a token, averaged over encoded and full-precision tokens.
     static_share : float
-        Bytes that are stored once, over those of the model's weights.
+        Bytes stored once, as a share of the bytes of the model's weights.
     decode_multiply_adds : int
-        To decode one token.
+        Multiply-adds to decode one token.
     model_multiply_adds : int
-        Of a token in the model's linear layers, attention itself left out.
+        Multiply-adds of one token in the model's linear layers, without attention.
     """
 
     bits_per_token: float
@@ -33,7 +33,7 @@ class Costs:
 
     @classmethod
     def of(cls, model: nn.Module, quantizers: Mapping[Site, Quantizer], bits: float) -> "Costs":
-        """Of quantizers in a model, with so many bits per element in the mean."""
+        """Costs of quantizers in a model, given the mean bits per element."""
         weights = sum(parameter.nbytes for parameter in model.parameters())
         return cls(
             bits_per_token=bits * sum(quantizer.channels for quantizer in quantizers.values()),
@@ -44,11 +44,11 @@ class Costs:
 
     @property
     def decode_share(self) -> float:
-        """Multiply-adds to decode a token, over those of the linear layers; not a number where there are none."""
+        """Multiply-adds to decode a token as a share of those of the linear layers; NaN without linear layers."""
         return self.decode_multiply_adds / self.model_multiply_adds if self.model_multiply_adds else math.nan
 
     def describe(self) -> str:
-        """One line for people."""
+        """Line for tables."""
         line = (
             f"{self.bits_per_token:,.0f} bits stored, static bytes {self.static_share:.2%} of the weights, "
             f"{self.decode_multiply_adds:,} multiply-adds to decode"

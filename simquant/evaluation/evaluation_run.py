@@ -1,4 +1,4 @@
-"""One set of quantizers while the windows of an evaluation pass."""
+"""Running evaluation of one set of quantizers: scores and counts, batch by batch."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -25,19 +25,19 @@ from simquant.usage import Usage
 
 
 class NothingQuantizedError(KVGaugeError, ValueError):
-    """A comparison was asked for in which nothing was quantized, or nothing quantized was read."""
+    """Comparison in which no token is quantized, or no scored target reads a quantized one."""
 
 
 @dataclass
 class EvaluationRun:
-    """Quantizers and a protocol, with what they have scored and stored so far.
+    """Quantizers and a protocol, with their scores and counts so far.
 
     Parameters
     ----------
     quantizers : Artifact or mapping from Site to Quantizer
         See `simulate`.
     protocol : Protocol
-        How the quantized logits come about.
+        Protocol of the quantized logits.
     """
 
     quantizers: Artifact | Mapping[Site, Quantizer]
@@ -50,19 +50,19 @@ class EvaluationRun:
         self._usage = Usage(self.quantizers)
 
     def check(self, layers: Sequence[AttentionLayer], n_tokens: int, n_scored: int) -> None:
-        """Refuses windows of `n_tokens` in which a layer has codes that no scored target reads.
+        """Check that in windows of `n_tokens` some scored target reads codes of each layer.
 
         Parameters
         ----------
         layers : Sequence[AttentionLayer]
-            Of the model; a sliding window may lie wholly in the tokens that stay exact.
+            Layers of the model; a sliding window may lie wholly in tokens of full precision.
         n_tokens, n_scored : int
-            Of each window, and how many of its last targets are scored at most.
+            Tokens of each window, and the most targets scored in one.
 
         Raises
         ------
         NothingQuantizedError
-            If quantizers of a layer have fewer than 16 bits and no scored target reads what one has encoded.
+            If quantizers of a layer have fewer than 16 bits and no scored target reads their codes.
         """
         windows = {layer.layer: layer.sliding_window for layer in layers}
         reads = {
@@ -81,7 +81,7 @@ class EvaluationRun:
         batch: Int64[Tensor, "windows tokens"],
         fp: ScoredLogits,
     ) -> BatchScores:
-        """What the quantized model makes of a batch whose full-precision logits are `fp`."""
+        """Scores of the quantized model for a batch with full-precision logits `fp`."""
         start = time.perf_counter()
         on_device = batch.to(next(model.parameters()).device)
         quantized, usage = self.protocol.run(model, on_device, self.quantizers, layers, logits=window_logits)
@@ -89,14 +89,14 @@ class EvaluationRun:
         return BatchScores(scores, usage, time.perf_counter() - start)
 
     def add(self, batch: BatchScores) -> None:
-        """Takes a batch in.
+        """Adds a batch.
 
         Raises
         ------
         NonFiniteError
             If the full-precision or the quantized model gives NaN.
         NothingQuantizedError
-            If a quantizer has fewer than 16 bits and no token went through it so far.
+            If a quantizer has fewer than 16 bits and no token has been encoded so far.
         """
         for window, scores in enumerate(batch.scores, start=len(self._scores)):
             check_logits("full-precision", window, scores.fp_nll)
@@ -110,7 +110,7 @@ class EvaluationRun:
     def result(
         self, model: nn.Module, windows: Tensor, scored: ScoredTargets, normalization: Normalization
     ) -> EvalResult:
-        """The figures over all batches."""
+        """Result over all batches."""
         clusters = scored.clusters(self._scores, windows.shape[1])
         found = figures(clusters, normalization)
         return EvalResult(
@@ -139,5 +139,6 @@ class EvaluationRun:
         return NothingQuantizedError(
             "evaluate: fewer than 16 bits were asked for and no token was quantized that a scored target reads "
             f"({policy.describe()}, windows of {n_tokens} tokens{where}; {self.protocol.chunking.describe()}, "
-            f"{policy.describe_prefill()}). Use longer windows, a shorter first step, or keep fewer tokens exact."
+            f"{policy.describe_prefill()}). Use longer windows, a shorter prefill, or keep fewer tokens in full "
+            "precision."
         )

@@ -1,4 +1,4 @@
-"""All that the scores of an evaluation depend on, as JSON: what a log must agree with to be gone on with."""
+"""Settings that the scores of an evaluation depend on, as JSON: a log of windows must agree with all of them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,20 +22,20 @@ def evaluation_settings(
     batches: Sequence[Int64[Tensor, "_ tokens"]],
     scored: ScoredTargets,
 ) -> dict[str, Any]:
-    """By name, for messages that say what differs.
+    """Settings by name, so that errors can name those that differ.
 
     Parameters
     ----------
     model : nn.Module
         A transformers causal language model.
     layers : Sequence[AttentionLayer]
-        Its attention layers.
+        Attention layers of the model.
     runs : Sequence[EvaluationRun]
         Quantizers and protocols.
     batches : sequence of Int64[Tensor, "windows tokens"]
-        The windows, as they are run.
+        Windows, in batches.
     scored : ScoredTargets
-        Which targets count.
+        Targets that count.
     """
     weight = next(model.parameters())
     return {

@@ -1,4 +1,4 @@
-"""Means over targets with their standard errors; neighbouring targets are not independent, whole windows nearly are."""
+"""Means over targets with clustered standard errors: targets of a window are correlated, windows nearly independent."""
 
 import math
 from collections.abc import Sequence
@@ -17,26 +17,27 @@ Normalization = Literal["targets", "gptq"]
 def clustered_mean(
     clusters: Sequence[Float64[Tensor, "_"]] | Float64[Tensor, "clusters targets"],
 ) -> tuple[float, float]:
-    """Mean over all targets, and its standard error with clusters as the independent units (nan for one cluster).
+    """Mean over all targets, and its standard error clustered by window (nan for one cluster).
 
     Parameters
     ----------
     clusters : sequence of Float64[Tensor, "targets"]
-        A value for each target, cluster by cluster; clusters may differ in size.
+        Values of the targets of each cluster; clusters may differ in size.
     """
     sums = torch.stack([cluster.sum() for cluster in clusters])
     return mean_of_sums(sums, torch.tensor([len(cluster) for cluster in clusters]))
 
 
 def mean_of_sums(sums: Float64[Tensor, " clusters"], counts: Int64[Tensor, " clusters"]) -> tuple[float, float]:
-    """The same from the sum and the number of targets of each cluster.
-
-    The error is that of a ratio of sums: sqrt(C / (C - 1) * sum((sum_c - n_c * mean)^2)) / n.
+    """Mean and clustered standard error from the sum and the number of targets of each cluster.
 
     References
     ----------
     Taylor linearisation for cluster samples: Cochran, Sampling Techniques (1977), section 9A.
     """
+    # The mean is a ratio of two sums over clusters, S / n. To first order its error is the mean over clusters of the
+    # residuals S_c - n_c * mean, which are independent even if targets of one cluster are not:
+    # stderr = sqrt(C / (C - 1) * sum_c (S_c - n_c * mean)^2) / n.
     n_clusters, n_targets = len(sums), int(counts.sum())
     mean = float(sums.sum()) / n_targets
     if n_clusters < 2:
@@ -46,7 +47,7 @@ def mean_of_sums(sums: Float64[Tensor, " clusters"], counts: Int64[Tensor, " clu
 
 
 def error_text(stderr: float | None, form: str) -> str:
-    """A standard error for people; a single window has none.
+    """Standard error for tables; 'n/a' for a single window.
 
     Examples
     --------
@@ -57,7 +58,7 @@ def error_text(stderr: float | None, form: str) -> str:
 
 
 def mean_and_stderr(values: Sequence[float]) -> tuple[float, float]:
-    """The mean of independent values, and its standard error (nan for one value).
+    """Mean of independent values, and its standard error (nan for one value).
 
     Examples
     --------
@@ -71,36 +72,36 @@ def mean_and_stderr(values: Sequence[float]) -> tuple[float, float]:
 def clustered_rms(clusters: Sequence[Float64[Tensor, "_"]]) -> tuple[float, float]:
     """Root mean square over all targets, and its standard error to first order (0 where all are zero)."""
     mean, stderr = clustered_mean([cluster.square() for cluster in clusters])
-    rms = math.sqrt(mean)
+    rms = math.sqrt(mean)  # delta method: the error of sqrt(m) is that of m times 1 / (2 sqrt(m))
     return rms, stderr / (2 * rms) if rms else stderr
 
 
 def perplexity_of(
     clusters: Sequence[Float64[Tensor, "_"]], normalization: Normalization = "targets"
 ) -> tuple[float, float]:
-    """exp of the mean negative log probability, and its standard error to first order.
+    """Perplexity, exp of the mean negative log-likelihood, and its standard error to first order.
 
     Parameters
     ----------
     clusters : sequence of Float64[Tensor, "targets"]
-        Negative log probabilities, cluster by cluster.
+        Negative log-likelihoods of the targets of each cluster.
     normalization : {'targets', 'gptq'}
-        Mean over all targets, or over the clusters' means; the same for clusters of equal size.
+        Mean over all targets, or mean of the clusters' means; equal for clusters of equal size.
     """
     mean, stderr = clustered_mean(clusters)
     if normalization == "gptq":
         mean = float(torch.stack([cluster.mean() for cluster in clusters]).mean())
-    perplexity = float(torch.tensor(mean, dtype=torch.float64).exp())  # infinite where math.exp would raise
+    perplexity = float(torch.tensor(mean, dtype=torch.float64).exp())  # inf on overflow, where math.exp raises
     return perplexity, perplexity * stderr
 
 
 def figures(clusters: Sequence[Scores], normalization: Normalization = "targets") -> dict[str, float]:
-    """Every figure of `EvalResult` that comes from scores, by name.
+    """Figures of `EvalResult` that are computed from scores, by name.
 
     Parameters
     ----------
     clusters : sequence of Scores
-        Independent units, as a rule windows.
+        Scores of independent units, as a rule windows.
     normalization : {'targets', 'gptq'}
         See `perplexity_of`.
     """
@@ -125,5 +126,5 @@ def figures(clusters: Sequence[Scores], normalization: Normalization = "targets"
 
 
 def _percentile(values: Float64[Tensor, " targets"], share: float) -> float:
-    """One of the values, so that it is defined for infinite ones too."""
+    """Percentile that is one of the values, and so is defined for infinite ones too."""
     return float(np.quantile(values.numpy(), share, method="higher"))

@@ -1,4 +1,4 @@
-"""What a result says about how it came about: bits, and the protocol in phrases."""
+"""Description of an evaluation for its result: stored bits, and the protocol in phrases."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +16,7 @@ from simquant.usage import CONTEXT_TOKENS, Usage
 
 
 def stored_bits(usage: Usage, policy: CachePolicy) -> dict[str, Any]:
-    """Bits per element as counted, and with static bytes and exact tokens at some context lengths."""
+    """Bits per element as counted, and with static bytes and full-precision tokens at some context lengths."""
     amortised = {
         str(n): {tensor: usage.amortised_bits(tensor, n, policy.exact_tokens(tensor, n)) for tensor in TENSORS}
         for n in CONTEXT_TOKENS
@@ -30,7 +30,7 @@ def stored_bits(usage: Usage, policy: CachePolicy) -> dict[str, Any]:
 
 
 def cache_phrases(quantizers: Mapping[Site, Quantizer], policy: CachePolicy) -> list[str]:
-    """Where keys are taken, and which tokens stay exact."""
+    """Phrases for reports: stage of the keys, and tokens in full precision."""
     stages = sorted({site.stage.replace("_rope", "-RoPE") for site in quantizers if site.stage})
     return [f"keys {', '.join(stages)}", policy.describe()]
 
@@ -42,7 +42,7 @@ def protocol_line(
     scored: ScoredTargets,
     normalization: str,
 ) -> str:
-    """What was quantized, when, and how perplexity is normalised."""
+    """Line for reports: protocol, policy, windows, normalisation of perplexity, and causality."""
     evicts = protocol.policy.eviction is not None
     return "; ".join(
         [
@@ -59,7 +59,7 @@ def protocol_line(
 
 
 def _is_causal(quantizers: Mapping[Site, Quantizer], protocol: Protocol) -> bool:
-    """Whether no query reads a token by a scale that a later token than its own has shaped."""
+    """True if no query reads a token with a scale that depends on a token later than its own."""
     if not any(quantizer.looks_ahead for quantizer in quantizers.values()):
         return True
     chunking = protocol.chunking
@@ -69,8 +69,8 @@ def _is_causal(quantizers: Mapping[Site, Quantizer], protocol: Protocol) -> bool
 
 
 def worse_than_guessing(perplexity: float, vocab_size: int) -> tuple[str, ...]:
-    """A warning where the exact model does worse than one that gives every token the same chance."""
-    if not perplexity > vocab_size * 1.001:  # evenly, up to rounding, is what an untrained model does
+    """Warning if the model in full precision is worse than a uniform guess over the vocabulary."""
+    if not perplexity > vocab_size * 1.001:  # an untrained model guesses uniformly, up to rounding
         return ()
     return (
         f"perplexity in full precision is {perplexity:.6g}, where guessing evenly among {vocab_size} tokens has "

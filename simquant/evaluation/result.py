@@ -1,4 +1,4 @@
-"""What an evaluation found, with units and errors."""
+"""Result of an evaluation, with units and standard errors."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -16,41 +16,41 @@ _NOT_IN_JSON = ("cluster_nats", "cluster_targets")
 class EvalResult:
     """Figures of one evaluation, full precision against quantized on the same tokens.
 
-    A `_stderr` is the standard error of the figure that it is named after, with windows as the independent units (nan
-    for a single window); strided windows count together until they have moved on by a window's length. Where a figure
-    is a function of a mean, it is the error to first order.
+    A `_stderr` is the standard error of the figure of that name, clustered by window (nan for a single window); strided
+    windows form one cluster until they have advanced by a window's length. Errors of functions of a mean are to first
+    order.
 
     Parameters
     ----------
     fp_perplexity, perplexity : float
-        Of the model as it is, and with its cache quantized.
+        Perplexity in full precision, and with the cache quantized.
     loss_nats : float
-        Mean rise of a target's negative log probability, paired; negative where the quantized model does better.
+        Mean increase of a target's negative log-likelihood, paired; negative if the quantized model does better.
     kl_mean, kl_p99, kl_p999 : float
         KL(fp || quantized) in nats per target: mean, 99th and 99.9th percentile.
     top1_agreement, top1_flips : float
-        Share of targets where both models rank the same token first, and where they do not.
+        Share of targets for which both models rank the same token first, and for which they do not.
     delta_p_mean, delta_p_rms : float
-        Change of the target's probability, quantized less full precision, from -1 to 1: its mean, and its root mean
-        square. llama.cpp prints both as per cent.
+        Change of the target's probability, quantized less full precision, from -1 to 1: mean, and root mean square.
+        llama.cpp prints both as per cent.
     bits : dict
         Counted bits per element of keys and values, static bytes, and both together at some context lengths.
     costs : Costs
-        Bits of a token, what is stored once, and the arithmetic of decoding, all sites together.
+        Bits of a token, static bytes, and the arithmetic of decoding, over all sites.
     quantized_fraction : float
         Share of tokens, over all sites, that were quantized.
     protocol : str
-        What was quantized, which targets are scored, and how perplexity is normalised, in one line.
+        Line with the protocol, the policy, the scored targets and the normalisation of perplexity.
     n_targets, n_windows : int
-        Scored tokens and windows.
+        Numbers of scored tokens and of windows.
     seconds : float
         Wall time.
     cluster_nats : tuple of float
-        The loss summed over the targets of each independent unit, from which results are compared; not in the JSON.
+        Sum of the loss over the targets of each cluster, for comparisons of results; not in the JSON.
     cluster_targets : tuple of int
-        How many targets those are.
+        Number of targets of each cluster.
     warnings : tuple of str
-        Why the figures should not be believed.
+        Reasons to distrust the figures.
     """
 
     fp_perplexity: float
@@ -82,20 +82,19 @@ class EvalResult:
     warnings: tuple[str, ...] = ()
 
     def loss_beyond(self, other: "EvalResult") -> tuple[float, float]:
-        """Nats per target that this loses more than `other`, and the standard error of the difference.
-
-        Both were found on the same windows, so what is hard about a window cancels: the error is smaller than either
-        result's own.
+        """Loss in nats per target beyond that of `other`, and the paired standard error of the difference.
 
         Raises
         ------
         ValueError
-            If the windows are not the same.
+            If the two results are not of the same windows.
         """
-        same_text = math.isclose(self.fp_perplexity, other.fp_perplexity, rel_tol=1e-3)  # batch sizes round otherwise
+        # Paired by window: the difficulty of a window is in both losses and cancels in the difference, so that its
+        # standard error is smaller than that of either loss.
+        same_text = math.isclose(self.fp_perplexity, other.fp_perplexity, rel_tol=1e-3)  # batch size changes rounding
         if not self.cluster_targets or self.cluster_targets != other.cluster_targets or not same_text:
             raise ValueError(
-                "results: two evaluations of the same windows were expected; got "
+                "results: expected two evaluations of the same windows; got "
                 + " and ".join(
                     f"{r.n_targets} targets in {r.n_windows} windows of full-precision perplexity {r.fp_perplexity:.4f}"
                     for r in (self, other)
@@ -105,7 +104,7 @@ class EvalResult:
         return mean_of_sums(mine - others, torch.tensor(self.cluster_targets))
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values; what is no finite number becomes null, and is named under `non_finite` unless it is an error."""
+        """JSON values; non-finite figures become null, and are listed under `non_finite` unless standard errors."""
         plain = {name: value for name, value in asdict(self).items() if name not in _NOT_IN_JSON}
         sides = {
             side: {name: plain.pop(prefix + name) for name in ("perplexity", "perplexity_stderr")}
@@ -117,7 +116,7 @@ class EvalResult:
         return {**cleaned, "non_finite": non_finite} if non_finite else cleaned
 
     def table(self) -> str:
-        """A table for people."""
+        """Table as text."""
         rows = [*self._losses(), *self._storage(), ("protocol", self.protocol), ("seconds", f"{self.seconds:.1f}")]
         rows += [("warning", warning) for warning in self.warnings]
         width = max(len(name) for name, _ in rows)

@@ -1,4 +1,4 @@
-"""Which targets of the windows are scored, and windows that overlap so that every scored target has context."""
+"""Scored targets of windows, and strided windows that give every scored target context."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -13,38 +13,40 @@ from simquant.evaluation.scoring import Scores
 
 @dataclass(frozen=True, eq=False)
 class ScoredTargets:
-    """How many of the last targets of each window are scored; the tokens before them are context.
+    """Number of scored targets at the end of each window; the tokens before them are context.
 
     Parameters
     ----------
     n_scored : tuple of int
-        Of each window, from 1 to its tokens but one.
+        Scored targets of each window, from 1 to its tokens less one.
     stride : int or None
-        By how many tokens each window is ahead of the one before; None where windows share no tokens.
+        Tokens from the start of a window to that of the next; None for windows that share no tokens.
     """
 
     n_scored: tuple[int, ...]
     stride: int | None = None
 
     def split(self, batch_size: int) -> list[tuple[int, ...]]:
-        """The numbers of each batch of windows."""
+        """Numbers of scored targets, batch by batch."""
         return [self.n_scored[first : first + batch_size] for first in range(0, len(self.n_scored), batch_size)]
 
     def clusters(self, scores: Sequence[Scores], window_tokens: int) -> list[Scores]:
-        """Units that standard errors may take for independent: windows, or as many as advance by one's length.
+        """Scores joined in clusters for standard errors: windows, or runs of strided windows of one window's length.
 
         Parameters
         ----------
         scores : Sequence[Scores]
-            Of each window.
+            Scores of each window.
         window_tokens : int
             Length of a window.
         """
+        # Windows less than a window's length apart share tokens, so that their losses are correlated. ceil(length /
+        # stride) consecutive ones form a cluster; two clusters share tokens only around their border.
         size = 1 if self.stride is None else math.ceil(window_tokens / self.stride)
         return [Scores.cat(scores[first : first + size]) for first in range(0, len(scores), size)]
 
     def describe(self) -> str:
-        """One phrase for reports."""
+        """Phrase for reports."""
         if self.stride is None:
             return "all but the first of each scored"
         return f"each {self.stride} tokens ahead of the last and scored on as many, a text's first window on all"
@@ -53,16 +55,17 @@ class ScoredTargets:
 def scored_targets(
     windows: Int64[Tensor, "windows tokens"], scored: ScoredTargets | None, normalization: str
 ) -> ScoredTargets:
-    """The targets to score: those given, for windows that have them, or all tokens but the first of each window.
+    """Targets to score, checked against the windows; by default all tokens but the first of each window.
 
     Raises
     ------
     ValueError
-        If there are no windows or no targets, or the normalization is not one of such targets.
+        If there are no windows or no targets, or the normalization does not suit strided windows.
     """
     if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
         raise ValueError(
-            f"windows: expected at least one window of at least 2 tokens; got shape {tuple(windows.shape)}"
+            f"windows: expected at least one window of at least 2 tokens; got shape {tuple(windows.shape)}. Use a "
+            "longer text or a smaller seqlen"
         )
     n_windows, most = windows.shape[0], windows.shape[1] - 1
     scored = ScoredTargets((most,) * n_windows) if scored is None else scored
@@ -74,8 +77,8 @@ def scored_targets(
         )
     if scored.stride is not None and normalization != "targets":
         raise ValueError(
-            f"normalization: {normalization!r} is a mean over windows that score equally many targets; got windows "
-            f"with a stride of {scored.stride} tokens. Use 'targets'"
+            f"normalization: {normalization!r} averages windows with equally many scored targets; got windows with a "
+            f"stride of {scored.stride} tokens. Use 'targets'"
         )
     return scored
 
@@ -83,11 +86,10 @@ def scored_targets(
 def strided_windows(
     documents: Iterable[Int64[Tensor, "_"]], *, seqlen: int, stride: int, limit: int | None = None
 ) -> tuple[Int64[Tensor, "windows tokens"], ScoredTargets]:
-    """Overlapping windows, and the targets that make every one of them count once.
+    """Strided windows, and the targets to score so that every target counts once.
 
-    Each window of a document begins `stride` tokens after the one before and scores its last `stride` targets, the
-    first window all of its own, as in the sliding window that the documentation of transformers describes for
-    perplexity. All windows have `seqlen` tokens: what is left at the end of a document is dropped.
+    Each window of a document starts `stride` tokens after the one before and scores its last `stride` targets; the
+    first window scores all of its targets. All windows have `seqlen` tokens: the rest of a document is dropped.
 
     Parameters
     ----------
@@ -96,14 +98,19 @@ def strided_windows(
     seqlen : int
         Length of a window in tokens, from 2.
     stride : int
-        From 1 to `seqlen`. At `seqlen` windows share nothing, and the first token of each is not scored.
+        Distance of windows in tokens, from 1 to `seqlen`. At `seqlen` windows share no tokens, and the first token of
+        each is not scored.
     limit : int or None
-        Windows at most.
+        Maximum number of windows.
 
     Raises
     ------
     ValueError
         If the numbers are out of range, or no document has `seqlen` tokens.
+
+    References
+    ----------
+    transformers documentation, "Perplexity of fixed-length models": the strided sliding window.
     """
     if seqlen < 2 or not 1 <= stride <= seqlen or (limit is not None and limit < 1):
         raise ValueError(
@@ -116,7 +123,7 @@ def strided_windows(
         if limit is not None and len(n_scored) >= limit:
             break
         if len(document) >= seqlen:
-            parts.append(document.unfold(0, seqlen, stride))  # a view: what overlaps is in memory once
+            parts.append(document.unfold(0, seqlen, stride))  # a view: overlaps are in memory once
             n_scored += [seqlen - 1] + [min(stride, seqlen - 1)] * (len(parts[-1]) - 1)
     if not parts:
         raise ValueError(f"strided windows: no document has {seqlen} tokens; use a smaller seqlen or a longer text")

@@ -1,4 +1,4 @@
-"""What each target costs under the exact and the quantized model."""
+"""Scores of targets: negative log-likelihood in full precision and quantized, KL divergence, and top-1 agreement."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -10,26 +10,26 @@ from torch import Tensor, nn
 from artifacts.errors import NonFiniteError
 
 _SCORED_LOGITS = 2**18
-"""Logits that are scored at a time on a CPU: few enough to stay in its cache, from operation to operation."""
+"""Logits scored at a time on a CPU: few enough to stay in its cache from one operation to the next."""
 
 _SCORED_LOGITS_ELSEWHERE = 2**24
 
 _SUMMED = 512
-"""Terms that are added up in float32 before float64 takes over: several times as quick, and no worse than a term is."""
+"""Terms summed in float32 before float64 takes over: several times faster, with errors no larger than a term's own."""
 
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """The scored targets of a window, or of several one after the other.
+    """Scores of the targets of one window, or of several concatenated.
 
     Parameters
     ----------
     fp_nll, nll : Float64[Tensor, "targets"]
-        Negative log probability of the target under the exact and the quantized model, in nats.
+        Negative log-likelihood of the target in full precision and quantized, in nats.
     kl : Float64[Tensor, "targets"]
-        KL(fp || quantized) of the whole distributions, in nats.
+        KL(fp || quantized) of the distributions over the vocabulary, in nats.
     agrees : Bool[Tensor, "targets"]
-        Whether both models rank the same token first.
+        True if both models rank the same token first.
     """
 
     fp_nll: Float64[Tensor, " targets"]
@@ -39,7 +39,7 @@ class Scores:
 
     @property
     def loss(self) -> Float64[Tensor, " targets"]:
-        """Rise of the negative log probability, in nats."""
+        """Increase of the negative log-likelihood, in nats."""
         return self.nll - self.fp_nll
 
     @property
@@ -49,28 +49,28 @@ class Scores:
 
     @staticmethod
     def cat(parts: Sequence["Scores"]) -> "Scores":
-        """All targets, in order."""
+        """Concatenated scores."""
         return Scores(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Scores)))
 
 
 def window_logits(model: nn.Module, batch: Int64[Tensor, "windows tokens"]) -> Float[Tensor, "windows tokens vocab"]:
-    """The logits of whole windows, from one pass without a cache."""
+    """Logits of whole windows, from one forward pass without a cache."""
     device = next(model.parameters()).device
     logits: Tensor = model(input_ids=batch.to(device), use_cache=False).logits
     return logits
 
 
 def check_logits(which: str, window: int, nll: Float64[Tensor, " targets"]) -> None:
-    """The model has given numbers: a NaN among the logits of a token makes its target's negative log probability one.
+    """Check that a window has no NaN; a NaN among the logits of a token makes its target's log-likelihood NaN.
 
     Parameters
     ----------
     which : str
-        Of what model they are; empty where there is but one.
+        Name of the model for the error; empty if there is only one.
     window : int
         Number of the window, from 0.
     nll : Float64[Tensor, "targets"]
-        Of its scored targets; infinity is a number.
+        Negative log-likelihoods of its scored targets; infinity is allowed.
 
     Raises
     ------
@@ -80,27 +80,27 @@ def check_logits(which: str, window: int, nll: Float64[Tensor, " targets"]) -> N
     n_bad, who = int(nll.isnan().sum()), f"the {which} model" if which else "the model"
     if n_bad:
         raise NonFiniteError(
-            f"window {window}: {who} gives NaN for {n_bad} of {len(nll)} scored targets. Run it in a wider dtype "
-            "(--dtype float32), or look for weights that are not finite."
+            f"window {window}: {who} gives NaN for {n_bad} of {len(nll)} scored targets. Use a wider dtype (--dtype "
+            "float32), or look for weights that are not finite."
         )
 
 
 @dataclass(frozen=True, eq=False)
 class ScoredLogits:
-    """Logits of the scored targets of a batch, with what every comparison with them needs.
+    """Logits of the scored targets of a batch, with their argmax and log-sum-exp.
 
     Parameters
     ----------
     logits : Float[Tensor, "windows targets vocab"]
-        From which each target is predicted, in the dtype of the model; a view.
+        Logits that predict each target, in the dtype of the model; a view.
     targets : Int64[Tensor, "windows targets"]
         Token ids.
     n_scored : Sequence[int]
-        How many of the last targets of each window are scored.
+        Scored targets at the end of each window.
     first : Int64[Tensor, "windows targets"]
-        The likeliest token, of equals the one with the smallest id.
+        Argmax of the logits; ties give the smallest token id.
     log_total : Float64[Tensor, "windows targets"]
-        log sum exp of the logits.
+        Log-sum-exp of the logits.
     """
 
     logits: Float[Tensor, "windows targets vocab"]
@@ -113,16 +113,16 @@ class ScoredLogits:
     def of(
         logits: Float[Tensor, "windows tokens vocab"], batch: Int64[Tensor, "windows tokens"], n_scored: Sequence[int]
     ) -> "ScoredLogits":
-        """Those of whole windows.
+        """Scored part of the logits of whole windows.
 
         Parameters
         ----------
         logits : Float[Tensor, "windows tokens vocab"]
-            Of a model.
+            Logits of a model.
         batch : Int64[Tensor, "windows tokens"]
             Token ids.
         n_scored : Sequence[int]
-            Of the last targets of each window, from 1 to tokens - 1.
+            Scored targets at the end of each window, from 1 to tokens - 1.
         """
         longest = max(n_scored)
         scored = logits[:, -longest - 1 : -1]
@@ -131,24 +131,27 @@ class ScoredLogits:
 
     @property
     def nll(self) -> Float64[Tensor, "windows targets"]:
-        """Negative log probability of each target, in nats."""
+        """Negative log-likelihood of each target, in nats."""
         return self.log_total - self.logits.gather(-1, self.targets[..., None])[..., 0].double()
 
     def by_window(self, *columns: Shaped[Tensor, "windows targets"]) -> list[tuple[Tensor, ...]]:
-        """The scored targets' share of some columns, window by window, on the CPU."""
+        """Scored targets of some columns, window by window, on the CPU."""
         found = [column.cpu() for column in columns]
         longest = self.targets.shape[1]
         return [tuple(column[row, longest - n :] for column in found) for row, n in enumerate(self.n_scored)]
 
 
 def score(fp: ScoredLogits, quantized: ScoredLogits) -> list[Scores]:
-    """The scores of each window of a batch.
+    """Scores of each window of a batch.
 
     Parameters
     ----------
     fp, quantized : ScoredLogits
-        Of both models, for the same targets.
+        Logits of both models for the same targets.
     """
+    # KL(p || q) = sum p (log p - log q) = sum p (a - b) - lse(a) + lse(b), with logits a and b. The log-sum-exps are
+    # there for the likelihoods already, so that no log-probabilities over the vocabulary are made. Sums end in float64:
+    # a small KL is the difference of large terms. Rounding below zero is cut off, as KL cannot be negative.
     pairs = zip(_parts(fp.logits), _parts(quantized.logits), strict=True)
     excess = torch.cat([_weighted_difference(*pair) for pair in pairs], dim=1)
     kl = (excess - fp.log_total + quantized.log_total).clamp_min(0)
@@ -157,7 +160,7 @@ def score(fp: ScoredLogits, quantized: ScoredLogits) -> list[Scores]:
 
 
 def _parts(logits: Float[Tensor, "windows targets vocab"]) -> tuple[Float[Tensor, "windows _ vocab"], ...]:
-    """A few targets at a time, so that nothing as large as the logits is ever made of them."""
+    """Logits of a few targets at a time, so that temporary tensors are small."""
     at_a_time = _SCORED_LOGITS if logits.device.type == "cpu" else _SCORED_LOGITS_ELSEWHERE
     parts: tuple[Tensor, ...] = logits.split(max(1, at_a_time // (logits.shape[0] * logits.shape[2])), dim=1)
     return parts
@@ -166,7 +169,7 @@ def _parts(logits: Float[Tensor, "windows targets vocab"]) -> tuple[Float[Tensor
 def _totals(
     logits: Float[Tensor, "windows targets vocab"],
 ) -> tuple[Int64[Tensor, "windows targets"], Float64[Tensor, "windows targets"]]:
-    """The likeliest token, and log sum exp."""
+    """Argmax, and log-sum-exp in float64."""
     wide = logits.float()
     first = _first(wide)
     largest = wide.gather(-1, first[..., None])
@@ -176,11 +179,9 @@ def _totals(
 def _weighted_difference(
     fp: Float[Tensor, "windows targets vocab"], quantized: Float[Tensor, "windows targets vocab"]
 ) -> Float64[Tensor, "windows targets"]:
-    """sum p (a - b) over logits a with probabilities p: KL(p || q) without the difference of log sums.
-
-    A token that p rules out adds nothing, whatever b says: 0 times infinity counts as 0. No true NaN is lost by that,
-    for one in a or b is in its log sum, too.
-    """
+    """Sum of p (a - b) over the vocabulary, with p = softmax(a): KL(p || q) without the log-sum-exps."""
+    # A token with p = 0 adds nothing, whatever b is: 0 times infinity counts as 0, the limit of p log p. A true NaN
+    # in a or b is not lost, since it is in their log-sum-exp as well.
     a, b = fp.float(), quantized.float()
     p = (a - a.amax(dim=-1, keepdim=True)).exp_()
     terms = (a - b).mul_(p).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
@@ -188,7 +189,7 @@ def _weighted_difference(
 
 
 def _first(x: Float32[Tensor, "windows targets vocab"]) -> Int64[Tensor, "windows targets"]:
-    """The index of the largest, of equals the first: by numpy on a CPU, where torch takes twenty times as long."""
+    """Argmax, the first of ties; by numpy on a CPU, where torch takes twenty times as long."""
     return torch.from_numpy(x.numpy().argmax(axis=-1)) if x.device.type == "cpu" else x.argmax(dim=-1)
 
 

@@ -1,4 +1,4 @@
-"""What quantizing a layer does to its logits and to its output, on the queries of the exact model."""
+"""Errors of attention logits and outputs of single quantized layers, on queries in full precision."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,21 +14,22 @@ from artifacts.sites import Site
 from simquant.evaluation.attention_inputs import AttentionInputs
 
 _LOGITS = 2**24
-"""Logits that are held at a time, to bound memory for long windows."""
+"""Attention logits in memory at a time, to bound memory for long windows."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionErrors:
-    """Squared errors of one layer, summed over queries, and the energies that they are related to; windows add up.
+    """Squared errors of one layer, summed over queries, and the energies to divide them by; sums of windows add up.
 
     Parameters
     ----------
     logits, logit_energy : float
         (q . (k - k'))^2 over the keys that each query sees, and (q . k)^2 about the query's mean over these keys.
     key_output, value_output, output : float
-        Squared distance from the exact attention output: with k' and exact values, with v' and exact keys, with both.
+        Squared distance from the attention output in full precision: with keys k' alone quantized, with values v'
+        alone, with both.
     output_energy : float
-        The square of the exact output.
+        Squared norm of the output in full precision.
     """
 
     logits: float = 0.0
@@ -42,7 +43,7 @@ class AttentionErrors:
         return AttentionErrors(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
 
     def relative(self) -> dict[str, float]:
-        """`logits`, `key_output`, `value_output` and `output` over their energies; 0 where nothing changed."""
+        """Relative errors: `logits`, `key_output`, `value_output` and `output` over their energies."""
         outputs = ("key_output", "value_output", "output")
         return {
             "logits": _ratio(self.logits, self.logit_energy),
@@ -54,16 +55,16 @@ class AttentionErrors:
 def attention_errors(
     inputs: AttentionInputs, quantizers: Mapping[Site, Quantizer], *, sink_tokens: int = 0
 ) -> AttentionErrors:
-    """What quantizing this layer alone does, everything before it being exact.
+    """Errors of one layer if it alone is quantized, all layers before it in full precision.
 
     Parameters
     ----------
     inputs : AttentionInputs
-        Of one layer and window.
+        Queries, keys and values of one layer and window.
     quantizers : Mapping[Site, Quantizer]
-        Those of the layer's keys, at either stage, and values; others are not looked at.
+        Quantizers of the layer's keys, at either stage, and values; others are ignored.
     sink_tokens : int
-        First tokens of the window that stay exact.
+        First tokens of the window in full precision.
     """
     layer = inputs.layer
     query = inputs.rotated(inputs.query)[0].float().unflatten(0, (layer.kv_heads, -1))
@@ -83,12 +84,13 @@ def _errors(
     query: Float[Tensor, "kv_heads group queries head_dim"],
     cached: Sequence[Float[Tensor, "kv_heads 1 keys head_dim"]],
 ) -> AttentionErrors:
-    """Of the last queries over exact keys and values, and those that were stored; no key is later than the queries."""
+    """Errors of the last queries, over keys and values in full precision and decoded, none later than the queries."""
     key, value, stored_key, stored_value = cached
     visible = _visible(query.shape[2], key.shape[2], layer.sliding_window).to(query.device)
     logits, error = query @ key.mT, query @ (key - stored_key).mT
     weights, stored_weights = (_weights(x, visible, layer) for x in (logits, logits - error))
     exact = weights @ value
+    # Softmax ignores a constant added to a query's logits, so that their energy is taken about the query's mean.
     mean = (logits * visible).sum(dim=-1, keepdim=True) / visible.sum(dim=-1, keepdim=True)
     return AttentionErrors(
         logits=_energy(error * visible),
@@ -108,7 +110,7 @@ def _visible(n_queries: int, n_keys: int, sliding_window: int | None) -> Bool[Te
 def _weights(
     logits: Float[Tensor, "kv_heads group queries keys"], visible: Bool[Tensor, "queries keys"], layer: AttentionLayer
 ) -> Float[Tensor, "kv_heads group queries keys"]:
-    """The layer's softmax, with its own scaling, cap on logits (Gemma 2) and logit that draws no value (gpt-oss)."""
+    """Attention weights with the layer's scale, softcap (Gemma 2) and sink logits (gpt-oss)."""
     module = layer.module
     logits = logits * getattr(module, "scaling", layer.head_dim**-0.5)
     cap = getattr(module, "attn_logit_softcapping", None)

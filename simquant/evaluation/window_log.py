@@ -1,4 +1,4 @@
-"""A file of finished windows, by which an interrupted evaluation goes on."""
+"""Log of finished windows, from which an interrupted evaluation resumes."""
 
 import json
 import os
@@ -16,21 +16,21 @@ _VERSION = 2
 
 
 class WindowLogError(KVGaugeError, ValueError):
-    """A log of windows cannot be read, or belongs to another evaluation."""
+    """Log of windows that cannot be read, or belongs to another evaluation."""
 
 
 @dataclass(frozen=True)
 class WindowLog:
-    """A file with a line for each finished batch of windows, after one that says what is evaluated.
+    """JSON Lines file with a header of settings and a line for each finished batch of windows.
 
-    A line is written at once when its batch is finished, so that a run that is killed loses the batch at hand and no
-    more: what it left unfinished at the end is cut off. A log serves one run at a time: each line has the number of its
-    batch, by which the lines of two runs are found out.
+    A line is written when its batch is finished, so that a killed run loses only its current batch; an incomplete last
+    line is cut off. A log serves one run at a time: lines carry the number of their batch, so that the lines of two
+    concurrent runs are detected.
 
     Parameters
     ----------
     path : Path
-        Where it is kept; made by the first run.
+        Path of the log; created by the first run.
 
     Examples
     --------
@@ -46,21 +46,21 @@ class WindowLog:
     path: Path
 
     def start(self, settings: Mapping[str, Any]) -> list[Any]:
-        """The finished batches of earlier runs, in order; from here on `append` adds to them.
+        """Finished batches of earlier runs, in order; creates the log if there is none.
 
         Parameters
         ----------
         settings : Mapping[str, Any]
-            All that the scores depend on, as JSON values.
+            Settings that the scores depend on, as JSON values.
 
         Raises
         ------
         WindowLogError
-            If the file is no such log, is damaged, was written by two runs at a time, or has other settings: the
-            message names them.
+            If the file is not a log of windows, is damaged, was written by two runs at a time, or has other settings,
+            which the message names.
         """
         if self.path.is_dir():
-            raise WindowLogError(f"{self.path}: expected a file for the log; got a folder. Name a file in it")
+            raise WindowLogError(f"{self.path}: expected a file for the log; got a folder. Name a file in it.")
         if not self.path.exists() or not self.path.stat().st_size:
             self._create(settings)
             return []
@@ -71,12 +71,12 @@ class WindowLog:
         return [self._found(batch, line) for batch, line in enumerate(lines)]
 
     def append(self, batch: int, found: Any) -> None:
-        """Adds what was found in a batch, given as JSON values; batches are numbered from 0."""
+        """Adds the scores of a batch, as JSON values; batches are numbered from 0."""
         with self.path.open("ab", buffering=0) as file:
             file.write(f"{canonical_json({'batch': batch, 'found': found})}\n".encode())
 
     def _create(self, settings: Mapping[str, Any]) -> None:
-        """Whole, so that no log is without its settings."""
+        """Creates the log with its settings, in one atomic write."""
         header = canonical_json({"format": _FORMAT, "version": _VERSION, "settings": settings})
         write_whole(self.path, f"{header}\n".encode("ascii"))
 
@@ -89,32 +89,35 @@ class WindowLog:
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise WindowLogError(
                 f"{self.path}: expected a log of evaluated windows, version {_VERSION}; got another file "
-                f"({error!s:.100}). Name a file that does not exist yet"
+                f"({error!s:.100}). Name a file that does not exist yet."
             ) from error
         rows = _differences(held, json.loads(canonical_json(settings)))
         if rows:
             raise WindowLogError(
-                f"{self.path}: it logs another evaluation than this one:\n  "
+                f"{self.path}: expected a log of this evaluation; got one of another:\n  "
                 + "\n  ".join(rows)
-                + "\nRepeat what it was made with, or name another file."
+                + "\nUse the settings of the log, or name another file."
             )
 
     def _found(self, batch: int, line: bytes) -> Any:
         who = f"{self.path}: line {batch + 2}"
         if not _whole(line):
-            raise WindowLogError(f"{who} is damaged, and lines follow it. Delete the file, or the lines from there")
+            raise WindowLogError(
+                f"{who}: expected a complete line; got a damaged one before others. Delete the file, or all lines from "
+                "there on."
+            )
         entry = json.loads(line)
         if not isinstance(entry, dict) or entry.keys() != {"batch", "found"} or entry["batch"] != batch:
             got = entry.get("batch") if isinstance(entry, dict) else entry
             raise WindowLogError(
-                f"{who}: expected batch {batch}; got {got!r:.40}. Have two runs written to it? Delete the file, or the "
-                "lines from there"
+                f"{who}: expected batch {batch}; got {got!r:.40}, as if two runs had written to the log. Delete the "
+                "file, or all lines from there on."
             )
         return entry["found"]
 
 
 def _whole(line: bytes) -> bool:
-    """Whether a line was written to its end."""
+    """True if a line is complete."""
     if not line.endswith(b"\n"):
         return False
     try:

@@ -1,1 +1,1 @@
-"""What a cache keeps in full precision, when it encodes, and what it evicts."""
+"""Rules of a KV cache: tokens kept in full precision, the time at which the others are encoded, and eviction."""

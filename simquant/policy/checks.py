@@ -20,7 +20,7 @@ def check_fit(
     quantizers: Artifact | Mapping[Site, Quantizer],
     layers: Sequence[AttentionLayer],
 ) -> None:
-    """The quantizers were made for the model, and for all of its layers.
+    """Check that the quantizers were made for the model, and cover all of its layers.
 
     Raises
     ------
@@ -33,7 +33,7 @@ def check_fit(
 
 
 def check_coverage(quantizers: Mapping[Site, Quantizer], layers: Sequence[AttentionLayer]) -> None:
-    """There is one quantizer for the keys and one for the values of every layer.
+    """Check that there is one quantizer for the keys and one for the values of every layer.
 
     Raises
     ------
@@ -43,47 +43,52 @@ def check_coverage(quantizers: Mapping[Site, Quantizer], layers: Sequence[Attent
     for site in quantizers:
         if site.tensor == "query" or (site.stage == "post_rope" and Site(site.layer, "key", "pre_rope") in quantizers):
             raise MismatchError(
-                f"artifact: {site} cannot be quantized: queries are not cached, and keys at one stage only"
+                f"artifact: expected quantizers of cached keys and values, keys either before or after RoPE; got {site}"
+                f"{' beside its key before RoPE' if site.tensor == 'key' else ', and queries are not cached'}. Remove "
+                "that quantizer."
             )
     wanted = {(layer.layer, tensor) for layer in layers for tensor in ("key", "value")}
     given = {(site.layer, site.tensor) for site in quantizers}
-    exact = "A layer that shall stay exact carries the quantizer 'identity'; otherwise calibrate all layers."
+    advice_missing = "Calibrate all layers, and give the quantizer 'identity' to one that shall keep full precision."
+    advice_extra = "Use an artifact that was calibrated on this model."
     for problem, places, advice in (
-        ("covers only some layers; missing", wanted - given, exact),
-        ("has no place in the model for", given - wanted, "Was it made for another model?"),
+        ("expected quantizers for every layer; missing are", wanted - given, advice_missing),
+        ("expected quantizers of this model's layers alone; got others, for", given - wanted, advice_extra),
     ):
         if places:
             names = ", ".join(f"layers.{layer}.{tensor}" for layer, tensor in sorted(places)[:6])
-            raise MismatchError(f"artifact: it {problem} {names}{', ...' if len(places) > 6 else ''}. {advice}")
+            raise MismatchError(f"artifact: {problem} {names}{', ...' if len(places) > 6 else ''}. {advice}")
 
 
 def check_cacheable(quantizers: Mapping[Site, Quantizer], policy: CachePolicy) -> None:
-    """A cache under the policy can hand every quantizer what it encodes together.
+    """Check that a cache under the policy can encode together all tokens that share a scale.
 
     Raises
     ------
     MismatchError
-        If scales span all tokens of a call, or groups of tokens that do not fill the blocks of the window; or if a
-        site is predicted from others under a policy that treats their tokens differently.
+        If scales span all tokens of a call, or groups of tokens that do not divide the window's blocks; or if a site
+        is predicted from others under a policy that encodes their tokens at other steps.
     """
     for site, quantizer in quantizers.items():
         who, group = f"{site}: {quantizer.spec.describe()}", quantizer.tokens_per_scale
         block_tokens = policy.window(site.tensor).block_tokens
         if group is None:
             raise MismatchError(
-                f"{who} shares scales among all tokens, later ones included: no cache can do that. Use scales of one "
-                "token, of groups of tokens (group_size) or calibrated ones, or the protocol 'full'."
+                f"{who} shares scales among all tokens, later ones included; a cache needs scales that are known when "
+                "a token is encoded. Use scales per token, per group of tokens (group_size) or calibrated ones, or the "
+                "protocol 'full'."
             )
         if block_tokens % group:
             raise MismatchError(
-                f"{who} encodes groups of {group} tokens, the policy hands over {block_tokens} at once; they would "
-                f"leave the window in the middle of a group. Use block_tokens={group} or a multiple of it."
+                f"{who} shares scales among {group} tokens; expected a policy with block_tokens a multiple of {group}, "
+                f"got {block_tokens}, so that tokens would be encoded in the middle of a group. Use "
+                f"block_tokens={group} or a multiple of it."
             )
         if quantizer.sources and not _alike_everywhere(policy):
             raise MismatchError(
-                f"{who} is predicted from {', '.join(map(str, quantizer.sources))}, whose tokens must be encoded when "
-                f"its own are; got a policy with {policy.describe()}. Use one window for keys and values, without "
-                "eviction and without tokens kept for their small norm."
+                f"{who} is predicted from {', '.join(map(str, quantizer.sources))}, whose tokens must be encoded at "
+                f"the same step as its own; got a policy with {policy.describe()}. Use one window for keys and "
+                "values, no eviction, and keep_smallest_norm=0."
             )
 
 
@@ -93,21 +98,22 @@ def default_policy(
     entry: Mapping[str, Any] | None = None,
     sinks_alone: bool = False,
 ) -> CachePolicy:
-    """The policy that goes with quantizers where none is given.
+    """Policy of an artifact or of a recipe, for callers that give none.
 
     Parameters
     ----------
     quantizers : Artifact or mapping from Site to Quantizer
-        The sinks are an artifact's; without an entry, tokens leave at once, in the fewest whole groups.
+        An artifact brings its number of sink tokens. Without a cache entry there is no residual window: tokens are
+        encoded at once, in blocks of the fewest whole groups.
     entry : mapping or None
-        What a recipe says under `cache`; None takes what the artifact's own says.
+        The `cache` entry of a recipe; None takes that of the artifact's recipe.
     sinks_alone : bool
-        Whatever a recipe says, every other token is encoded before it is read, as the protocol 'full' does.
+        Ignore recipes, and keep nothing but sink tokens in full precision, as the protocol 'full' does.
 
     Raises
     ------
     ValueError
-        If the entry is none.
+        If the entry has an unknown field, or one out of range.
     """
     manifest = quantizers.manifest if isinstance(quantizers, Artifact) else None
     sink_tokens = 0 if manifest is None else manifest.sink_tokens
@@ -121,10 +127,10 @@ def default_policy(
 
 
 def _alike_everywhere(policy: CachePolicy) -> bool:
-    """Whether every site encodes the same tokens at the same step."""
+    """True if every site encodes the same tokens at the same step."""
     return policy.values is None and policy.eviction is None and not policy.keep_smallest_norm
 
 
 def group_tokens(quantizers: Mapping[Site, Quantizer]) -> int:
-    """The fewest tokens that are whole groups for all quantizers with scales over groups of tokens."""
+    """Least common multiple of the numbers of tokens that share a scale, over all quantizers."""
     return math.lcm(*(quantizer.tokens_per_scale or 1 for quantizer in quantizers.values()))

@@ -1,4 +1,4 @@
-"""Which tokens a cache drops for good: what stays of the prompt, and of the tokens decoded after it."""
+"""Eviction: token budgets of the prompt and of the decoded tokens, after SnapKV, PyramidKV, H2O and SCOPE."""
 
 from dataclasses import dataclass
 
@@ -6,23 +6,24 @@ PREFILL_METHODS = ("all", "snapkv", "pyramidkv", "h2o", "streaming_llm")
 DECODING_METHODS = ("slide", "adaptive", "discontinuous", "h2o")
 
 _PYRAMID_SLOPE = 20
-"""The least budget that PyramidKV aims at is the mean one over this (its beta)."""
+"""Beta of PyramidKV: the smallest budget, that of the last layer, aims at the mean budget divided by beta."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """Which held tokens may go after a step, how many of them stay, and by whose attention that is decided.
+    """Candidates for eviction after one forward pass, the number to keep, and the observation window that scores them.
 
     Parameters
     ----------
     start, end : int
-        The candidates, numbered among the tokens that are held.
+        Range of the candidates, counted among the tokens in the cache.
     n_kept : int
-        How many of them stay.
+        Candidates to keep.
     n_queries : int or None
-        The step's last queries that decide; 0 keeps the first candidates, None lets all queries decide.
+        Observation window: the last queries of the pass, whose attention is the score. 0 keeps the first candidates
+        without a score; None takes all queries.
     pooled : bool
-        Whether a token's score is shared with its neighbours first.
+        Smooth the scores over neighbouring tokens first.
     """
 
     start: int
@@ -34,37 +35,38 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True)
 class Eviction:
-    """How many tokens of each sequence and layer survive the prompt and each later step, and which.
+    """Token budgets per sequence and layer, and the rule that picks the tokens to evict.
 
-    A token is dropped after the step that exceeds a budget has read it. Its score is the attention that the step's
-    queries pay it, of the mean query head: all heads of a layer drop the same tokens, since the codes of a token's
-    heads are one record (SnapKV and the others choose for each query head, and keep a copy of the keys for each).
-    Tokens that share scales are scored together and dropped together, so that a budget is exceeded by less than a
-    group. Tokens that the policy keeps exact are never dropped; they count towards the budgets. Positions stay those
-    of the text. Layers with a sliding window are left alone: they forget by themselves.
+    Eviction runs after the forward pass that exceeds a budget. The score of a token is the attention weight that the
+    queries of the observation window give it, averaged over query heads. All heads of a layer evict the same tokens,
+    since the codes of a token cover all heads; SnapKV and the others choose per query head, and keep a copy of the
+    keys for each. Tokens that share scales get one score and are evicted together, so that a budget is exceeded by
+    less than a group. Tokens that the policy keeps in full precision are never evicted, and count towards the
+    budgets. Position ids stay those of the text. Layers with sliding-window attention are not touched.
 
     Parameters
     ----------
     prefill : {'all', 'snapkv', 'pyramidkv', 'h2o', 'streaming_llm'}
-        What stays of the first step, if it has more than `prefill_tokens` tokens: all; those that its last queries
-        read most; so, but up to twice as many in the first layers and fewer in the last; those that all queries that
-        may see them read most; or the first ones.
+        Rule for prompts of more than `prefill_tokens` tokens. 'all': keep everything. 'snapkv': keep the tokens with
+        the most attention from the observation window. 'pyramidkv': the same, with budgets that fall from up to twice
+        the mean in the first layer. 'h2o': keep those with the most attention accumulated over all queries.
+        'streaming_llm': keep the first and the last tokens.
     prefill_tokens, prefill_recent_tokens : int
-        Tokens that stay of the prompt, and how many of them are its last, which also are the queries that decide;
-        both from 1, the second below the first.
+        Prompt tokens to keep, and the observation window: the last tokens of the prompt, always kept, and used for
+        scoring. Both from 1, the second below the first.
     pooling : {'avg', 'max'}
-        How scores are shared among `kernel_tokens` neighbours, by SnapKV and PyramidKV.
+        Smoothing of the scores over `kernel_tokens` neighbours, by SnapKV and PyramidKV.
     kernel_tokens : int
-        An odd number from 1.
+        Width of the pooling kernel: an odd number from 1.
     decoding : {'slide', 'adaptive', 'discontinuous', 'h2o'} or None
-        What stays of later tokens, once there are more than `decoding_tokens` of them beside what stayed of the prompt:
-        the last ones and those that the step's own query reads most; so, with a width that grows from the recent
-        tokens by one every `growth_steps` steps; so, but evicting only then; or those that the query reads most,
-        whether of the prompt or not.
+        Rule for decoded tokens, once there are more than `decoding_tokens` of them in the cache. 'slide': keep the
+        last ones and those with the most attention from the newest query. 'adaptive': the same, with a budget that
+        grows from the recent tokens by one token every `growth_steps` steps. 'discontinuous': as 'adaptive', but
+        evict at growth steps alone. 'h2o': one budget for prompt and decoded tokens, the most attended are kept.
     decoding_tokens, decoding_recent_tokens : int
-        Decoded tokens that stay, and how many of them are the last; both from 1, the second below the first.
+        Decoded tokens to keep, and the most recent of them, always kept; both from 1, the second below the first.
     growth_steps : int
-        Decoded tokens from one widening to the next, from 1.
+        Decoded tokens per token that the budget grows, from 1.
 
     References
     ----------
@@ -94,19 +96,20 @@ class Eviction:
         _check_budget("decoding", self.decoding_tokens, self.decoding_recent_tokens)
 
     def of_prompt(self, n_tokens: int, layer: int, n_layers: int) -> Choice | None:
-        """What stays of a prompt in a layer; None where all of it does."""
+        """Eviction from a prompt at one layer; None if all of it is kept."""
         if self.prefill == "all" or n_tokens <= self.prefill_tokens:
             return None
         recent = self.prefill_recent_tokens
         older, n_kept = n_tokens - recent, self.prefill_tokens - recent
         if self.prefill == "pyramidkv":
             n_kept = _in_pyramid(n_kept, older, layer, n_layers)
+        # SnapKV scores by the last `recent` queries alone; H2O accumulates attention over all of them (2306.14048).
         n_queries = {"h2o": None, "streaming_llm": 0}.get(self.prefill, recent)
         shared = self.prefill in ("snapkv", "pyramidkv")
         return Choice(start=0, end=older, n_kept=n_kept, n_queries=n_queries, pooled=shared)
 
     def of_decoded(self, n_held: int, n_prompt_kept: int, n_decoded: int, n_new: int) -> Choice | None:
-        """What stays after `n_decoded` tokens that followed the prompt, the last `n_new` in this step; None: all."""
+        """Eviction after `n_decoded` tokens that followed the prompt, the last `n_new` in this step; None: no token."""
         width = self._width(n_decoded, n_new)
         if width is None or n_held <= n_prompt_kept + width:
             return None
@@ -116,15 +119,17 @@ class Eviction:
         return Choice(start=start, end=end, n_kept=n_kept, n_queries=1)
 
     def describe(self) -> str:
-        """One phrase for reports."""
+        """Phrase for reports."""
         prompt = "" if self.prefill == "all" else f"{self.prefill_tokens} tokens of the prompt kept by {self.prefill}"
         later = "" if self.decoding is None else f"{self.decoding_tokens} decoded tokens kept by {self.decoding}"
         return ", ".join(part for part in (prompt, later) if part) or "no token evicted"
 
     def _width(self, n_decoded: int, n_new: int) -> int | None:
-        """How many decoded tokens may stay after this step; None where it evicts nothing."""
+        """Budget of decoded tokens after this step; None if it evicts nothing."""
         if self.decoding in (None, "slide", "h2o"):
             return None if self.decoding is None else self.decoding_tokens
+        # SCOPE: the budget starts at the recent tokens and grows by one every `growth_steps` tokens, up to
+        # decoding_tokens; 'discontinuous' evicts only in a step that passes such a multiple (2412.13649, 4).
         grown = n_decoded // self.growth_steps
         if self.decoding == "discontinuous" and grown == (n_decoded - n_new) // self.growth_steps:
             return None
@@ -132,10 +137,10 @@ class Eviction:
 
 
 def _in_pyramid(mean: int, older: int, layer: int, n_layers: int) -> int:
-    """Older tokens that a layer keeps: falling in equal steps, never more than there are, at least `mean` on average.
-
-    As in the published code the last layer stands one step above the least budget.
-    """
+    """Budget of older tokens at a layer: falls linearly, at most `older`, at least `mean` on average."""
+    # PyramidKV (2406.02069): budgets fall linearly from 2m - m / beta to m / beta, whose mean is m. Cut to the
+    # `older` tokens that exist, with the smallest one raised to keep the mean. Dividing by n_layers, as the published
+    # code does, leaves the last layer one difference above the smallest budget.
     largest = min(2 * mean - mean // _PYRAMID_SLOPE, older)
     least = 2 * mean - largest
     return largest - layer * ((largest - least) // n_layers)
@@ -143,7 +148,7 @@ def _in_pyramid(mean: int, older: int, layer: int, n_layers: int) -> int:
 
 def _check_name(name: str, value: object, known: tuple[object, ...]) -> None:
     if value not in known:
-        raise ValueError(f"Eviction: {name} must be one of {', '.join(map(str, known))}; got {value!r:.60}")
+        raise ValueError(f"Eviction: {name}: expected one of {', '.join(map(str, known))}; got {value!r:.60}")
 
 
 def _check_count(name: str, value: object) -> None:

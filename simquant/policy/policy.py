@@ -1,4 +1,4 @@
-"""Which tokens stay exact, and when the others are encoded."""
+"""Cache policy: sink tokens and residual window in full precision, block size of encoding, eviction."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -7,20 +7,20 @@ from typing import Any, Literal
 from simquant.policy.eviction import Eviction
 
 TENSORS: tuple[Literal["key"], Literal["value"]] = ("key", "value")
-"""What is cached."""
+"""Tensors of a KV cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResidualWindow:
-    """How the recent tokens of a sequence leave full precision.
+    """Residual window of KIVI: the most recent tokens of a sequence, held in full precision until they are encoded.
 
     Parameters
     ----------
     residual_tokens : int
-        Most recent tokens that stay exact, a step's own among them.
+        Most recent tokens held in full precision, those of the running step included.
     block_tokens : int
-        How many tokens leave at once, counted from the first that is no sink; 1 is token by token. Up to
-        `block_tokens - 1` more than `residual_tokens` are exact meanwhile.
+        Tokens encoded together, counted from the first after the sinks; 1 encodes token by token. Until a block is
+        full, up to `block_tokens - 1` tokens more than `residual_tokens` are in full precision.
     """
 
     residual_tokens: int = 0
@@ -30,32 +30,33 @@ class ResidualWindow:
         _check_fields(self)
 
     def encoded_end(self, n_tokens: int, sink_tokens: int) -> int:
-        """Where the encoded tokens of a sequence of `n_tokens` end; they begin after the sinks."""
+        """End of the encoded range in a sequence of `n_tokens`; it begins after the sinks."""
         leaving = max(0, n_tokens - self.residual_tokens - sink_tokens)
         return sink_tokens + leaving - leaving % self.block_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class CachePolicy:
-    """Tokens that a cache keeps in full precision; all others are encoded at once.
+    """Rules for the tokens kept in full precision and for eviction; every other token is encoded at once.
 
     Parameters
     ----------
     sink_tokens : int
-        First positions of each sequence that stay exact, counted from its first real token.
+        First tokens of each sequence kept in full precision (attention sinks), padding not counted.
     residual_tokens, block_tokens : int
-        See `ResidualWindow`: the recent tokens that stay exact, and how many leave at once.
+        Residual window and block size of encoding; see `ResidualWindow`.
     values : ResidualWindow or None
-        Another window for the values; None is that of the keys. KIVI, which encodes after a step has read, keeps
-        keys by `residual_tokens=1, block_tokens=R` and values by `ResidualWindow(residual_tokens=R + 1)`.
+        Residual window of the values; None takes that of the keys. KIVI encodes after attention has run: its keys are
+        `residual_tokens=1, block_tokens=R`, its values `ResidualWindow(residual_tokens=R + 1)`.
     exact_prefill : bool
-        The step that fills an empty cache reads exact keys and values, whatever is stored; otherwise it reads what
-        later steps will read.
+        Prefill attends to keys and values in full precision, and stores codes. Otherwise prefill attends to the
+        decoded ones, as later steps do.
     eviction : Eviction or None
-        Which encoded tokens are dropped for good; in a packed cache only.
+        Tokens to drop for good; in a packed cache only.
     keep_smallest_norm : int
-        Tokens whose key, as it came, was among this many smallest so far in its sequence and layer stay exact, with
-        their values; see `SmallNorms`. Keys of small norm draw much attention, and stretch scales per channel. 0: none.
+        Keep in full precision the tokens whose key norm is among the N smallest seen so far in their sequence and
+        layer, keys and values; see `SmallNorms`. Keys of small norm attract much attention, and widen the range of
+        scales per channel. 0: none.
     """
 
     sink_tokens: int = 0
@@ -71,7 +72,7 @@ class CachePolicy:
 
     @classmethod
     def from_entry(cls, entry: Mapping[str, Any], sink_tokens: int) -> "CachePolicy":
-        """What a recipe says under `cache`, with its sinks.
+        """Policy from the `cache` entry of a recipe, with the recipe's number of sinks.
 
         Raises
         ------
@@ -80,44 +81,51 @@ class CachePolicy:
         """
         reserved = {"sink_tokens", "eviction"} & entry.keys()
         if reserved:
-            raise ValueError(f"{cls.__name__}: a recipe's cache entry does not say {', '.join(sorted(reserved))}")
+            raise ValueError(
+                f"{cls.__name__}: expected a cache entry of a recipe without {', '.join(sorted(reserved))}; got "
+                f"{', '.join(sorted(entry))}. Set the sinks at the top of the recipe, and eviction where the cache is "
+                "made."
+            )
         values = entry.get("values")
         try:
             window = None if values is None else ResidualWindow(**values)
             return cls(**{**entry, "values": window}, sink_tokens=sink_tokens)
         except TypeError as error:
-            raise ValueError(f"{cls.__name__}: a recipe's cache entry has the fields of a policy; {error}") from error
+            raise ValueError(
+                f"{cls.__name__}: expected a cache entry of a recipe with fields of a policy; {error}. Remove the "
+                "unknown field."
+            ) from error
 
     def window(self, tensor: Literal["key", "value", "query"]) -> ResidualWindow:
-        """The window of keys or of values."""
+        """Residual window of the keys or of the values."""
         if tensor == "value" and self.values is not None:
             return self.values
         return ResidualWindow(residual_tokens=self.residual_tokens, block_tokens=self.block_tokens)
 
     def exact_tokens(self, tensor: Literal["key", "value"], n_tokens: int) -> int:
-        """How many of `n_tokens` stay exact, those of small norm left out."""
+        """Number of tokens in full precision among `n_tokens`, those with small key norms left out."""
         return n_tokens - max(0, self.window(tensor).encoded_end(n_tokens, self.sink_tokens) - self.sink_tokens)
 
     @property
     def encodes_at_once(self) -> bool:
-        """Whether every token but the sinks is encoded before any query reads it."""
+        """True if every token but the sinks is encoded before any query reads it."""
         windows = {self.window("key"), self.window("value")}
         exempt = self.exact_prefill or self.keep_smallest_norm
         return windows == {ResidualWindow()} and not exempt and self.eviction is None
 
     def describe(self) -> str:
-        """One phrase for reports."""
+        """Phrase for reports."""
         sinks = "first token exact" if self.sink_tokens == 1 else f"first {self.sink_tokens} tokens exact"
         key, value = (self._describe(self.window(tensor)) for tensor in TENSORS)
         windows = [key] if key == value else [f"keys: {key or 'no recent'}", f"values: {value or 'no recent'}"]
-        small = f"tokens whose key is among the {self.keep_smallest_norm} smallest so far exact"
+        small = f"tokens whose key norm is among the {self.keep_smallest_norm} smallest so far exact"
         parts = [*([sinks] if self.sink_tokens else []), *(part for part in windows if part)]
         parts += [small] if self.keep_smallest_norm else []
         kept = ", ".join(parts) if parts else "no token exempt"
         return kept if self.eviction is None else f"{kept}; {self.eviction.describe()}"
 
     def describe_prefill(self) -> str:
-        """What the first step reads, for reports."""
+        """Phrase for reports: precision of the keys and values that prefill attends to."""
         return "exact prefill attention" if self.exact_prefill else "quantized prefill"
 
     @staticmethod

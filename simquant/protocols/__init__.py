@@ -1,1 +1,1 @@
-"""The protocols full, decode and cache: what each query of a scored window sees."""
+"""Evaluation protocols full, decode and cache, by the tokens that each query reads quantized."""

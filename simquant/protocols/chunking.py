@@ -1,4 +1,4 @@
-"""In which pieces a text enters the cache."""
+"""Chunked prefill: the token ranges of successive forward passes."""
 
 from dataclasses import dataclass
 
@@ -8,14 +8,14 @@ from torch import Tensor, arange
 
 @dataclass(frozen=True, kw_only=True)
 class Chunking:
-    """The tokens that a model reads at once: those of a step see each other, and the cache as it is with them.
+    """Sizes of the forward passes, or steps, that read a text: a prefill, then chunks of equal length.
 
     Parameters
     ----------
     prefill_tokens : int
-        Of the first step.
+        Tokens of the first step.
     chunk_tokens : int
-        Of each later one; 1 is decoding token by token.
+        Tokens of each later step; 1 is decoding token by token.
 
     Examples
     --------
@@ -32,18 +32,18 @@ class Chunking:
                 raise ValueError(f"Chunking: {name} must be an integer from 1; got {value!r}")
 
     def spans(self, n_tokens: int) -> list[tuple[int, int]]:
-        """First token of each step, and the one after its last."""
+        """Start and end token of each step."""
         starts = [0, *range(self.prefill_tokens, n_tokens, self.chunk_tokens)]
         return list(zip(starts, [*starts[1:], n_tokens], strict=True))
 
     def held(self, n_tokens: int) -> Int64[Tensor, " tokens"]:
-        """For each token, how many the cache holds when it is read."""
+        """Number of tokens in the cache when each token's query runs, those of its own step included."""
         tokens = arange(n_tokens)
         later = (tokens - self.prefill_tokens).div(self.chunk_tokens, rounding_mode="floor") + 1
         return (self.prefill_tokens + later.clamp_min(0) * self.chunk_tokens).clamp_max(n_tokens)
 
     def describe(self) -> str:
-        """One phrase for reports."""
+        """Phrase for reports."""
         chunks = "token by token" if self.chunk_tokens == 1 else f"in chunks of {self.chunk_tokens}"
         if self.prefill_tokens in (1, self.chunk_tokens):
             return chunks

@@ -1,4 +1,4 @@
-"""One pass over a text in which every query sees what a packed cache would hold at its step."""
+"""Protocol 'decode': one forward pass with the logits of step-by-step decoding on a packed cache."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -28,7 +28,7 @@ from simquant.protocols.two_sided_attention import encoded_tokens, two_sided_att
 from simquant.usage import Usage, counted_passes
 
 _SCORES = 2**22
-"""Scores that are held at a time: queries are taken in parts."""
+"""Attention scores in memory at a time; queries are split so that there are no more."""
 
 
 @contextmanager
@@ -40,23 +40,24 @@ def decode_exact(
     chunking: Chunking | None = None,
     layers: Sequence[AttentionLayer] | None = None,
 ) -> Iterator[Usage]:
-    """Inside the context a forward pass over whole texts gives the logits of decoding them step by step.
+    """Context in which one forward pass over whole texts gives the logits of decoding them step by step.
 
-    Of two score matrices, one from exact and one from decoded keys, each query takes what its step would read: sinks
-    and the tokens of its window exact, older ones decoded. The texts have no padding, and no cache is used. The model
-    is as it was afterwards, also after an exception.
+    Attention is two-sided: of two score matrices, one from keys in full precision and one from decoded keys, each
+    query takes the entries that a packed cache would give it at its step. Sinks and residual window are in full
+    precision, older tokens decoded. Texts have no padding, and no cache is passed. The model is restored on exit,
+    also after an exception.
 
     Parameters
     ----------
     model, quantizers, policy, layers
         See `packed_cache`.
     chunking : Chunking or None
-        How the text would enter the cache; None is token by token.
+        Steps in which the text would be read; None is token by token.
 
     Yields
     ------
     Usage
-        Counts of what the caches would hold at the end of each text.
+        Counts of tokens and bytes that the caches would hold at the end of each text.
 
     Raises
     ------
@@ -69,8 +70,8 @@ def decode_exact(
     check_cacheable(quantizers, policy)
     if policy.eviction is not None:
         raise MismatchError(
-            f"decode_exact: in one pass no query sees what earlier steps have evicted; got a policy with "
-            f"{policy.describe()}. Use packed_cache, or the protocol 'cache'."
+            f"decode_exact: expected a policy without eviction, which one pass over a text cannot show; got a policy "
+            f"with {policy.describe()}. Use packed_cache, or the protocol 'cache'."
         )
     with ExitStack() as stack:
         stack.enter_context(answered_each_step(model))
@@ -87,7 +88,7 @@ def decode_exact(
 
 
 class _Decoding:
-    """What happens inside one `decode_exact` context."""
+    """State of one `decode_exact` context: hooks and handlers of the attention modules."""
 
     def __init__(
         self, quantizers: Mapping[Site, Quantizer], policy: CachePolicy, chunking: Chunking, tokens: Tokens
@@ -100,13 +101,14 @@ class _Decoding:
         self._cached: dict[int, tuple[Tensor, Tensor]] = {}
 
     def before(self, layer: AttentionLayer) -> Callable[..., None]:
-        """A hook for the attention module that takes down how its keys are rotated."""
+        """Pre-forward hook of an attention module: notes the rotary tables of its step."""
 
         def note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             if self._tokens.padded or self._tokens.n_past:
                 raise MismatchError(
-                    f"layers.{layer.layer}: decode_exact reads whole texts without padding and without a filled cache. "
-                    "Pass them one at a time, or use packed_cache."
+                    f"layers.{layer.layer}: decode_exact: expected whole texts without padding and without a filled "
+                    f"cache; got {'padding' if self._tokens.padded else f'{self._tokens.n_past} tokens in the cache'}. "
+                    "Pass texts one at a time without past_key_values, or use packed_cache."
                 )
             self._tables[layer.layer] = RotaryTables()
             if kwargs.get("position_embeddings") is not None:
@@ -115,7 +117,7 @@ class _Decoding:
         return note
 
     def on_key(self, site: Site) -> Callable[[Tensor], None]:
-        """A handler that keeps the keys before rotation until they are read."""
+        """Handler that holds the keys before rotation until attention runs."""
 
         def handle(x: Float[Tensor, "batch kv_heads tokens head_dim"]) -> None:
             self._keys[site.layer] = x
@@ -123,7 +125,7 @@ class _Decoding:
         return handle
 
     def on_cached(self, layer: AttentionLayer) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """A handler that keeps what is cached until attention has read it."""
+        """Handler that holds the keys and values given to the cache until attention runs."""
 
         def handle(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
             self._cached[layer.layer] = key, value
@@ -132,7 +134,7 @@ class _Decoding:
         return handle
 
     def handler(self, layer: AttentionLayer) -> Handler:
-        """Attention of one layer."""
+        """Attention function of one layer."""
 
         def attend(
             query: Tensor, key: Tensor, value: Tensor, visible: Bool[Tensor, "batch queries tokens"], scoring: Scoring
@@ -169,5 +171,5 @@ class _Decoding:
         return torch.cat([two_sided_attention(part, exact, decoded, tuple(own), scoring) for part, *own in parts])
 
     def _encoded(self, tensor: Literal["key", "value"], n_tokens: int) -> Bool[Tensor, "queries tokens"]:
-        """For each query, the tokens that its step reads decoded."""
+        """Mask of the tokens that each query reads decoded."""
         return encoded_tokens(self._policy.window(tensor), self._policy, self._chunking, n_tokens)

@@ -1,4 +1,4 @@
-"""The three ways to run a model on a quantized cache."""
+"""Evaluation protocol: a way to run a model on a quantized cache, with its policy and chunking."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,17 +27,18 @@ ProtocolName = Literal["full", "decode", "cache"]
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """How quantized logits of a text come about.
+    """Way to compute the logits of a text with a quantized cache.
 
     Parameters
     ----------
     name : {'full', 'decode', 'cache'}
-        Every token quantized before it is read; one pass in which each query sees what a cache holds at its step; or
-        step by step through a packed cache. The last two agree up to rounding.
+        'full': every token is quantized before any query reads it. 'decode': one pass in which each query reads what
+        a packed cache holds at its step. 'cache': step by step through a packed cache. The last two agree up to
+        rounding.
     policy : CachePolicy
-        Which tokens stay exact.
+        Tokens kept in full precision.
     chunking : Chunking
-        How the text enters the cache; 'full' has no steps.
+        Steps in which the text is read; 'full' reads it in one.
     """
 
     name: ProtocolName
@@ -50,7 +51,7 @@ class Protocol:
         if self.name == "full" and not (self.policy.encodes_at_once and self.chunking == Chunking()):
             raise ValueError(
                 f"protocol: 'full' quantizes every token but the sinks in one pass; got {self.policy.describe()}, "
-                f"{self.chunking.describe()}. Use the protocol 'decode', or drop windows and steps."
+                f"{self.chunking.describe()}. Use the protocol 'decode', or drop the residual window and the chunking."
             )
 
     def run(
@@ -62,7 +63,7 @@ class Protocol:
         *,
         logits: Callable[[nn.Module, Tensor], Tensor],
     ) -> tuple[Float[Tensor, "windows tokens vocab"], Usage]:
-        """The logits and what was stored; `logits` runs the model on whole texts."""
+        """Logits under the protocol, with counts of the stored tokens; `logits` runs the model on whole texts."""
         if self.name == "cache":
             return self._run_packed(model, batch, quantizers, layers)
         context = (
@@ -81,25 +82,27 @@ class Protocol:
         n_scored: int | None = None,
         sliding_window: int | None = None,
     ) -> bool:
-        """Whether any scored target of a text of `n_tokens`, from 2, is predicted from keys or values that have codes.
+        """True if any scored target of a text is predicted from encoded keys or values.
 
         Parameters
         ----------
         tensor, n_tokens
-            Keys or values, of that many tokens.
+            Keys or values of a text of that many tokens, from 2.
         n_scored : int or None
-            How many of the last targets are scored; None is all.
+            Last targets that are scored; None is all.
         sliding_window : int or None
-            How many tokens back a query of the layer sees, its own among them; None is all.
+            Tokens that a query of the layer sees, its own included; None is all.
         """
         ends = encoded_ends(self.policy.window(tensor), self.policy, self.chunking, n_tokens)
         tokens = torch.arange(n_tokens)
         seen_from = tokens - (sliding_window or n_tokens) + 1
+        # Query t sees tokens [seen_from, t]; those in [sinks, ends) are encoded. It reads codes if the ranges meet.
+        # The last query predicts no target, so that it is left out before the scored ones are taken.
         reads = torch.minimum(ends, tokens + 1) > seen_from.clamp_min(self.policy.sink_tokens)
         return bool(reads[:-1][-(n_scored or n_tokens) :].any())
 
     def describe(self) -> str:
-        """What a query reads, for reports; which tokens stay exact is the policy's to say."""
+        """Phrase for reports; the policy describes the tokens in full precision."""
         if self.name == "full":
             return "fully quantized: every query, its own token included, reads decoded keys and values"
         way = (
@@ -112,10 +115,10 @@ class Protocol:
     def exact_logits(
         self, model: nn.Module, batch: Int64[Tensor, "windows tokens"], *, logits: Callable[[nn.Module, Tensor], Tensor]
     ) -> Float[Tensor, "windows tokens vocab"]:
-        """The logits of the model as it is, in as many pieces as the quantized ones come about in.
+        """Logits of the model in full precision, computed in the same steps as the quantized ones.
 
-        Where logits depend on how a text is cut (RoPE that changes with the length, activations quantized by their
-        range), one pass would be another model.
+        Some models give other logits for another chunking (RoPE factors that depend on the length, activations
+        quantized by their range): in one pass they would be another model.
         """
         return self._stepwise(model, batch, DynamicCache()) if self.name == "cache" else logits(model, batch)
 
@@ -126,7 +129,7 @@ class Protocol:
             part = model(input_ids=batch[:, start:end], use_cache=True, **cache_argument(model, cache)).logits
             if not start:
                 logits = part.new_empty(*batch.shape, part.shape[-1])
-            logits[:, start:end] = part  # joined at the end, all of them would be there twice
+            logits[:, start:end] = part  # torch.cat at the end would hold all logits twice
         return logits
 
     def _run_packed(

@@ -1,4 +1,4 @@
-"""Attention in which each query reads some tokens exact and the others as a cache has encoded them."""
+"""Two-sided attention: each query reads recent tokens in full precision and older ones decoded."""
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -12,7 +12,7 @@ from simquant.protocols.chunking import Chunking
 def encoded_tokens(
     window: ResidualWindow, policy: CachePolicy, chunking: Chunking, n_tokens: int
 ) -> Bool[Tensor, "queries tokens"]:
-    """Which tokens (columns) a cache has encoded when each token (row) is read: a band below the diagonal.
+    """Band mask of the tokens (columns) that a cache has encoded when each query (row) runs.
 
     Parameters
     ----------
@@ -26,17 +26,19 @@ def encoded_tokens(
 def encoded_ends(
     window: ResidualWindow, policy: CachePolicy, chunking: Chunking, n_tokens: int
 ) -> Int64[Tensor, " tokens"]:
-    """Where the tokens end that a cache has encoded when each token is read; they begin after the sinks.
+    """End of the encoded range when each query runs; it begins after the sinks.
 
     Parameters
     ----------
     window, policy : ResidualWindow, CachePolicy
-        The window of keys or of values; sinks, and whether the first step reads exact tokens, are the policy's.
+        Residual window of keys or of values, and the policy with its sinks and `exact_prefill`.
     chunking : Chunking
-        How the text enters the cache.
+        Steps in which the text is read.
     n_tokens : int
         Length of the text.
     """
+    # A step appends its tokens before it attends, so that the encoded range depends on all tokens held in that step.
+    # `exact_prefill` attends before anything is encoded: none of the first step's queries reads a code.
     held = chunking.held(n_tokens)
     ends = torch.tensor([window.encoded_end(n, policy.sink_tokens) for n in held.tolist()])
     if policy.exact_prefill:
@@ -51,23 +53,26 @@ def two_sided_attention(
     choice: tuple[Tensor, Tensor, Tensor],
     scoring: Scoring,
 ) -> Float[Tensor, "queries q_heads head_dim"]:
-    """Attention in which each query reads some keys and values exact and the others decoded.
+    """Attention of one sequence in which masks select decoded or full-precision keys and values for each query.
 
     Parameters
     ----------
     query : Tensor
         Queries of one sequence.
     exact, decoded : tuple of Tensor
-        Keys and values, both ways.
+        Keys and values in full precision, and after encoding and decoding.
     choice : tuple of Bool[Tensor, "queries tokens"]
-        Which keys are read decoded, which values, and which tokens are visible.
+        Masks: keys read decoded, values read decoded, and tokens visible to the query.
     scoring : Scoring
-        How scores are made.
+        Scale, softcap and sink logits of the layer.
     """
     (key, value), (old_key, old_value) = ([widened(x) for x in pair] for pair in (exact, decoded))
     decoded_key, decoded_value, visible = choice
     kv_heads, n_queries = key.shape[0], query.shape[1]
     grouped = (widened(query) * scoring.scaling).reshape(kv_heads, -1, query.shape[2])
+    # A row of softmax(q K^T) V needs one score and one value per token. Both score matrices are computed, the band mask
+    # picks each entry, and the weights split in two by the mask of the values: w V = (w m) V_decoded + (w (1 - m)) V.
+    # KIVI computes the same split for one decode step, over its quantized and its full-precision part (2402.02750).
     new, old = (scoring.scores(grouped, k).unflatten(1, (-1, n_queries)) for k in (key, old_key))
     scores = torch.where(decoded_key, old, new).masked_fill(~visible, -torch.inf)
     weights = _softmax(scores, scoring.sink_logits)
@@ -77,8 +82,9 @@ def two_sided_attention(
 
 
 def _softmax(scores: Tensor, sink_logits: Tensor | None) -> Tensor:
-    """Weights of the tokens; with sink logits they add up to less than one."""
+    """Attention weights; with sink logits they add up to less than one."""
     if sink_logits is None:
         return scores.softmax(dim=-1)
+    # gpt-oss: a learned logit per head joins the softmax and has no value, so that its column is dropped afterwards.
     sinks = sink_logits.to(scores.dtype).view(*scores.shape[:2], 1, 1).expand(*scores.shape[:3], 1)
     return torch.cat([scores, sinks], dim=-1).softmax(dim=-1)[..., :-1]

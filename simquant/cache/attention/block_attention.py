@@ -1,4 +1,4 @@
-"""Softmax attention over keys and values that come block by block."""
+"""Block attention: softmax attention with a running maximum over keys and values that are decoded block by block."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,21 +9,21 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 _SCORES = 2**22
-"""Scores that are held at a time: queries are taken in parts where a block has more."""
+"""Attention scores in memory at a time; queries are split where a block has more."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Scoring:
-    """How an attention layer turns products into weights.
+    """Parameters of an attention layer's scores: scale, softcap and sink logits.
 
     Parameters
     ----------
     scaling : float
-        Factor of the products of queries and keys.
+        Factor of the dot products of queries and keys, as a rule 1 / sqrt(head_dim).
     softcap : float or None
-        c in c * tanh(score / c).
+        The c of c * tanh(score / c) (Gemma 2).
     sink_logits : Float[Tensor, "q_heads"] or None
-        A score for each head to which no value belongs.
+        Extra logit of each head in the softmax, without a value (gpt-oss).
     """
 
     scaling: float
@@ -33,26 +33,26 @@ class Scoring:
     def scores(
         self, query: Float[Tensor, "*any queries head_dim"], key: Float[Tensor, "*any tokens head_dim"]
     ) -> Tensor:
-        """Scores before masking; `query` has been scaled."""
+        """Scores before masking, of queries that are scaled already."""
         scores = query @ key.transpose(-1, -2)
         return scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)
 
 
 class BlockAttention:
-    """Attention of some queries of one sequence; heads that share keys are computed together, in float32 or wider.
+    """Grouped-query attention of one sequence by online softmax, one block of tokens at a time, in float32 or wider.
 
     Parameters
     ----------
     query : Float[Tensor, "q_heads queries head_dim"]
-        As the model hands them over.
+        Queries of the model, not yet scaled.
     kv_heads : int
         Heads of keys and values; a divisor of the query heads.
     scoring : Scoring
-        How scores are made.
+        Scale, softcap and sink logits.
 
     References
     ----------
-    arXiv:1805.02867, algorithm 3: the running maximum and sum that make one pass enough.
+    Online normalizer calculation for softmax, arXiv:1805.02867, algorithm 3; FlashAttention, arXiv:2205.14135.
     """
 
     def __init__(self, query: Float[Tensor, "q_heads queries head_dim"], kv_heads: int, scoring: Scoring) -> None:
@@ -65,6 +65,7 @@ class BlockAttention:
             self._largest = self._query.new_full(state, -torch.inf)
             self._total = torch.zeros_like(self._largest)
         else:
+            # A sink logit is one more score without a value: the maximum starts there, the sum at exp(0) = 1.
             self._largest = logits.to(self._query.dtype).view(*state[:2], 1).repeat(1, 1, n_queries)
             self._total = torch.ones_like(self._largest)
         self._sum: Tensor | None = None
@@ -75,18 +76,18 @@ class BlockAttention:
         value: Callable[[], Float[Tensor, "kv_heads tokens value_dim"]],
         visible: Bool[Tensor, "queries tokens"],
     ) -> None:
-        """Takes in some more tokens, whose keys and values are fetched in turn; hidden ones are not looked at."""
+        """Adds a block of tokens, decoding keys, then values; a block that no query sees is not decoded."""
         n_queries, heads = self._query.shape[2], self._query.shape[0] * self._query.shape[1]
-        step = max(1, _SCORES // max(1, heads * visible.shape[1]))
-        parts = [slice(start, start + step) for start in range(0, n_queries, step)]
-        if len(parts) > 1:  # fetched once; where there is one part, the keys are let go before the values are fetched
+        size = max(1, _SCORES // max(1, heads * visible.shape[1]))
+        parts = [slice(start, start + size) for start in range(0, n_queries, size)]
+        if len(parts) > 1:  # decode once for all parts; a single part frees the keys before it decodes the values
             key, value = cache(key), cache(value)
         for part in parts:
             if visible[part].any():
                 self._add(part, key, value, visible[part])
 
     def result(self) -> Float[Tensor, "queries q_heads value_dim"]:
-        """The weighted means of the values; zeros for a query that saw nothing."""
+        """Attention output; zeros for a query that saw no token."""
         total = torch.zeros_like(self._query) if self._sum is None else self._sum
         mean = total / self._total.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
         return mean.flatten(0, 1).transpose(0, 1).to(self._dtype)
@@ -97,8 +98,10 @@ class BlockAttention:
         query = self._query[:, :, part]
         scores = self._scoring.scores(query.flatten(1, 2), widened(key())).unflatten(1, query.shape[1:3])
         scores.masked_fill_(~visible, -torch.inf)
+        # Online softmax: m' = max(m, max s), l' = l e^(m - m') + sum e^(s - m'), o' = o e^(m - m') + e^(s - m') V; the
+        # output is o / l after the last block. Only one block of scores is in memory (arXiv:1805.02867, algorithm 3).
         largest = torch.maximum(self._largest[:, :, part], scores.amax(dim=-1))
-        # A query that has seen nothing yet has no largest score: zero in its place keeps exp(-inf) zero, not NaN.
+        # A query that has seen no token yet has m' = -inf: zero in its place keeps exp(-inf) zero, not NaN.
         base = torch.where(largest.isneginf(), 0.0, largest)
         weights = (scores - base.unsqueeze(-1)).exp_()
         fade = (self._largest[:, :, part] - base).exp()
@@ -111,7 +114,7 @@ class BlockAttention:
 
 
 def widened(x: Tensor) -> Tensor:
-    """`x` in float32, or wider where it is so already."""
+    """`x` in float32, or unchanged if wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -122,7 +125,7 @@ def attend(
     visible: Bool[Tensor, "#batch queries tokens"],
     scoring: Scoring,
 ) -> Float[Tensor, "batch queries q_heads value_dim"]:
-    """Attention over keys and values that are all at hand."""
+    """Attention of a batch over keys and values in full precision."""
     rows = []
     for row in range(len(query)):
         attention = BlockAttention(query[row], key.shape[1], scoring)

@@ -1,7 +1,7 @@
-"""Attention modules of a model that compute attention otherwise, by the interfaces of transformers (5.17 to 5.24).
+"""Replacement of a model's attention function through the attention and mask interfaces of transformers (5.17 to 5.24).
 
-The attention and the mask interface are registered both: with the first alone the mask is None, and attention silently
-sees the future.
+Both interfaces are registered: with the attention interface alone transformers makes no mask, and attention is silently
+not causal.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,33 +19,33 @@ from artifacts.errors import MismatchError, UnsupportedModelError
 from simquant.cache.attention.block_attention import Scoring
 
 Handler = Callable[[Tensor, Tensor, Tensor, Bool[Tensor, "batch queries tokens"], Scoring], Tensor]
-"""Gets query, key and value "batch heads tokens head_dim", what is visible, and how to score."""
+"""Attention function of query, key and value "batch heads tokens head_dim", mask of visible tokens, and scoring."""
 
 _NAME = "kvgauge"
 _HANDLERS: dict[nn.Module, Handler] = {}
 _REPLACED: dict[int, tuple[str | None, int]] = {}
-"""Implementation that was chosen before, and contexts that replace it, by the id of a configuration."""
+"""Implementation chosen before, and number of contexts that replace it, by the id of a configuration."""
 
 
 @contextmanager
 def attention_replaced(model: nn.Module, handlers: Mapping[nn.Module, Handler]) -> Iterator[None]:
-    """Inside the context the attention modules of a model compute attention by their handlers.
+    """Context in which attention modules of a model compute attention by their handlers.
 
-    Attention of other modules, a vision tower's for one, is left alone. On leaving, also by an exception, the model is
-    as it was.
+    Attention of other modules, for instance of a vision tower, is unchanged. The model is restored on exit, also after
+    an exception.
 
     Raises
     ------
     MismatchError
         If the model is inside such a context already.
     UnsupportedModelError
-        If an attention module does not choose its attention function by name; while the model runs, also if a module
-        did not call the function, or more than once.
+        If an attention module does not look its attention function up by name; in a forward pass, if a module does not
+        call the function exactly once.
     """
     if not _HANDLERS.keys().isdisjoint(handlers):
         raise MismatchError(
-            f"{type(model).__name__}: its attention is replaced already. Leave the outer context first: packed caches "
-            "and the protocol 'decode' do not nest; several caches can come from one context."
+            f"{type(model).__name__}: its attention function is replaced already: contexts of packed_cache and "
+            "decode_exact do not nest. Leave the outer context first; one context can make several caches."
         )
     AttentionInterface.register(_NAME, _attention)
     AttentionMaskInterface.register(_NAME, _mask)
@@ -64,7 +64,8 @@ def attention_replaced(model: nn.Module, handlers: Mapping[nn.Module, Handler]) 
 
 
 def _replace(config: Any) -> None:
-    """Models may share a configuration: the first context notes what it said, and the last puts that back."""
+    """Selects the registered attention in a configuration, and counts the contexts that do so."""
+    # Models may share a configuration object: the first context notes its implementation, the last one restores it.
     before, n_contexts = _REPLACED.get(id(config), (config._attn_implementation_internal, 0))
     _REPLACED[id(config)] = before, n_contexts + 1
     config._attn_implementation_internal = _NAME
@@ -79,7 +80,7 @@ def _put_back(config: Any) -> None:
 
 
 class _Watched:
-    """A handler that has to be called once whenever its module runs."""
+    """Handler that must be called exactly once in each forward pass of its module."""
 
     def __init__(self, module: nn.Module, handler: Handler) -> None:
         self._module, self._handler, self._n_calls = module, handler, 0
@@ -91,27 +92,28 @@ class _Watched:
         return self._handler(*args)
 
     def before(self, *_: Any) -> None:
-        """A hook for the module."""
+        """Pre-forward hook of the module."""
         self._n_calls = 0
 
     def after(self, *_: Any) -> None:
-        """A hook for the module."""
+        """Forward hook of the module."""
         if not self._n_calls:
-            raise self._refusal("computed its attention itself, without the function that was chosen by name")
+            raise self._refusal("did not call its attention function")
 
     def _refusal(self, fault: str) -> UnsupportedModelError:
         return UnsupportedModelError(
-            f"{_who(self._module)} {fault}: it cannot read a packed cache. Use the protocol 'full'."
+            f"{_who(self._module)} {fault}; expected one call in a forward pass. It cannot read a packed cache. "
+            "Use the protocol 'full'."
         )
 
 
 def check_handed(module: nn.Module, cached: tuple[Tensor, Tensor] | None, handed: tuple[Tensor, Tensor]) -> None:
-    """Attention reads the keys and values that the cache gave back, and nothing that was made of them.
+    """Check that attention is given the keys and values that the cache returned, unchanged.
 
     Raises
     ------
     UnsupportedModelError
-        If it reads others: a packed cache cannot know what the module does to them.
+        If it is given others: the packed cache cannot apply the module's change to its older tokens.
     """
     for name, own, other in zip(("keys", "values"), cached or (None, None), handed, strict=True):
         if own is not other and not (own is not None and _equal(own, other)):
@@ -132,15 +134,13 @@ def _who(module: nn.Module) -> str:
 
 
 def _configs(model: nn.Module, modules: Iterable[nn.Module]) -> list[Any]:
-    """The configurations by which these modules choose attention, and the models around them make its masks.
-
-    A model makes the masks of a decoder inside it by its own configuration or by the text part of that.
-    """
+    """Configurations that select the attention function of these modules, and the masks of the models around them."""
+    # A model makes the masks of a decoder inside it by its own configuration or by the text part of it.
     chosen, found = set(modules), []
     for module in chosen:
         if not hasattr(getattr(module, "config", None), "_attn_implementation_internal"):
             raise UnsupportedModelError(
-                f"{type(model).__name__}: {type(module).__name__} does not choose its attention function by "
+                f"{type(model).__name__}: {type(module).__name__} does not take its attention function from "
                 "config._attn_implementation, so that it cannot read a packed cache. Use the protocol 'full'."
             )
         found.append(module.config)
@@ -154,16 +154,17 @@ def _configs(model: nn.Module, modules: Iterable[nn.Module]) -> list[Any]:
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    if module not in _HANDLERS:  # one that shares the configuration of those that have a handler
+    if module not in _HANDLERS:  # a module without handler that shares the configuration of one with
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     if options.get("position_bias") is not None:
         raise UnsupportedModelError(
-            f"{type(module).__name__}: attention adds a bias to its scores, which a packed cache does not; use the "
-            "protocol 'full'"
+            f"{type(module).__name__}: expected attention without position bias; got position_bias, which a packed "
+            "cache does not add to its scores. Use the protocol 'full'."
         )
     if options.get("dropout"):
         raise UnsupportedModelError(
-            f"{type(module).__name__}: attention over a packed cache has no dropout; use model.eval()"
+            f"{type(module).__name__}: expected attention without dropout; got dropout={options['dropout']}. Call "
+            "model.eval() first."
         )
     scoring = Scoring(
         scaling=options.get("scaling") or query.shape[-1] ** -0.5,
@@ -175,39 +176,41 @@ def _attention(
 
 
 def _unmasked(module: nn.Module, query: Tensor, options: Mapping[str, Any]) -> Bool[Tensor, "1 queries tokens"]:
-    """What several queries of a first step see where the model's own attention goes without a mask."""
+    """Mask of a first step of several queries, for a model whose own attention takes none there."""
     causal = options.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     every = torch.ones(1, query.shape[2], query.shape[2], dtype=torch.bool, device=query.device)
     if query.shape[2] < 2:
         raise UnsupportedModelError(
-            f"{_who(module)}: expected a mask for its single query; got none. Its model makes masks by a configuration "
-            "of its own; use the protocol 'full'."
+            f"{_who(module)}: expected an attention mask for its single query; got none: the model makes masks by "
+            "another configuration. Use the protocol 'full'."
         )
     return every.tril() if causal else every
 
 
 def _visible(mask: Tensor, module: nn.Module) -> Bool[Tensor, "batch queries tokens"]:
-    """The mask as booleans, one for all heads."""
+    """Boolean mask from a boolean or an additive one, the same for all heads."""
     if mask.ndim != 4 or mask.shape[1] != 1:
         raise UnsupportedModelError(
-            f"{_who(module)}: expected a mask of shape (batch, 1, queries, tokens); got {tuple(mask.shape)}"
+            f"{_who(module)}: expected an attention mask of shape (batch, 1, queries, tokens); got "
+            f"{tuple(mask.shape)}. Use the protocol 'full'."
         )
     if mask.dtype == torch.bool:
         return mask[:, 0]
     seen, hidden = mask[:, 0] == 0, mask[:, 0] <= torch.finfo(mask.dtype).min / 2
     if not (seen | hidden).all():
         raise UnsupportedModelError(
-            f"{type(module).__name__}: the mask adds to scores; only masks that hide tokens are read"
+            f"{type(module).__name__}: expected an additive mask of zeros and the lowest number, which hides tokens; "
+            "got other biases. Use the protocol 'full'."
         )
     return seen
 
 
 def _mask(*, q_length: int, config: Any = None, **options: Any) -> Tensor | None:
-    """A whole mask, but for several queries without one in the model's own implementation: see `_unmasked`.
-
-    What they see then is the attention module's to say: PaliGemma's see all tokens, unless they are told apart.
-    """
+    """Full mask; None only where the model's own implementation would also skip it, see `_unmasked`."""
+    # transformers drops a plain causal mask for a prefill and lets SDPA's is_causal stand for it. The module decides
+    # that flag (PaliGemma's prefix is bidirectional), so that the skip is allowed just where the model allowed it. A
+    # single query always gets a mask: the columns that it sees cannot be told from the query alone.
     skips = (
         q_length > 1
         and _REPLACED.get(id(config), (None, 0))[0] != "eager"

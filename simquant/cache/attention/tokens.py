@@ -1,4 +1,4 @@
-"""The place of each token of a forward pass in its sequence, and which tokens are padding, as attention sees them."""
+"""Padding and position of the tokens of a forward pass, read from the attention mask."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,14 +14,14 @@ from artifacts.model.attention import AttentionLayer
 from artifacts.model.transformers_release import named_arguments, parameters, passed_cache
 
 _HIDDEN = -1e4
-"""A mask that adds this much or less hides: the weight is nothing in float32, and no bias gets there in every head."""
+"""Additive mask values at or below this hide a token: weights underflow in float32; no bias is so low in all heads."""
 
 
 class Tokens:
-    """The tokens that the running attention module has been handed; None stands for 'every token'.
+    """Tokens of the running attention module: mask of real tokens, and number of real tokens in the cache before them.
 
-    A token is padding if its own query does not see it, and the tokens before it are those of the cache that the first
-    real query sees. Attention computes from nothing else, so that it does not matter who called the model, and how.
+    A token is padding if its own query does not see it; the tokens before a step are those of the cache that its first
+    real query sees. The mask given to attention decides alone, so that any caller of the model is treated alike.
     """
 
     def __init__(self) -> None:
@@ -34,11 +34,11 @@ class Tokens:
 
     @property
     def padded(self) -> bool:
-        """Whether some of the tokens, or of those before them, are padding."""
+        """True if some of the tokens, or of those before them, are padding."""
         return self._real is not None or self._before is not None
 
     def note(self, layer: AttentionLayer, mask: object, size: tuple[int, int], n_past: int) -> None:
-        """Takes down a step of `size` sequences and tokens behind `n_past` columns of the cache."""
+        """Notes the mask of a step of `size` (sequences, tokens) after `n_past` columns of the cache."""
         self._layer, self.n_past = layer, n_past
         if mask is None:
             self._real = self._before = None
@@ -46,7 +46,7 @@ class Tokens:
             return
         mask = _checked(layer, mask, size)
         key = (size, n_past, None if mask.is_inference() else mask._version)
-        if self._seen() is mask and self._key == key:  # the layers of a model are handed the same mask
+        if self._seen() is mask and self._key == key:  # the layers of a model share one mask tensor
             return
         real, before = _read(mask, size, n_past, layer.mask_hides)
         self._real = None if real.all() else real.cpu()
@@ -54,16 +54,16 @@ class Tokens:
         self._seen, self._key = ref(mask), key
 
     def real(self, batch: int, n_tokens: int) -> Bool[Tensor, "batch tokens"] | None:
-        """Tokens that are not padding."""
+        """Mask of the tokens that are not padding; None if all are real."""
         return self._real
 
     def encoded(self, batch: int, n_tokens: int, sink_tokens: int) -> Bool[Tensor, "batch tokens"] | None:
-        """Real tokens at or after position `sink_tokens` of their sequence.
+        """Mask of the real tokens after the first `sink_tokens` of their sequence; None if all are.
 
         Raises
         ------
         MismatchError
-            If a sliding window hides whether a token is one of those.
+            If the mask of a sliding window does not tell.
         """
         if self._real is None and self._before is None and self.n_past >= sink_tokens:
             return None
@@ -78,14 +78,15 @@ class Tokens:
         window = self._layer.sliding_window
         if self._before is not None and window is not None and window <= sink_tokens:
             raise MismatchError(
-                f"layers.{self._layer.layer}: a sliding window of {window} tokens does not show how many came before "
-                f"them; got {sink_tokens} sink_tokens. Keep fewer, or pass texts without padding and in one piece."
+                f"layers.{self._layer.layer}: expected fewer sink tokens than the sliding window of {window}, whose "
+                f"mask does not tell the number of tokens before it; got {sink_tokens} sink_tokens. Use fewer, or pass "
+                "texts without padding and in one piece."
             )
 
 
 @contextmanager
 def watch_tokens(layers: Sequence[AttentionLayer]) -> Iterator[Tokens]:
-    """Keeps `Tokens` up to date whenever an attention module runs inside the context."""
+    """Context that updates `Tokens` before each call of an attention module."""
     tokens = Tokens()
     with ExitStack() as stack:
         for layer in layers:
@@ -110,9 +111,9 @@ def _noting(tokens: Tokens, layer: AttentionLayer) -> Callable[..., None]:
 def _read(
     mask: Tensor, size: tuple[int, int], n_past: int, hides: bool
 ) -> tuple[Bool[Tensor, "batch tokens"], Int64[Tensor, " batch"]]:
-    """Which of the new tokens are real, and how many real ones the cache holds before them."""
+    """Mask of the real ones among the new tokens, and number of real tokens in the cache before them."""
     batch, n_tokens = size
-    first = min(n_past, mask.shape[-1] - n_tokens)  # a window has dropped columns, a static cache has more to come
+    first = min(n_past, mask.shape[-1] - n_tokens)  # fewer columns with a sliding window, more with a static cache
     new, every = torch.arange(n_tokens), torch.arange(batch)
     if mask.ndim == 2:
         seen = mask.bool().expand(batch, -1)
@@ -124,19 +125,19 @@ def _read(
 
 
 def _checked(layer: AttentionLayer, mask: object, size: tuple[int, int]) -> Tensor:
-    """A mask that tells padding from text."""
+    """The mask, if it has a shape that tells padding from text."""
     shape = tuple(mask.shape) if isinstance(mask, Tensor) else ()
     fits = len(shape) in (2, 3, 4) and shape[0] in (1, size[0]) and shape[-1] >= size[1]
     if isinstance(mask, Tensor) and fits and (len(shape) == 2 or shape[-2] in (1, size[1])):
         return mask
     raise UnsupportedModelError(
-        f"layers.{layer.layer}: expected a mask of {size[0]} sequences and {size[1]} tokens, (batch, columns) or "
-        f"(batch, [heads,] tokens, columns); got {shape or type(mask).__name__}, which does not tell padding from "
-        "text. Load the model with attn_implementation='sdpa' or 'eager'."
+        f"layers.{layer.layer}: expected an attention mask of {size[0]} sequences and {size[1]} tokens, (batch, "
+        f"columns) or (batch, [heads,] tokens, columns); got {shape or type(mask).__name__}, which does not tell "
+        "padding from text. Load the model with attn_implementation='sdpa' or 'eager'."
     )
 
 
 def _seen(mask: Tensor, hides: bool) -> Bool[Tensor, "batch tokens"]:
-    """What any head of a mask "batch heads tokens" shows."""
+    """Tokens that any head of a mask "batch heads tokens" shows."""
     shown = mask > _HIDDEN if mask.is_floating_point() else mask.bool() ^ hides
     return shown.any(dim=1)

@@ -1,1 +1,1 @@
-"""Packed caches in files."""
+"""Saving and loading of packed caches."""

@@ -1,4 +1,4 @@
-"""All that a packed cache holds as JSON values and a pool of tensors, and back."""
+"""Conversion of a packed cache to JSON values and a pool of tensors, and back."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -23,12 +23,12 @@ State = TypeVar("State", Survivors, SmallNorms, StreamingState)
 
 
 def layer_record(store: LayerStore, pool: TensorPool) -> Record:
-    """What one layer holds."""
+    """Record of one layer."""
     return {"n_columns": store.n_columns, "streams": [_sequence_record(sequence, pool) for sequence in store.sequences]}
 
 
 def tables_record(tables: RotaryTables, pool: TensorPool) -> Record:
-    """The rotary tables; where both halves of a head rotate alike, one of them."""
+    """Record of the rotary tables; of tables whose two halves are equal, the first half."""
     whole = list(tables.tensors())
     halves = [table[..., : table.shape[-1] // 2] for table in whole]
     twice = [torch.equal(torch.cat([half, half], dim=-1), table) for half, table in zip(halves, whole, strict=True)]
@@ -40,7 +40,7 @@ def tables_record(tables: RotaryTables, pool: TensorPool) -> Record:
 
 
 def codes_record(codes: Codes, pool: TensorPool) -> Record:
-    """Codes, with what they wrap."""
+    """Record of codes, inner codes included."""
     return {
         "shape": list(codes.shape),
         "dtype": str(codes.dtype),
@@ -52,25 +52,25 @@ def codes_record(codes: Codes, pool: TensorPool) -> Record:
 
 @dataclass(frozen=True)
 class CacheReader:
-    """Rebuilds what the records of a file say.
+    """Rebuilds the parts of a cache from the records of a file.
 
     Parameters
     ----------
     arrays : Mapping[str, array]
-        The pool's.
+        Arrays of the tensor pool.
     device : torch.device
-        Where what is read shall be.
+        Device of the rebuilt tensors.
     """
 
     arrays: Mapping[str, Array]
     device: torch.device
 
     def sequences(self, store: LayerStore, record: Record) -> list[CachedSequence]:
-        """The sequences of a layer, for an empty store of it."""
+        """Sequences of a layer, for its empty store."""
         return [self._sequence(store.empty_sequence(self.device), sequence) for sequence in record["streams"]]
 
     def tables(self, record: Record) -> RotaryTables:
-        """The rotary tables."""
+        """Rotary tables."""
         kept = zip(map(self._take, record["tables"]), record["twice"], strict=True)
         return RotaryTables(
             tables=[torch.cat([table, table], dim=-1) if twice else table for table, twice in kept],
@@ -78,7 +78,7 @@ class CacheReader:
         )
 
     def codes(self, record: Record) -> Codes:
-        """The codes of a record, whose counts are those of their entries."""
+        """Codes of a record, checked for consistent counts."""
         n_tokens, channels = record["shape"]
         codes = Codes(
             tensors={name: self._take(place) for name, place in record["tensors"]},
@@ -95,7 +95,10 @@ class CacheReader:
             store.restore(self._tokens(store.state(), stored))
         survivors, small = self._state(Survivors, record["survivors"]), self._state(SmallNorms, record["small"])
         if (survivors is None, small is None) != (empty.survivors is None, empty.small is None):
-            raise ValueError("survivors and small norms are kept where the policy asks for them")
+            raise ValueError(
+                "survivors and small norms: expected both as the policy asks for them; got survivors "
+                f"{'missing' if survivors is None else 'given'}, small norms {'missing' if small is None else 'given'}"
+            )
         return replace(empty, n_padding=int(record["n_padding"]), survivors=survivors, small=small)
 
     def _tokens(self, empty: TokenState, record: Record) -> TokenState:
@@ -116,7 +119,7 @@ class CacheReader:
 
 
 _DTYPES = {str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
-"""Of what is encoded: all that a model computes in."""
+"""Dtypes of encoded tokens: those that models compute in."""
 
 
 def _sequence_record(sequence: CachedSequence, pool: TensorPool) -> Record:

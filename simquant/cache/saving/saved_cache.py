@@ -1,4 +1,4 @@
-"""A packed cache in a file, and back: `generate()` goes on where it stopped."""
+"""Files of packed caches: save a cache, and load it to continue `generate()`."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -19,28 +19,28 @@ from simquant.cache.transformers_cache import PackedCache
 
 FORMAT = "kvgauge.cache"
 VERSION = 2
-"""Under version 1 there are two cuts of mixed-radix words in use, and codes do not say which tokens share scales."""
+"""Version 1 had two layouts of mixed-radix words, and codes without the number of tokens that share a scale."""
 
 
 @torch.no_grad()
 def save_cache(cache: PackedCache, path: str | Path) -> None:
-    """Writes all that a packed cache holds to a file: codes, exact tokens, positions, what a policy remembers.
+    """Writes a packed cache to a file: codes, full-precision tokens, positions, and the state of eviction.
 
-    The tokens themselves are not in it, but their keys and values are, which tell as much to whoever has the model.
+    The file holds no token ids, but whoever has the model can recover the text from keys and values.
 
     Parameters
     ----------
     cache : PackedCache
-        Between two steps.
+        Cache between two steps.
     path : str or Path
-        Ends in `.safetensors` or `.pkl`; written whole or not at all.
+        Path that ends in `.safetensors` or `.pkl`; written whole or not at all.
 
     Raises
     ------
     CacheStateError
-        If a step stopped halfway.
+        If an earlier step failed halfway.
     ArtifactError
-        If the path ends otherwise.
+        If the path has another suffix.
 
     Examples
     --------
@@ -59,7 +59,8 @@ def save_cache(cache: PackedCache, path: str | Path) -> None:
     n_columns = {layer.store.n_columns for layer in cache.layers}
     if len(n_columns) > 1 or any(layer.writing for layer in cache.layers):
         raise CacheStateError(
-            "save_cache: a step stopped between or inside layers; such a cache cannot be gone on with"
+            "save_cache: expected a cache between two steps; got layers of "
+            f"{', '.join(map(str, sorted(n_columns)))} tokens, left by a step that failed. Make a new cache."
         )
     pool = TensorPool()
     header = {
@@ -73,14 +74,14 @@ def save_cache(cache: PackedCache, path: str | Path) -> None:
 
 @torch.no_grad()
 def load_cache(path: str | Path, cache: PackedCache) -> PackedCache:
-    """Fills an empty cache with what a file holds, so that it goes on as the one that was saved.
+    """Fills an empty cache from a file, to continue where the saved one stopped.
 
     Parameters
     ----------
     path : str or Path
-        What `save_cache` wrote.
+        File written by `save_cache`.
     cache : PackedCache
-        A new one, of a context with the same model, quantizers and policy.
+        New cache, of a context with the same model, quantizers and policy.
 
     Returns
     -------
@@ -99,13 +100,17 @@ def load_cache(path: str | Path, cache: PackedCache) -> PackedCache:
         If the cache is not empty.
     """
     if any(layer.store.sequences for layer in cache.layers):
-        raise CacheStateError(f"load_cache: expected an empty cache; got one of {cache.get_seq_length()} tokens")
+        raise CacheStateError(
+            f"load_cache: expected an empty cache; got one of {cache.get_seq_length()} tokens. Make a new one"
+        )
     stored = read(Path(path), FORMAT, VERSION)
     _check(path, stored.header, _made_for(cache))
     try:
         _fill(cache, stored)
     except (ArtifactError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise CorruptArtifactError(f"{path}: the content is not that of a cache ({error})") from error
+        raise CorruptArtifactError(
+            f"{path}: expected the records of a packed cache; got other content ({error}). Save the cache again"
+        ) from error
     return cache
 
 
@@ -124,7 +129,7 @@ def _fill(cache: PackedCache, stored: Stored) -> None:
 
 
 def _made_for(cache: PackedCache) -> dict[str, Any]:
-    """What must be the same for a cache to be gone on with."""
+    """Properties in which a saved cache and the one to load it into must agree."""
     stores = [layer.store for layer in cache.layers]
     modules = nn.ModuleList([store.layer.module for store in stores])
     quantizers = {site: quantizer for store in stores for site, quantizer in store.quantizers.items()}
@@ -147,6 +152,6 @@ def _check(path: str | Path, saved: Mapping[str, Any], own: Mapping[str, Any]) -
 
 
 def _device(module: nn.Module) -> torch.device:
-    """Where a layer computes; main memory where its weights are brought in by each step."""
+    """Device that a layer computes on; main memory if its weights are offloaded between steps."""
     weight: Tensor = next(module.parameters())
     return torch.device("cpu") if weight.is_meta else weight.device

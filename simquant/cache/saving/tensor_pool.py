@@ -1,4 +1,4 @@
-"""Many tensors as few arrays."""
+"""Pool of many small tensors in a few arrays."""
 
 from collections.abc import Mapping
 
@@ -9,11 +9,11 @@ from torch import Tensor
 from artifacts.storage import Array
 
 Place = list[str | int]
-"""Name of an array, first row, and number of rows: JSON values."""
+"""Place of a tensor in the pool, in JSON values: name of an array, first row, number of rows."""
 
 
 class TensorPool:
-    """Tensors to be stored: those of one dtype and row shape stand one after the other in one array.
+    """Tensors to be saved: those of one dtype and row shape are concatenated in one array.
 
     Examples
     --------
@@ -30,7 +30,7 @@ class TensorPool:
         self._ends: dict[str, int] = {}
 
     def add(self, tensor: Tensor) -> Place:
-        """Takes a tensor in, and says where it stands."""
+        """Adds a tensor, and returns its place."""
         name = ".".join([str(tensor.dtype).removeprefix("torch."), *map(str, tensor.shape[1:])])
         start = self._ends.get(name, 0)
         self._parts.setdefault(name, []).append(tensor.detach().cpu())
@@ -38,18 +38,18 @@ class TensorPool:
         return [name, start, len(tensor)]
 
     def arrays(self) -> dict[str, Array]:
-        """All tensors by the names of their arrays; numpy has no bfloat16, whose bits stand in integers."""
+        """Arrays of all tensors, by name; bfloat16, which numpy lacks, is stored as int16 bits."""
         found = {name: torch.cat(parts) for name, parts in self._parts.items()}
         return {name: (x.view(torch.int16) if x.dtype == torch.bfloat16 else x).numpy() for name, x in found.items()}
 
 
 def take(arrays: Mapping[str, Array], place: Place, device: torch.device | None = None) -> Tensor:
-    """The tensor at a place, in memory of its own.
+    """Copy of the tensor at a place.
 
     Raises
     ------
     KeyError, ValueError
-        If there is none.
+        If the pool has no such place.
     """
     name, start, n_rows = str(place[0]), int(place[1]), int(place[2])
     rows = arrays[name][start : start + n_rows]

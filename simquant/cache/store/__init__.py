@@ -1,1 +1,1 @@
-"""What a packed cache keeps of each layer, sequence and site."""
+"""Storage of a packed cache: tokens of a site, of a sequence, of a layer."""

@@ -17,18 +17,18 @@ from simquant.cache.store.token_store import TokenStore
 
 @dataclass(frozen=True, eq=False)
 class Survivors:
-    """The numbers, in the text, of the tokens that one sequence holds at one layer.
+    """Positions, in the text, of the tokens that eviction has left in one sequence of a layer.
 
     Parameters
     ----------
     numbers : Int32[Tensor, "held"]
-        Ascending, from 0.
+        Positions of the tokens in the cache, ascending, from 0.
     n_seen : int
-        Tokens that have come, dropped ones included.
+        Tokens appended so far, evicted ones included.
     n_prompt, n_prompt_kept : int
-        Tokens of the first step, and how many of them were left after it; 0 before its end.
+        Tokens of the first step, and those left after its eviction; 0 before its end.
     evicted_at : int
-        `n_seen` when a token was last dropped; 0 before.
+        `n_seen` at the last eviction; 0 before the first.
     """
 
     numbers: Int32[Tensor, " held"]
@@ -39,45 +39,46 @@ class Survivors:
 
     @staticmethod
     def none(device: torch.device) -> "Survivors":
-        """Of an empty cache."""
+        """Positions in an empty cache."""
         return Survivors(torch.zeros(0, dtype=torch.int32, device=device))
 
     def extended(self, n_tokens: int) -> "Survivors":
-        """With the tokens that follow."""
+        """Positions after `n_tokens` more tokens."""
         n_seen = self.n_seen + n_tokens
         new = torch.arange(self.n_seen, n_seen, dtype=torch.int32, device=self.numbers.device)
         return replace(self, numbers=torch.cat([self.numbers, new]), n_seen=n_seen)
 
     def without(self, kept: Bool[Tensor, " held"]) -> "Survivors":
-        """With the tokens alone where `kept` is true."""
+        """Positions of the tokens where `kept` is true."""
         return replace(self, numbers=self.numbers[kept], evicted_at=self.n_seen)
 
     def after_prompt(self) -> "Survivors":
-        """At the end of the first step."""
+        """Counters at the end of the first step."""
         return replace(self, n_prompt=self.n_seen, n_prompt_kept=len(self.numbers))
 
     def to(self, device: torch.device) -> "Survivors":
-        """On another device."""
+        """Copy on another device."""
         return replace(self, numbers=self.numbers.to(device))
 
     def columns(self, tokens: slice, n_padding: int) -> Int64[Tensor, " tokens"]:
-        """Where held tokens stand in the batch."""
+        """Columns of the batch in which the given tokens of the cache stand."""
         return self.numbers[tokens].long() + n_padding
 
     def cropped(self, n_tokens: int, who: str) -> "Survivors":
-        """With the first `n_tokens` tokens of the text at most.
+        """Positions below `n_tokens`.
 
         Raises
         ------
         CacheStateError
-            If tokens were dropped for what a later one has read.
+            If an eviction that counted later tokens cannot be undone.
         """
         if n_tokens >= self.n_seen:
             return self
         if n_tokens < self.evicted_at:
             raise CacheStateError(
-                f"{who}: the cache cannot be cropped to {n_tokens} tokens: tokens were evicted when it had seen "
-                f"{self.evicted_at}, and they are gone. Generate without an assistant, or without eviction."
+                f"{who}: cannot crop to {n_tokens} tokens: the last eviction was at {self.evicted_at} tokens, and "
+                f"evicted tokens cannot be restored. Crop to {self.evicted_at} or more, or use no eviction (assisted "
+                "generation crops)."
             )
         numbers = self.numbers[: int((self.numbers < n_tokens).sum())].clone()
         n_prompt, n_kept = min(self.n_prompt, n_tokens), min(self.n_prompt_kept, len(numbers))
@@ -86,18 +87,18 @@ class Survivors:
 
 @dataclass(frozen=True)
 class CachedSequence:
-    """One sequence at one layer.
+    """Keys and values of one sequence at one layer.
 
     Parameters
     ----------
     key, value : TokenStore
-        Its tokens, padding left out.
+        Stored tokens, padding left out.
     n_padding : int
-        Columns of the batch before its first token.
+        Padding columns of the batch before the first token.
     survivors : Survivors or None
-        Which tokens are held; None where none is ever evicted.
+        Positions of the tokens left by eviction; None without eviction.
     small : SmallNorms or None
-        Which tokens are kept exact for the small norm of their keys; None where none ever is.
+        Tokens kept in full precision for their small key norms; None if the policy keeps none.
     """
 
     key: TokenStore
@@ -107,15 +108,15 @@ class CachedSequence:
     small: SmallNorms | None = None
 
     def stores(self) -> tuple[TokenStore, TokenStore]:
-        """Both."""
+        """The stores of keys and of values."""
         return self.key, self.value
 
     def spans(self) -> Iterator[tuple[int, int]]:
-        """Ranges of tokens that are read together, from the first that both still have."""
+        """Ranges of tokens that are decoded together, from the first that both stores still hold."""
         return max(self.stores(), key=lambda store: store.first_token).spans()
 
     def columns(self, tokens: slice) -> slice | Int64[Tensor, " tokens"]:
-        """Where held tokens stand in the batch."""
+        """Columns of the batch in which the given tokens of the cache stand."""
         if self.survivors is not None:
             return self.survivors.columns(tokens, self.n_padding)
         return slice(self.n_padding + tokens.start, self.n_padding + tokens.stop)
@@ -123,7 +124,7 @@ class CachedSequence:
     def appended(
         self, rows: Mapping[Site, Float[Tensor, "tokens channels"]], sources: DecodedSources, sequence: int
     ) -> "CachedSequence":
-        """With the tokens that follow: keys, then values. `sequence` is its number in the batch."""
+        """Sequence with more tokens: `rows` are keys, then values; `sequence` is its index in the batch."""
         key, _ = rows.values()
         small, kept = (None, None) if self.small is None else self.small.extended(key)
         for store, (site, own) in zip(self.stores(), rows.items(), strict=True):
@@ -134,14 +135,14 @@ class CachedSequence:
         return replace(self, survivors=survivors, small=small)
 
     def to(self, device: torch.device) -> "CachedSequence":
-        """On another device."""
+        """Copy on another device."""
         survivors = None if self.survivors is None else self.survivors.to(device)
         small = None if self.small is None else self.small.to(device)
         key, value = self.key.to(device), self.value.to(device)
         return replace(self, key=key, value=value, survivors=survivors, small=small)
 
     def keep(self, kept: Bool[Tensor, " held"]) -> "CachedSequence":
-        """With the tokens alone where `kept` is true."""
+        """Sequence of the tokens where `kept` is true."""
         if kept.all():
             return self
         for store in self.stores():
@@ -149,7 +150,7 @@ class CachedSequence:
         return self if self.survivors is None else replace(self, survivors=self.survivors.without(kept))
 
     def after_prompt(self) -> "CachedSequence":
-        """At the end of the first step; unchanged at that of another."""
+        """Sequence at the end of the first step; unchanged after later steps."""
         if self.survivors is None or self.survivors.n_prompt:
             return self
         return replace(self, survivors=self.survivors.after_prompt())

@@ -1,4 +1,4 @@
-"""What later sites are predicted from, while a step runs."""
+"""Decoded sources of predictive quantizers, held while a step runs."""
 
 import copy
 from collections.abc import Mapping
@@ -13,14 +13,14 @@ from artifacts.sites import Site
 
 
 class DecodedSources:
-    """Decoded tokens of sources, by sequence, kept until the last site that is predicted from them has read them.
+    """Decoded tokens of the sites that others are predicted from, held until the last of those has been read.
 
-    Where every layer is predicted from the one before, that is two layers' tokens in full precision.
+    If every layer is predicted from the one before, two layers of tokens are in memory in full precision.
 
     Parameters
     ----------
     quantizers : mapping from Site to Quantizer
-        Of all sites.
+        Quantizers of all sites.
 
     Raises
     ------
@@ -36,41 +36,44 @@ class DecodedSources:
             for source in self._sources[site]:
                 if source not in quantizers:
                     raise MismatchError(
-                        f"{site}: it is predicted from {source}, which has no quantizer. Use all sites of an artifact."
+                        f"{site}: expected a quantizer for its source {source}; got none. Use all sites of an artifact."
                     )
                 self._last[source] = site
 
     def __bool__(self) -> bool:
-        """Whether any site is predicted."""
+        """True if any site is predicted from another."""
         return bool(self._last)
 
     def empty(self) -> "DecodedSources":
-        """For another cache with the same quantizers."""
+        """Empty copy, for another cache with the same quantizers."""
         other = copy.copy(self)
         other._rows = {}
         return other
 
     def are_kept_of(self, site: Site) -> bool:
-        """Whether a later site is predicted from this one."""
+        """True if a later site is predicted from this one."""
         return site in self._last
 
     def context(self, site: Site, device: torch.device, sequence: int = 0, tokens: slice = slice(None)) -> Context:
-        """What a site's quantizer is handed for some tokens of a sequence.
+        """Decoded sources of a site for some tokens of a sequence, as its quantizer takes them.
 
         Raises
         ------
         MismatchError
-            If the model comes to the site before it comes to the sources.
+            If the model computes the site before its sources.
         """
         missing = [str(source) for source in self._sources[site] if (source, sequence) not in self._rows]
         if missing:
-            raise MismatchError(f"{site}: this model has it before {', '.join(missing)}, from which it is predicted")
+            raise MismatchError(
+                f"{site}: expected its sources {', '.join(missing)} to be computed first; this model computes them "
+                "later. Use quantizers without sources."
+            )
         return tuple(self._rows[source, sequence][tokens].to(device) for source in self._sources[site])
 
     def keep(self, site: Site, rows: Float[Tensor, "tokens channels"], sequence: int = 0) -> None:
-        """Takes down what a site's tokens are decoded to."""
+        """Holds the decoded tokens of a site."""
         self._rows[site, sequence] = rows
 
     def release(self, site: Site) -> None:
-        """Lets go what no site after this one reads."""
+        """Frees the tokens that no site after this one is predicted from."""
         self._rows = {key: rows for key, rows in self._rows.items() if self._last[key[0]] > site}

@@ -1,4 +1,4 @@
-"""Codes that hold some of their tokens as they are, too."""
+"""Wrapper quantizer whose codes also hold some tokens in full precision."""
 
 from dataclasses import dataclass
 from typing import ClassVar, final
@@ -16,29 +16,30 @@ from artifacts.quantizers.wrapper import AbstractWrapper
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class KeptExact(AbstractWrapper):
-    """Reads some tokens as they were, and the others from the codes that a quantizer gives for all.
+    """Quantizer that decodes kept tokens to their full-precision values, and the others from the inner codes.
 
-    Every token has its place in the codes, so that groups stay whole; both are counted. In a group of several tokens
-    the place of a kept one is filled with another token of the group, whose scales it would stretch otherwise. It is
-    part of a cache only: no file holds it.
+    Every token has codes, so that groups of tokens stay whole; the bytes of both are counted. Part of a cache alone: no
+    artifact holds it.
 
     Parameters
     ----------
     inner : Quantizer
-        That of the site.
+        Quantizer of the site.
     """
 
     kind: ClassVar[str] = "kept_exact"
 
     @classmethod
     def around(cls, quantizer: Quantizer) -> "KeptExact":
-        """For the site of `quantizer`."""
+        """Wrapper of the site's quantizer."""
         return cls(channels=quantizer.channels, site=quantizer.site, inner=quantizer)
 
     def stand_ins(
         self, x: Float[Tensor, "tokens channels"], kept: Bool[Tensor, " tokens"]
     ) -> Float[Tensor, "tokens channels"]:
-        """What the quantizer sees: kept tokens replaced by the first one of their group that is not."""
+        """Rows to encode: each kept token replaced by the first token of its group that is not kept."""
+        # A kept token's codes are never read, but its values would widen the range of the group's shared scale. Another
+        # token of the group leaves the range as the others make it. In a group kept whole, argmax gives its first.
         size = self.tokens_per_scale or 1
         if size == 1 or not kept.any():
             return x
@@ -47,7 +48,7 @@ class KeptExact(AbstractWrapper):
         return x[torch.where(kept.view(-1, size), first, places).flatten()]
 
     def joined(self, codes: Codes, x: Float[Tensor, "tokens channels"], kept: Bool[Tensor, " tokens"]) -> Codes:
-        """The codes of all tokens, and beside them those of `x` that are kept."""
+        """Codes of all tokens, with the kept rows of `x` beside them."""
         exact = {"counts": kept.to(torch.uint8), "values": x[kept]}
         spans = {"values": Span(entries="counts")}
         return Codes(tensors=exact, shape=codes.shape, dtype=codes.dtype, spans=spans, inner=codes)

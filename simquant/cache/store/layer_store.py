@@ -1,4 +1,4 @@
-"""What a packed cache keeps of one layer: a sequence of keys and one of values for each sequence of the batch."""
+"""Keys and values of one layer of a packed cache, for each sequence of the batch."""
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,22 +26,22 @@ from simquant.policy.checks import group_tokens
 from simquant.policy.policy import CachePolicy
 
 BLOCK_TOKENS = 1024
-"""Tokens that are decoded at a time, or the next whole number of groups: few enough to stay in a processor's cache."""
+"""Tokens decoded at a time, rounded up to whole groups: few enough that a block stays in the CPU cache."""
 
 
 class LayerStore:
-    """The sequences of one layer; all sequences have the same number of columns.
+    """Cached sequences of one layer; all have the same number of columns, padding included.
 
     Parameters
     ----------
     layer : AttentionLayer
-        Where keys and values come from.
+        Layer that the keys and values come from.
     quantizers : mapping from Site to Quantizer
-        Those of the layer's keys and values, among others.
+        Quantizers of the layer's keys and values, among others.
     policy : CachePolicy
-        Which tokens stay exact.
+        Tokens kept in full precision, and eviction.
     sources : DecodedSources
-        What sites are predicted from, shared by the layers of a cache.
+        Decoded sources of predicted sites, shared by the layers of a cache.
     """
 
     def __init__(
@@ -60,14 +60,16 @@ class LayerStore:
 
     @property
     def rotates(self) -> bool:
-        """Whether keys are rotated when they are read."""
+        """True if keys are stored before RoPE and rotated when they are read."""
         return self.key_site.stage == "pre_rope" and self.layer.rotation != "none"
 
     def empty_sequence(self, device: torch.device) -> CachedSequence:
-        """A sequence without tokens, whose tokens will be on the device."""
+        """Sequence without tokens, on a device."""
         group = group_tokens(self.quantizers)
         runs = any(first_state(quantizer) is not None for quantizer in self.quantizers.values())
-        block = group if runs and self._evicts else -(-BLOCK_TOKENS // group) * group  # a chunk's codes are one run
+        # Running scales code a chunk of tokens as one run that cannot be cut: eviction drops whole blocks of it, so
+        # that a block is then one group of tokens.
+        block = group if runs and self._evicts else -(-BLOCK_TOKENS // group) * group
         key, value = (
             TokenStore(quantizer.to(device), self.policy, self.policy.window(site.tensor), block)
             for site, quantizer in self.quantizers.items()
@@ -82,13 +84,13 @@ class LayerStore:
         value: Float[Tensor, "batch kv_heads tokens head_dim"],
         real: Bool[Tensor, "batch tokens"] | None,
     ) -> None:
-        """Takes in the columns that follow; `real` says which are no padding, None that all are."""
+        """Appends the columns of a step; `real` masks those that are not padding, None if all are real."""
         batch, _, tokens, _ = key.shape
         self.sequences = self.sequences or [self.empty_sequence(key.device) for _ in range(batch)]
         if len(self.sequences) != batch:
             raise MismatchError(
-                f"layers.{self.layer.layer}: the cache holds {len(self.sequences)} sequences; got {batch}. Use a new "
-                "cache for other text."
+                f"layers.{self.layer.layer}: expected a batch of {len(self.sequences)} sequences, as the cache holds; "
+                f"got {batch}. Use a new cache for another text."
             )
         self._forget()
         rows = {site: to_rows(x).view(batch, tokens, -1) for site, x in zip(self.quantizers, (key, value), strict=True)}
@@ -106,7 +108,7 @@ class LayerStore:
         scoring: Scoring,
         tables: RotaryTables,
     ) -> Float[Tensor, "batch queries q_heads head_dim"]:
-        """Attention of the last columns' queries, decoding one block at a time."""
+        """Attention of the last step's queries over all columns, decoding one block at a time."""
         rows = []
         for row, sequence in enumerate(self.sequences):
             attention = BlockAttention(query[row], self.layer.kv_heads, scoring)
@@ -119,7 +121,7 @@ class LayerStore:
         return torch.stack(rows)
 
     def end_step(self) -> None:
-        """Lets go what was decoded for this layer and for others before it."""
+        """Frees the decoded tokens of this layer, and those of sources that no later layer needs."""
         for _, store in self.stores():
             store.forget_decoded()
         self.sources.release(self.value_site)
@@ -127,18 +129,20 @@ class LayerStore:
     def key(
         self, sequence: CachedSequence, row: int, tokens: slice, tables: RotaryTables
     ) -> Float[Tensor, "kv_heads tokens head_dim"]:
-        """Keys of some tokens of a sequence, as attention reads them."""
+        """Decoded keys of some tokens of a sequence, rotated."""
         key = self._heads(sequence.key.read(tokens.start, tokens.stop))
+        # Pre-RoPE keys are quantized without rotation, as their channels then have stable ranges (KVQuant, 2401.18079,
+        # section 3.2), and rotated after decoding with the cosines and sines of the columns they were appended at.
         return tables.rotated(self.layer, key, row, sequence.columns(tokens)) if self.rotates else key
 
     def value(self, sequence: CachedSequence, tokens: slice) -> Float[Tensor, "kv_heads tokens head_dim"]:
-        """Values of some tokens of a sequence, as attention reads them."""
+        """Decoded values of some tokens of a sequence."""
         return self._heads(sequence.value.read(tokens.start, tokens.stop))
 
     def key_blocks(
         self, row: int, visible: Bool[Tensor, "queries columns"], tables: RotaryTables
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The keys of a sequence block by block, and which of them are visible."""
+        """Decoded keys of a sequence block by block, with the mask of the visible ones."""
         sequence = self.sequences[row]
         for start, end in sequence.spans():
             tokens = slice(start, end)
@@ -150,42 +154,42 @@ class LayerStore:
         Raises
         ------
         CacheStateError
-            If that would divide a group of tokens, or needs tokens that a sliding window has passed; nothing has
-            changed then.
+            If that would split a group of tokens, or needs tokens that a sliding window has dropped; the store is
+            unchanged then.
         """
         self.sequences = [self._cropped(sequence, n_columns) for sequence in self.sequences]
         self.n_columns = min(self.n_columns, n_columns)
 
     def select(self, rows: Sequence[int]) -> None:
-        """Keeps these sequences of the batch, in this order; repeated ones share what is stored so far."""
+        """Keeps these sequences of the batch, in this order; repeated ones share the tensors stored so far."""
         self.sequences = [
             replace(self.sequences[row], key=self.sequences[row].key.copy(), value=self.sequences[row].value.copy())
             for row in rows
         ]
 
     def copy(self, sources: DecodedSources) -> "LayerStore":
-        """A layer of another cache, which shares what is stored so far."""
+        """Layer of another cache that shares the tensors stored so far."""
         other = copy.copy(self)
         other.sources = sources
         other.select(range(len(self.sequences)))
         return other
 
     def to(self, device: torch.device) -> None:
-        """Moves everything to another device."""
+        """Moves all sequences to another device."""
         self.sequences = [sequence.to(device) for sequence in self.sequences]
 
     def clear(self) -> None:
-        """Forgets everything."""
+        """Removes all sequences."""
         self.sequences, self.n_columns = [], 0
 
     def stores(self) -> Iterator[tuple[Site, TokenStore]]:
-        """The keys and values of every sequence."""
+        """Stores of the keys and values of every sequence, with their sites."""
         for sequence in self.sequences:
             yield self.key_site, sequence.key
             yield self.value_site, sequence.value
 
     def tensors(self) -> Iterator[Tensor]:
-        """Everything that is held."""
+        """All tensors of the layer."""
         for sequence in self.sequences:
             yield from sequence.key.tensors()
             yield from sequence.value.tensors()
@@ -199,12 +203,12 @@ class LayerStore:
         return self.policy.eviction is not None and self.layer.sliding_window is None
 
     def _padding(self, sequence: CachedSequence, real: Bool[Tensor, " tokens"]) -> int:
-        """How many of the new columns come before the sequence's first token."""
+        """Number of new columns before the sequence's first token."""
         n_padding = len(real) - int(real.sum())
         if n_padding and (sequence.key.n_tokens or not real[n_padding:].all()):
             raise MismatchError(
-                f"layers.{self.layer.layer}: the attention mask hides {n_padding} tokens behind the first one of their "
-                "sequence; a packed cache takes padding on the left only (tokenizer.padding_side = 'left')."
+                f"layers.{self.layer.layer}: expected padding on the left only; got an attention mask that hides "
+                f"{n_padding} tokens after the first one of their sequence. Set tokenizer.padding_side = 'left'."
             )
         return n_padding
 
@@ -212,8 +216,8 @@ class LayerStore:
         return rows.view(len(rows), self.layer.kv_heads, self.layer.head_dim).transpose(0, 1)
 
     def _forget(self) -> None:
-        """Drops what the next query cannot see by more than a block: that much can still be cropped."""
-        if self.layer.sliding_window is None or self.sources:  # other layers may still need the tokens
+        """Drops blocks that a sliding window has passed by more than a block, so that a block can still be cropped."""
+        if self.layer.sliding_window is None or self.sources:  # other layers may be predicted from the tokens
             return
         for _, store in self.stores():
             store.forget_before(store.n_tokens - self.layer.sliding_window - store.block_tokens)
@@ -228,8 +232,9 @@ class LayerStore:
             needed = max(0, n_tokens - (self.layer.sliding_window or n_tokens))
             if n_tokens and store.first_token > needed:
                 raise CacheStateError(
-                    f"layers.{self.layer.layer}: cropping to {n_tokens} tokens needs token {needed}, and the sliding "
-                    f"window has passed all before {store.first_token}. Crop {store.block_tokens} at most."
+                    f"layers.{self.layer.layer}: cannot crop to {n_tokens} tokens: that needs token {needed}, and the "
+                    f"sliding window has dropped all tokens before {store.first_token}. Crop at most "
+                    f"{store.block_tokens} tokens."
                 )
         key, value = (store.cropped(n_tokens) for store in sequence.stores())
         n_padding = min(sequence.n_padding, n_columns)

@@ -1,4 +1,4 @@
-"""Room behind tensors, so that tokens are appended to them without copying what is there."""
+"""Growing buffers: tensors with spare capacity, so that appending tokens copies no older ones."""
 
 from collections.abc import Sequence
 
@@ -6,25 +6,27 @@ import torch
 from torch import Tensor
 
 _SHARE = 32
-"""Room for one entry in so many: 3 % of memory that no count of bytes names, and so many copies of an entry at most."""
+"""Spare capacity is 1 / 32 of a buffer: 3 % of memory beside the counted bytes."""
 
 
 class Room:
-    """Joins tensors along their first axis; the result of one call grows in place when it heads the next.
+    """Concatenation along the first axis into buffers with spare capacity.
 
-    What has been handed out is never changed: only entries behind it are written. Each owner has a room of its own, so
-    that copies of a result grow apart.
+    The result of one call grows in place if it is the first part of the next. A tensor that was returned never changes:
+    only entries behind it are written. Each owner has a `Room` of its own, so that copies of a result grow apart.
     """
 
     def __init__(self) -> None:
-        self._buffers: dict[int, tuple[Tensor, int]] = {}  # by address, with how many entries are taken
+        self._buffers: dict[int, tuple[Tensor, int]] = {}  # by address: buffer, number of used entries
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """What `torch.cat` gives."""
+        """Result of `torch.cat` along the first axis."""
         if any(part.requires_grad for part in parts):
             return torch.cat(list(parts))
         head, n_entries = parts[0], sum(map(len, parts))
         buffer, n_taken = self._buffers.pop(head.data_ptr(), (head, 0))
+        # A dynamic array: growth by the factor 33 / 32 copies an entry some 32 times on average while a block fills;
+        # torch.cat at each decode step would copy the whole block, an entry up to 1,024 times.
         if not _can_grow(buffer, head, n_taken, n_entries):
             buffer = head.new_empty(n_entries + n_entries // _SHARE, *head.shape[1:])
             n_taken = 0
@@ -37,7 +39,7 @@ class Room:
 
 
 def _can_grow(buffer: Tensor, head: Tensor, n_taken: int, n_entries: int) -> bool:
-    """Whether `head` is all that is taken of the buffer, and the others fit behind it."""
+    """True if `head` is all that is used of the buffer, and the other entries fit behind it."""
     return (
         n_taken == len(head)
         and n_entries <= len(buffer)

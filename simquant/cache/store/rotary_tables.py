@@ -1,4 +1,4 @@
-"""The cosines and sines of every position that a cache holds, kept once for all layers."""
+"""RoPE cosines and sines of every column of a cache, stored once for all layers."""
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,28 +12,28 @@ from artifacts.model.rope import rotate
 
 
 class RotaryTables:
-    """What keys before rotation need to be read: the model's own tables, column by column.
+    """Cosines and sines by which pre-RoPE keys are rotated when they are read: the model's own tables, by column.
 
-    Layers that are handed the same tensors share them; models with several rotary embeddings have as many tables.
-    Sequences of a batch share a row while their positions are the same.
+    Layers that are given the same tensors share one table; models with several rotary embeddings (local and global
+    layers of Gemma 3) have as many. Sequences of a batch share a row while their positions are equal.
 
     Parameters
     ----------
     tables : sequence of Float[Tensor, "2 batch tokens rotary_dim"]
-        Cosines and sines so far; the next step brings more.
+        Cosines and sines so far; each step adds columns.
     of_layer : Mapping[int, int] or None
-        Which of them a layer reads.
+        Index of the table of each layer.
     """
 
     def __init__(self, tables: Sequence[Tensor] = (), of_layer: Mapping[int, int] | None = None) -> None:
         self._tables, self.of_layer = list(tables), dict(of_layer or {})
-        self._seen = [weakref.ref(torch.empty(0)) for _ in tables]  # dead from the start: those of no step
+        self._seen = [weakref.ref(torch.empty(0)) for _ in tables]  # dead references: no step has been seen
 
     def note(self, layer: AttentionLayer, position_embeddings: tuple[Tensor, Tensor], n_columns: int) -> None:
-        """Takes down the tables of a step, if no other layer with the same ones has.
-
-        The cache holds `n_columns` before the step: a step that failed has left its tables behind them.
-        """
+        """Adds the tables of a step, unless a layer with the same ones has; the cache holds `n_columns` before it."""
+        # transformers computes cos and sin once per step and passes the same tensor to each layer: identity of the
+        # tensor, by weak reference, tells "same step, same embedding". Tables that a failed step left are cut off at
+        # n_columns. Recomputing them instead would need every rope_scaling rule of every model.
         seen = [ref() is position_embeddings[0] for ref in self._seen]
         index = self.of_layer.get(layer.layer)
         if index is None:
@@ -57,14 +57,14 @@ class RotaryTables:
         row: int,
         columns: slice | Int64[Tensor, " tokens"],
     ) -> Float[Tensor, "kv_heads tokens head_dim"]:
-        """Keys of some columns of a sequence of the batch, as attention reads them."""
+        """Keys of some columns of one sequence of the batch, rotated."""
         tables = self._tables[self.of_layer[layer.layer]]
         row = min(row, tables.shape[1] - 1)
         cos, sin = tables[:, row : row + 1, columns]
         return rotate(key.unsqueeze(0), cos, sin, layer.rotation)[0]
 
     def copy(self) -> "RotaryTables":
-        """Those of another cache, which shares the tables so far."""
+        """Tables of another cache that shares the tensors so far."""
         return RotaryTables(self._tables, self.of_layer)
 
     def crop(self, n_tokens: int) -> None:
@@ -76,7 +76,7 @@ class RotaryTables:
         self._change(lambda table: table if table.shape[1] == 1 else table[:, rows.to(table.device)])
 
     def tensors(self) -> Iterator[Tensor]:
-        """Everything that is held."""
+        """All tables."""
         yield from self._tables
 
     def _change(self, change: Callable[[Tensor], Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Which tokens of a sequence are kept exact for the small norm of their keys."""
+"""Tokens of a sequence that are kept in full precision for their small key norms."""
 
 from bisect import insort
 from dataclasses import dataclass, replace
@@ -12,28 +12,27 @@ from artifacts.coding.exact_sums import norm
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SmallNorms:
-    """The tokens of one sequence at one layer whose keys were among the smallest when they came.
+    """Tokens of one sequence at one layer whose key norm was among the N smallest when they were appended.
 
-    A token is kept if fewer than `n_smallest` tokens before it, sinks left out, have a key that is no longer; a key is
-    that of all heads, whose codes are one record. This needs no later token and is never taken back, so that it is the
-    same for any chunking and after cropping; rotation changes no norm. Of T tokens in random order about
-    n (1 + ln(T / n)) are kept.
+    A token is kept if fewer than `n_smallest` tokens before it, sinks left out, have a key norm as small or smaller.
+    The norm is over all heads, whose codes are one record. The choice needs no later token and is final, so that it is
+    the same for any chunking and after cropping.
 
     Parameters
     ----------
     n_smallest, sink_tokens : int
-        Those of the policy.
+        Numbers of the policy.
     numbers : Int32[Tensor, "kept"]
-        The tokens that are kept, numbered in the text, ascending.
+        Positions of the kept tokens in the text, ascending.
     norms : Float32[Tensor, "kept"]
-        Of their keys.
+        Norms of their keys.
     n_seen : int
-        Tokens that have come.
+        Tokens appended so far.
 
     References
     ----------
-    Outlier tokens tracing (ACL 2025): a key per channel is stretched by few tokens of small norm, the three smallest of
-    which stay exact. There a token gives way to a smaller one, whereas here it stays, since it is encoded once.
+    Outlier tokens tracing (ACL 2025): keys quantized per channel lose precision by a few tokens of small norm, of which
+    the three smallest are kept. There a smaller token replaces a larger one; here both stay: tokens are encoded once.
     """
 
     n_smallest: int
@@ -44,12 +43,15 @@ class SmallNorms:
 
     @staticmethod
     def none(n_smallest: int, sink_tokens: int, device: torch.device) -> "SmallNorms":
-        """Of an empty cache."""
+        """State of an empty cache."""
         numbers, norms = torch.zeros(0, dtype=torch.int32, device=device), torch.zeros(0, device=device)
         return SmallNorms(n_smallest=n_smallest, sink_tokens=sink_tokens, numbers=numbers, norms=norms)
 
     def extended(self, key: Float[Tensor, "tokens channels"]) -> tuple["SmallNorms", Bool[Tensor, " tokens"]]:
-        """With the tokens that follow, and which of these are kept."""
+        """State after more tokens, and the mask of those that are kept."""
+        # The number of records of a random sequence: token t is among the n smallest of t with probability n / t, so
+        # that about n (1 + ln(T / n)) of T tokens are kept. RoPE is a rotation and leaves norms unchanged, so that keys
+        # before and after it give the same choice.
         norms = norm(key.float())[:, 0]
         smallest = sorted(self.norms.tolist())[: self.n_smallest]
         kept = [
@@ -67,16 +69,16 @@ class SmallNorms:
         return grown, chosen
 
     def cropped(self, n_tokens: int) -> "SmallNorms":
-        """As it was after the first `n_tokens`; the smallest of them were all kept."""
+        """State after the first `n_tokens`; the smallest norms among them are all in `norms`."""
         before = self.numbers < n_tokens
         return replace(self, numbers=self.numbers[before], norms=self.norms[before], n_seen=min(self.n_seen, n_tokens))
 
     def to(self, device: torch.device) -> "SmallNorms":
-        """On another device."""
+        """Copy on another device."""
         return replace(self, numbers=self.numbers.to(device), norms=self.norms.to(device))
 
     def _enters(self, length: float, smallest: list[float]) -> bool:
-        """Whether a key is among the smallest, in which case it is noted there."""
+        """True if a norm is among the smallest, to which it is then added."""
         if len(smallest) == self.n_smallest and length >= smallest[-1]:
             return False
         insort(smallest, length)

@@ -1,4 +1,4 @@
-"""What a `TokenStore` holds, as it gives it away and takes it back."""
+"""State of a `TokenStore`, for saving and restoring."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,18 +11,19 @@ from artifacts.quantizers.streaming import StreamingState
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TokenState:
-    """All that differs between stores of one site.
+    """Mutable state of a `TokenStore`: all that differs between stores of one site.
 
     Parameters
     ----------
     counts : Mapping[str, int]
-        Numbers of tokens and blocks, by the names that files have for them.
+        Numbers of tokens and blocks, by their names in files.
     exact : Mapping[str, Tensor or None]
-        Tokens that are held as they came, and which of them stay so, by the same; None before the first append.
+        Tokens in full precision, and the mask of those kept so for good, by their names in files; None before the
+        first append.
     blocks : sequence of Codes
-        The encoded tokens.
+        Encoded tokens.
     running : StreamingState or None
-        Where the scales of the next token go on; None where nothing runs.
+        State of running scales before the next token; None without running scales.
     """
 
     counts: Mapping[str, int]

@@ -1,4 +1,4 @@
-"""The tokens of one sequence at one site, as a cache keeps them: sinks, codes, recent tokens."""
+"""Tokens of one sequence at one site: sinks in full precision, blocks of codes, residual window."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -22,32 +22,32 @@ _EXACT = ("_sinks", "_recent", "_recent_kept")
 
 
 def no_context(tokens: slice) -> Context:
-    """Of a site that is not predicted."""
+    """Empty context of a site that is not predicted."""
     return ()
 
 
 class TokenStore:
-    """Append-only storage in which every token is encoded once, when it leaves the window.
+    """Append-only storage in which every token is encoded once, when it leaves the residual window.
 
-    What is stored is never changed in place, so that copies (beams) share it.
+    Stored tensors are never changed in place, so that copies (beams) share them.
 
     Parameters
     ----------
     quantizer : Quantizer
-        That of the site, with tensors on the device of the tokens.
+        Quantizer of the site, with tensors on the device of the tokens.
     policy : CachePolicy
-        Which tokens stay exact.
+        Tokens kept in full precision.
     window : ResidualWindow
-        The policy's window for this site.
+        The policy's residual window for this site.
     block_tokens : int
-        Tokens that are decoded at a time; whole groups for the quantizer.
+        Tokens decoded at a time; a multiple of the tokens that share a scale.
     """
 
     def __init__(self, quantizer: Quantizer, policy: CachePolicy, window: ResidualWindow, block_tokens: int) -> None:
         self.quantizer = KeptExact.around(quantizer) if policy.keep_smallest_norm else quantizer
         self.window, self.block_tokens = window, block_tokens
         self.sink_tokens = self.encoded_end = policy.sink_tokens
-        self.n_tokens = self.n_evicted = 0  # tokens are numbered among those that are held
+        self.n_tokens = self.n_evicted = 0  # tokens are counted without evicted ones
         self.blocks: list[Codes] = []
         self._sinks: Tensor | None = None
         self._recent: Tensor | None = None
@@ -56,7 +56,7 @@ class TokenStore:
         self._state = first_state(quantizer)
         self._context: Callable[[slice], Context] = no_context
         self._decoded: Tensor | None = None
-        self._room = Room()  # of the block that is not full
+        self._room = Room()  # buffers of the last block, which is not full
 
     def append(
         self,
@@ -64,10 +64,10 @@ class TokenStore:
         kept: Bool[Tensor, " tokens"] | None = None,
         context: Callable[[slice], Context] = no_context,
     ) -> None:
-        """Takes in the tokens that follow; encodes those that leave the window.
+        """Appends tokens, and encodes those that leave the residual window.
 
-        Where `kept` is true a token that leaves is still read as it came; only under a policy that keeps such tokens.
-        `context` gives what a predicted site's quantizer needs beside encoded tokens, counted from the first no sink.
+        Tokens where `kept` is true are read in full precision for good, under a policy with `keep_smallest_norm`.
+        `context` gives the decoded sources of a predicted site for encoded tokens, counted from the first after sinks.
         """
         self._context, self._decoded = context, None
         n_sinks = min(len(rows), max(0, self.sink_tokens - self.n_tokens))
@@ -75,6 +75,7 @@ class TokenStore:
         recent = _joined(self._recent, rows[n_sinks:])
         recent_kept = None if kept is None else _joined(self._recent_kept, kept[n_sinks:])
         n_tokens = self.n_tokens + len(rows)
+        # The window counts tokens of the text; stored tokens are counted without the evicted ones, all of them encoded.
         end = self.window.encoded_end(n_tokens + self.n_evicted, self.sink_tokens) - self.n_evicted
         n_leaving = max(0, end - self.encoded_end)
         self._encode(recent[:n_leaving], None if recent_kept is None else recent_kept[:n_leaving])
@@ -82,8 +83,8 @@ class TokenStore:
         self._recent_kept = None if recent_kept is None else _owned(recent_kept[n_leaving:])
 
     def read(self, start: int, end: int) -> Float[Tensor, "tokens channels"]:
-        """The tokens from `start` to before `end`, as attention reads them."""
-        assert self._sinks is not None, "something is appended before it is read"
+        """Tokens of the range [start, end): sinks and window in full precision, the others decoded."""
+        assert self._sinks is not None, "tokens are appended before they are read"
         assert self._recent is not None
         parts = [self._sinks[start:end]] if start < self.sink_tokens else []
         for first, codes in self._stored_blocks():
@@ -94,18 +95,18 @@ class TokenStore:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def decode_all(self) -> Float[Tensor, "tokens channels"]:
-        """All encoded tokens, which are read from here until `forget_decoded`."""
+        """All encoded tokens, decoded at once and held until `forget_decoded`."""
         parts = [self._decode(first, codes) for first, codes in self._stored_blocks()]
-        assert self._recent is not None, "something is appended before it is decoded"
+        assert self._recent is not None, "tokens are appended before they are decoded"
         self._decoded = torch.cat(parts) if parts else self._recent[:0]
         return self._decoded
 
     def forget_decoded(self) -> None:
-        """Ends a step: what was decoded for others is let go."""
+        """Ends a step: frees the decoded tokens."""
         self._context, self._decoded = no_context, None
 
     def spans(self) -> Iterator[tuple[int, int]]:
-        """Ranges of tokens of at most a block and the sinks, from the first that is kept to the last."""
+        """Ranges of tokens to decode together, of a block each; the first also covers the sinks."""
         start = self.first_token
         grid = self.sink_tokens + self._forgotten_blocks * self.block_tokens
         for end in range(grid + self.block_tokens, self.n_tokens, self.block_tokens):
@@ -115,41 +116,41 @@ class TokenStore:
             yield start, self.n_tokens
 
     def codes(self) -> Codes | None:
-        """All codes as one; None before a token has left the window."""
+        """All codes concatenated; None before a token has left the residual window."""
         return Codes.cat(self.blocks) if self.blocks else None
 
     @property
     def first_token(self) -> int:
-        """The first token that has not been forgotten."""
+        """First token that is still stored."""
         return self.sink_tokens + self._forgotten_blocks * self.block_tokens if self._forgotten_blocks else 0
 
     @property
     def n_encoded(self) -> int:
-        """Tokens that are read from codes."""
+        """Number of tokens that are read from codes."""
         return sum(codes.shape[0] for codes in self.blocks) - self.n_small
 
     @property
     def n_small(self) -> int:
-        """Tokens that have left the window and are read as they came, for the small norm of their keys."""
+        """Number of tokens that have left the window and are kept in full precision for their small key norms."""
         return sum(len(rows) for rows in self._small())
 
     @property
     def n_exact(self) -> int:
-        """Tokens that are read as they came."""
+        """Number of tokens that are read in full precision."""
         return sum(len(rows) for rows in self._exact())
 
     @property
     def encoded_bytes(self) -> int:
-        """Bytes of all codes, those of tokens that are kept exact besides among them."""
+        """Bytes of all codes, including the unread codes of tokens with small key norms."""
         return sum(codes.nbytes for codes in self.blocks) - sum(rows.nbytes for rows in self._small())
 
     @property
     def exact_bytes(self) -> int:
-        """Bytes of the tokens that are kept as they came."""
+        """Bytes of the tokens in full precision."""
         return sum(rows.nbytes for rows in self._exact())
 
     def tensors(self) -> Iterator[Tensor]:
-        """Everything that is held, codes first."""
+        """All tensors of the store, codes first."""
         for codes in self.blocks:
             yield from codes.all_tensors()
         yield from (rows for rows in (self._sinks, self._recent, self._recent_kept) if rows is not None)
@@ -157,7 +158,7 @@ class TokenStore:
             yield self._state.absmax
 
     def state(self) -> TokenState:
-        """All that is held between two steps, for an empty store of the same site to go on from."""
+        """State between two steps, to restore in an empty store of the same site."""
         return TokenState(
             counts={name: getattr(self, name) for name in _COUNTS},
             exact={name: getattr(self, name) for name in _EXACT},
@@ -166,13 +167,13 @@ class TokenStore:
         )
 
     def restore(self, state: TokenState) -> None:
-        """Holds what another store held, in place of its own."""
+        """Replaces the state by that of another store."""
         for name, held in {**state.counts, **state.exact}.items():
             setattr(self, name, held)
         self.blocks, self._state, self._room = list(state.blocks), state.running, Room()
 
     def forget_before(self, token: int) -> None:
-        """Drops the blocks whose tokens all come before `token`, and the sinks with the first of them."""
+        """Drops the blocks whose tokens all precede `token`, and the sinks with the first of them."""
         while self.blocks and self.blocks[0].shape[0] == self.block_tokens:
             if self.sink_tokens + (self._forgotten_blocks + 1) * self.block_tokens > token:
                 return
@@ -181,12 +182,12 @@ class TokenStore:
             self._sinks = None if self._sinks is None else self._sinks[:0].clone()
 
     def keep(self, kept: Bool[Tensor, " tokens"]) -> None:
-        """Drops the tokens where `kept` is false, all of which are encoded; those after them move up.
+        """Evicts the tokens where `kept` is false, all of which are encoded; later tokens move up.
 
         Raises
         ------
         ValueError
-            If that would divide tokens that share scales.
+            If that would split tokens that share scales.
         """
         dropped = (~kept).nonzero()[:, 0]
         if not len(dropped):
@@ -199,7 +200,7 @@ class TokenStore:
         self.n_evicted += len(dropped)
 
     def _selected(self, blocks: list[Codes], kept: Bool[Tensor, " tokens"]) -> list[Codes]:
-        """The blocks anew without the tokens where `kept` is false; codes that run on lose whole blocks alone."""
+        """Blocks of the tokens where `kept` is true; codes with running scales lose whole blocks only."""
         if self._state is not None:
             parts = zip(blocks, kept.split(self.block_tokens), strict=True)
             return [codes.select(own) for codes, own in parts if own.any()]
@@ -208,12 +209,12 @@ class TokenStore:
         return [codes.select(block == index) for index in range(-(-codes.shape[0] // self.block_tokens))]
 
     def cropped(self, n_tokens: int) -> "TokenStore":
-        """A copy with the first `n_tokens` only; a token that has been encoded stays so.
+        """Copy with the first `n_tokens` only; encoded tokens stay encoded.
 
         Raises
         ------
         CacheStateError
-            If that would divide tokens that share scales, or needs what has been forgotten.
+            If that would split tokens that share scales, or needs dropped tokens.
         """
         other = self.copy()
         other.n_tokens = n_tokens = max(0, min(n_tokens, self.n_tokens))
@@ -228,13 +229,13 @@ class TokenStore:
         return other
 
     def to(self, device: torch.device) -> "TokenStore":
-        """A copy on another device; what belongs together is still encoded and read as before."""
+        """Copy on another device."""
         other = self.map(lambda tensor: tensor.to(device))
         other.quantizer = self.quantizer.to(device)
         return other
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "TokenStore":
-        """A copy with all that is held changed."""
+        """Copy with a function applied to every tensor."""
         other = copy.copy(self)
         other._room = Room()
         other.blocks = [codes.map(change) for codes in self.blocks]
@@ -244,18 +245,20 @@ class TokenStore:
         return other
 
     def copy(self) -> "TokenStore":
-        """A copy that shares everything stored so far."""
+        """Copy that shares the tensors stored so far."""
         return self.map(lambda tensor: tensor)
 
     def _decode(self, first: int, codes: Codes) -> Tensor:
-        """The tokens of a block, the first of which has the number `first`."""
+        """Decoded tokens of the block that begins at token `first`."""
         tokens = slice(first - self.sink_tokens, first - self.sink_tokens + codes.shape[0])
         if self._decoded is not None:
             return self._decoded[tokens]
         return self.quantizer.decode(codes, self._context(tokens))
 
     def _encode(self, rows: Tensor, kept: Tensor | None) -> None:
-        """Codes of the next tokens, cut where blocks end."""
+        """Encodes the next tokens, and appends their codes to the blocks."""
+        # Every token is encoded once, with the scales it has then; a partial block grows by concatenation of codes in
+        # spare capacity (`Room`), and is copied to its exact size when it is full.
         while len(rows):
             room = self.block_tokens - (self.encoded_end - self.sink_tokens) % self.block_tokens
             codes = self._encoded(rows[:room], None if kept is None else kept[:room]).map(_owned)
@@ -282,12 +285,12 @@ class TokenStore:
         return codes
 
     def _small(self) -> Iterator[Tensor]:
-        """Exact tokens among the codes."""
+        """Full-precision tokens stored with the codes, for their small key norms."""
         if isinstance(self.quantizer, KeptExact):
             yield from (codes.tensors["values"] for codes in self.blocks)
 
     def _exact(self) -> Iterator[Tensor]:
-        """All exact tokens."""
+        """All tokens in full precision."""
         yield from (rows for rows in (self._sinks, self._recent) if rows is not None)
         yield from self._small()
 
@@ -300,11 +303,11 @@ class TokenStore:
     def _blocks_before(self, end: int) -> Iterator[Codes]:
         group = self.quantizer.tokens_per_scale or 1
         if (end - self.sink_tokens) % group or self._state is not None or end < self.first_token:
-            remedy = "Crop to a whole group, or keep" if self._state is None else "No scale is taken back: keep"
+            remedy = "Crop to a whole group, or keep" if self._state is None else "Running scales cannot go back: keep"
             raise CacheStateError(
-                f"{self.quantizer.label}: the cache cannot be cropped to {end} tokens: {self.encoded_end} are encoded, "
-                f"in groups of {group} that share scales, from token {max(self.sink_tokens, self.first_token)} on. "
-                f"{remedy} at least as many residual_tokens as are cropped at a time."
+                f"{self.quantizer.label}: cannot crop to {end} tokens: {self.encoded_end} are encoded, in groups of "
+                f"{group} that share scales, from token {max(self.sink_tokens, self.first_token)} on. {remedy} at "
+                "least as many residual_tokens as are cropped at a time."
             )
         for first, codes in self._stored_blocks():
             if first + codes.shape[0] <= end:

@@ -93,7 +93,7 @@ def test_eviction_is_asked_for_under_the_names_of_scope() -> None:
         ),
         ("--protocol cache --method AllKV", "nothing is dropped"),
         ("--protocol cache --method SnapKV", "has 1 tokens and 2048 may stay; use more --prefill-tokens"),
-        ("--protocol cache --method best", "method must be one of allkv, snapkv"),
+        ("--protocol cache --method best", "method: expected one of allkv, snapkv"),
         (
             "--protocol cache --decoding-metric slide --decoding-window-size 8",
             "decoding_recent_size must be below decoding_window_size",
@@ -128,7 +128,7 @@ def test_a_recipe_says_how_its_codes_are_meant_to_be_used() -> None:
         recipe.edited({"cache": {"block_tokens": 0}})
     with pytest.raises(RecipeError, match="residual_length"):
         recipe.edited({"cache": {"residual_length": 4}})
-    with pytest.raises(ValueError, match=r"CachePolicy: a recipe's cache entry has the fields of a policy; .*later"):
+    with pytest.raises(ValueError, match=r"CachePolicy: expected .* with fields of a policy; .*later"):
         CachePolicy.from_entry({"later": 1}, 0)
     assert load_recipe("kvquant").cache is None
 

@@ -101,7 +101,7 @@ def test_text_unlike_the_calibration_text_is_warned_of(
     monkeypatch.setattr(clipping, "_RISE", 1)  # 512 calibration tokens leave much room for chance
     same = torch.full((1, 128), 17)
     site_figures(parsed("--clipping"), loaded, artifact, same, {"policy": CachePolicy()})
-    assert "beyond the range that calibration fitted" in capsys.readouterr().err
+    assert "outside of the calibrated range" in capsys.readouterr().err
 
 
 def test_without_the_calibration_text_its_share_is_unknown(loaded: LoadedModel) -> None:

@@ -252,7 +252,7 @@ def test_bytes_are_those_of_codes_and_of_exact_tokens(tiny_llama: LlamaForCausal
 
 def test_a_policy_that_keeps_is_not_fully_quantized(tiny_llama: LlamaForCausalLM) -> None:
     policy = CachePolicy(keep_smallest_norm=3)
-    assert policy.describe() == "tokens whose key is among the 3 smallest so far exact"
+    assert policy.describe() == "tokens whose key norm is among the 3 smallest so far exact"
     with pytest.raises(ValueError, match=r"3 smallest so far exact.*decode_exact"):
         simulate(tiny_llama, everywhere(per_token), policy=policy).__enter__()
     with pytest.raises(ValueError, match="keep_smallest_norm must be an integer from 0; got -1"):

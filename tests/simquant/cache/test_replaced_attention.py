@@ -67,7 +67,7 @@ def test_attention_to_other_values_than_are_cached_is_refused(run: Callable[[nn.
 
 @both_ways
 @pytest.mark.parametrize(
-    ("forward", "fault"), [(by_itself, "computed its attention itself"), (twice, "more than once")]
+    ("forward", "fault"), [(by_itself, "did not call its attention function"), (twice, "more than once")]
 )
 def test_attention_beside_the_interface_is_refused(
     forward: Callable[..., Any],

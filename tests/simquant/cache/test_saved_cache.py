@@ -214,7 +214,7 @@ def test_content_that_is_none_is_named(part: str, tiny_llama: LlamaForCausalLM, 
         for wrong in (None, [], {}, 7, [{"n_columns": 3, "streams": [{}]}] * 2, {"tables": [["float32", 0, 9]]}):
             write(path, replace(stored, header={**stored.header, part: wrong}))
             cache = new()
-            with pytest.raises(CorruptArtifactError, match=f"^{path}: the content is not that of a cache"):
+            with pytest.raises(CorruptArtifactError, match=f"^{path}: expected the records of a packed cache"):
                 load_cache(path, cache)
             assert cache.get_seq_length() == 0
 
@@ -267,6 +267,6 @@ def test_half_a_step_is_not_saved(tiny_llama: LlamaForCausalLM, tmp_path: Path) 
         with pytest.raises(ZeroDivisionError):
             step(tiny_llama, cache, IDS[:, :1])
         handle.remove()
-        with pytest.raises(CacheStateError, match="stopped between"):
+        with pytest.raises(CacheStateError, match="failed between"):
             save_cache(cache, tmp_path / "cache.safetensors")
     assert not list(tmp_path.iterdir())

@@ -212,6 +212,6 @@ def test_masks_that_do_not_tell_padding_are_refused(mask: Any, tiny_llama: Llama
     tables = tiny_llama.model.rotary_emb(torch.zeros(1, 16, 32), torch.arange(16)[None])
     with (
         simulate(tiny_llama, QUANTIZERS, policy=SINKS),
-        pytest.raises(UnsupportedModelError, match=r"layers\.0: expected a mask of 1 sequences and 16 tokens"),
+        pytest.raises(UnsupportedModelError, match=r"layers\.0: expected an attention mask of 1 sequences and 16"),
     ):
         attention(hidden_states=torch.zeros(1, 16, 32), position_embeddings=tables, attention_mask=mask)

@@ -134,5 +134,5 @@ def test_logits_that_a_coarse_model_widens_are_held_to_its_own_rounding(tiny_lla
 def test_quantizers_for_a_layer_too_many_are_named(tiny_llama: LlamaForCausalLM) -> None:
     """It was a bare KeyError."""
     more = everywhere(per_token) | {Site(2, "value"): per_token()}
-    with pytest.raises(MismatchError, match=r"has no place in the model for layers\.2\.value"):
+    with pytest.raises(MismatchError, match=r"got others, for layers\.2\.value"):
         evaluate(tiny_llama, WINDOWS, more)

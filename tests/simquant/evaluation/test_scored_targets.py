@@ -125,5 +125,5 @@ def test_targets_of_other_windows_are_refused(tiny_llama: LlamaForCausalLM) -> N
         perplexity(tiny_llama, windows[:3], scored=scored)
     with pytest.raises(ValueError, match="from 0 to 0"):
         perplexity(tiny_llama, windows[:1], scored=ScoredTargets((0,)))
-    with pytest.raises(ValueError, match=r"'gptq' is a mean over windows .* stride of 9 tokens"):
+    with pytest.raises(ValueError, match=r"'gptq' averages windows .* stride of 9 tokens"):
         evaluate(tiny_llama, windows, everywhere(per_token), scored=scored, normalization="gptq")
