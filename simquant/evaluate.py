@@ -202,9 +202,11 @@ def evaluate_each(
     if log is not None:
         finished = read_batches(log, evaluation_settings(model, layers, runs, batches, scored), candidates)
     with evaluating(model):
+        # The check is about the model and the protocol, not about quantizers: one set stands for all.
         for run in runs[:1]:
             check_identity(model, layers, run, windows[:1])
         for index, (batch, n_scored) in enumerate(zip(progress(batches), scored.split(batch_size), strict=True)):
+            # Batches in the log are added without a forward pass; a new batch is appended before the next one starts.
             is_new = index >= len(finished)
             numbered = (index * batch_size, batch)
             found = _score(model, layers, runs, numbered, n_scored) if is_new else finished[index]

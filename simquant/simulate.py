@@ -83,6 +83,7 @@ def _handler(
 
     def handle(x: Float[Tensor, "batch heads tokens head_dim"]) -> Tensor:
         """Keys or values that attention reads in place of `x`."""
+        # Only real tokens after the sinks (`keep`) are encoded; padding is neither encoded nor counted as kept.
         own = on_device.get(x.device) or on_device.setdefault(x.device, quantizer.to(x.device))
         rows = to_rows(x)
         keep = tokens.encoded(x.shape[0], x.shape[2], policy.sink_tokens)
@@ -136,6 +137,7 @@ def _parts(
     quantizer: Quantizer, batch: int, n_tokens: int, keep: Bool[Tensor, "batch tokens"] | None, device: torch.device
 ) -> list[Tensor] | None:
     """Indices of rows that are encoded together: None for all, or per sequence if tokens share scales."""
+    # Per-token scales allow one call for the whole batch. Shared scales must not mix sequences: a call for each.
     if quantizer.tokens_per_scale == 1 and keep is None:
         return None
     chosen = torch.ones(batch, n_tokens, dtype=torch.bool) if keep is None else keep

@@ -57,6 +57,7 @@ def site_losses(
     model, windows, quantizers, policy, protocol, chunking, batch_size, progress
         See `evaluate`.
     """
+    # One candidate for each lossy site, with identities everywhere else; all share the full-precision pass.
     exact = {site: Identity(channels=own.channels, site=site) for site, own in quantizers.items()}
     lossy = [site for site, own in quantizers.items() if not isinstance(own, Identity)]
     results = evaluate_each(
@@ -78,6 +79,7 @@ def loss_shares(losses: Mapping[Site, SiteLoss]) -> dict[Site, float]:
 
     If losses are infinite or NaN, those sites share the whole.
     """
+    # Infinity over infinity is NaN: sites with an infinite or undefined loss get weight 1 and all others 0.
     nats = {site: math.inf if math.isnan(loss.nats) else max(0.0, loss.nats) for site, loss in losses.items()}
     if math.inf in nats.values():
         nats = {site: float(own == math.inf) for site, own in nats.items()}

@@ -139,6 +139,7 @@ class Usage:
     @property
     def quantized_fraction(self) -> float:
         """Share of the tokens, over all sites, that quantizers of fewer than 16 bits have encoded."""
+        # Quantizers of 16 bits or more (identity) encode without loss; their tokens count as not quantized.
         total = sum(use.n_encoded + use.n_exact for use in self.sites.values())
         lossy = sum(use.n_encoded for site, use in self.sites.items() if self.quantizers[site].spec.bits < 16)
         return lossy / total if total else 0.0
@@ -197,6 +198,7 @@ def counted_passes(model: nn.Module, usage: Usage) -> Iterator[None]:
     UnsupportedModelError
         After a pass in which some site has not.
     """
+    # A site that counts no token in a pass was never reached by its hook: a renamed projection, or another code path.
     before: dict[Site, int] = {}
 
     def start(*_: Any) -> None:

@@ -9,26 +9,26 @@ T = TypeVar("T")
 
 @final
 class Draws:
-    """A stream of random choices.
+    """Reproducible random choices.
 
-    It uses `Random.random` alone: that is the one method whose numbers Python promises never to change, and a text
-    seed is hashed by a fixed function.
+    Only `Random.random` is used, whose sequence for a seed Python promises to keep; a text seed is hashed by a fixed
+    function.
 
     Parameters
     ----------
     seed : str
-        Names the stream.
+        Seed of the sequence.
     """
 
     def __init__(self, seed: str) -> None:
         self._random = Random(seed).random
 
     def below(self, n: int) -> int:
-        """An integer from 0 to n - 1."""
+        """Integer from 0 to n - 1."""
         return int(self._random() * n)
 
     def between(self, low: int, high: int) -> int:
-        """An integer from low to high, both included."""
+        """Integer from low to high, both included."""
         return low + self.below(high - low + 1)
 
     def chance(self, probability: float) -> bool:
@@ -40,7 +40,7 @@ class Draws:
         return items[self.below(len(items))]
 
     def sample(self, items: Sequence[T], n: int) -> list[T]:
-        """n different items, in random order."""
+        """Sample of n different items, in random order."""
         pool = list(items)
         for i in range(n):
             j = i + self.below(len(pool) - i)

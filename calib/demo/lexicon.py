@@ -1,4 +1,4 @@
-"""The words of the demo text; their order is part of it."""
+"""Words of the demo text; their order determines the text of a seed."""
 
 
 def _words(text: str) -> tuple[str, ...]:

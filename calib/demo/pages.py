@@ -1,4 +1,4 @@
-"""The demo text: pages that follow from a seed, one stream to learn from and one that is held out."""
+"""Demo text: pages generated from a seed, in a training and a held-out split."""
 
 import math
 from collections.abc import Callable
@@ -11,36 +11,37 @@ from calib.demo.tasks import TASKS, Task
 Split = Literal["training", "held-out"]
 
 _LONGEST_WORDS = 880
-"""Words of the longest text around a task: a word or a sign is about a token."""
+"""Maximum words of filler text around a task; a word or a sign is about a token."""
 
 _TEXT_PAGES: dict[Split, int] = {"training": 400, "held-out": 200}
 
 
 def page(split: Split, index: int, longest_words: int = _LONGEST_WORDS) -> str:
-    """Page `index` of a stream; short pages are as likely as long ones by the logarithm of their length.
+    """Page of a split; the logarithm of page lengths is uniformly distributed.
 
     Parameters
     ----------
     split : {'training', 'held-out'}
-        Which stream.
+        Split of the pages.
     index : int
         Number of the page, from 0.
     longest_words : int
-        Words of text around a task, at most.
+        Maximum words of filler text around a task.
     """
     draws = Draws(f"{split} {index}")
     write = draws.pick(_MIX)
+    # exp of a uniform number in [0, log(longest)): as many pages of 1 to 10 words as of 10 to 100.
     n_words = int(math.exp(draws.below(1000) / 1000 * math.log(longest_words)))
     return write(draws, n_words)
 
 
 def demo_text(split: Split) -> str:
-    """The first pages of a stream as one text: to calibrate on, or to evaluate with."""
+    """First pages of a split as one text, for calibration or evaluation."""
     return "\n\n".join(page(split, index) for index in range(_TEXT_PAGES[split]))
 
 
 def drill(index: int) -> str:
-    """A task and nothing else, asked several times: from such pages a model learns first to look back."""
+    """Page with nothing but a task, asked several times, from which a model learns to attend to earlier tokens."""
     draws = Draws(f"drill {index}")
     return TASKS[draws.pick(_DRILLED)](draws, 0, 4).text
 
@@ -70,4 +71,4 @@ _MIX: tuple[Callable[[Draws, int], str], ...] = (
     *(_quiz(task) for task in TASKS.values()),
     *(_quiz(TASKS[task]) for task in ("passkey", "multi_key", "variables", "copying", "copying")),
 )
-"""What a page may be; how often something stands here is how likely it is."""
+"""Kinds of pages; each is drawn in proportion to how often it is listed."""

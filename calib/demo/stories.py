@@ -124,7 +124,7 @@ class _Cast(dict[str, str]):
 
 
 def story(draws: Draws) -> str:
-    """A story of one paragraph, and some questions about it with their answers."""
+    """Story of one paragraph, and some questions about it with their answers."""
     cast = _cast(draws)
     told = []
     for beat in _BEATS:
@@ -155,7 +155,7 @@ def facts(draws: Draws, n_words: int) -> str:
 
 
 def with_articles(text: str) -> str:
-    """The text with `an` where it belongs."""
+    """Text with `an` in place of `a` before vowels."""
     return _ARTICLE.sub(r"\1n", text)
 
 

@@ -1,4 +1,4 @@
-"""Tasks whose answer stands in the text: what a damaged cache forgets first."""
+"""Retrieval tasks, whose answer is in the text: the first to suffer from a damaged cache."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ from calib.demo.stories import asides
 
 @dataclass(frozen=True)
 class Trial:
-    """A text that ends just before its answer.
+    """Prompt and answer of one trial of a task.
 
     Parameters
     ----------
     prompt : str
-        Everything before the answer, without the space that precedes it.
+        Text before the answer, without the space that precedes it.
     answer : str
-        What must follow, with that space.
+        Answer, with that space.
     """
 
     prompt: str
@@ -30,11 +30,11 @@ class Trial:
 
 
 Task = Callable[[Draws, int, int], Trial]
-"""Draws, words of text around what has to be found, and questions asked (all but the last are answered)."""
+"""Function of random draws, words of filler text, and number of questions, of which all but the last are answered."""
 
 
 def passkey(draws: Draws, n_words: int, n_questions: int = 1, *, depth: float | None = None) -> Trial:
-    """One number of five digits, hidden in sentences that have nothing to do with it; at depth 0 it comes first."""
+    """Task of a number of five digits, hidden in filler sentences; depth 0 is before all of them."""
     key = draws.between(10_000, 99_999)
     told = f"The pass key is {key}. Remember it: {key} is the pass key."
     text = _hide(draws, [told], n_words, depth)
@@ -42,7 +42,7 @@ def passkey(draws: Draws, n_words: int, n_questions: int = 1, *, depth: float | 
 
 
 def needle(draws: Draws, n_words: int, n_questions: int = 1, *, depth: float | None = None) -> Trial:
-    """The number of one thing, told in one sentence; on no page, so that it is not among `TASKS`."""
+    """Task of the number of one thing, told in one sentence; on no page, and so not in `TASKS`."""
     thing, number = draws.pick(lexicon.OBJECTS), draws.between(1000, 9999)
     text = _hide(draws, [f"The number of the {thing} is {number}."], n_words, depth)
     asked = (f"What is the number of the {thing}? The number of the {thing} is", f"{number}.")
@@ -50,7 +50,7 @@ def needle(draws: Draws, n_words: int, n_questions: int = 1, *, depth: float | N
 
 
 def multi_key(draws: Draws, n_words: int, n_questions: int = 1) -> Trial:
-    """Numbers of several things; the number of one of them is asked."""
+    """Task of the numbers of several things, one of which is asked."""
     things = draws.sample(lexicon.OBJECTS, max(n_questions, draws.between(3, 8)))
     numbers = {thing: draws.between(1000, 9999) for thing in things}
     text = _hide(draws, [f"The number of the {thing} is {numbers[thing]}." for thing in things], n_words)
@@ -62,7 +62,7 @@ def multi_key(draws: Draws, n_words: int, n_questions: int = 1) -> Trial:
 
 
 def multi_value(draws: Draws, n_words: int, n_questions: int = 1) -> Trial:
-    """Several numbers of each of some things; all numbers of one of them are asked."""
+    """Task of several numbers of each of some things; all numbers of one thing are asked."""
     things = draws.sample(lexicon.OBJECTS, max(n_questions, draws.between(2, 3)))
     numbers = {thing: [draws.between(1000, 9999) for _ in range(draws.between(2, 3))] for thing in things}
     needles = [needle for thing in things for needle in _listed(thing, numbers[thing])]
@@ -75,7 +75,7 @@ def multi_value(draws: Draws, n_words: int, n_questions: int = 1) -> Trial:
 
 
 def variables(draws: Draws, n_words: int, n_questions: int = 1) -> Trial:
-    """Variables that are given a number, or what an earlier variable was given."""
+    """Task of variables that are set to a number, or to an earlier variable."""
     letters = draws.sample(lexicon.LETTERS, draws.between(max(n_questions, 3), 8))
     value: dict[str, int] = {}
     numbered: list[str] = []
@@ -95,7 +95,7 @@ def variables(draws: Draws, n_words: int, n_questions: int = 1) -> Trial:
 
 
 def common_words(draws: Draws, n_words: int, n_questions: int = 1) -> Trial:
-    """A list in which one word stands far more often than the others."""
+    """Task of the most frequent word of a list."""
     rare = draws.sample(lexicon.OBJECTS, 16)
     length = max(20, n_words)
     common = rare.pop()
@@ -104,7 +104,7 @@ def common_words(draws: Draws, n_words: int, n_questions: int = 1) -> Trial:
 
 
 def copying(draws: Draws, n_words: int, n_questions: int = 1) -> Trial:
-    """Words and numbers in random order, to be repeated after some other text."""
+    """Task of repeating random words and numbers after some other text."""
     things = draws.sample(_ANY_WORDS, draws.between(4, 20))
     words = " ".join(str(draws.between(1000, 9999)) if draws.chance(0.3) else thing for thing in things)
     text = _hide(draws, [], n_words)
@@ -112,7 +112,7 @@ def copying(draws: Draws, n_words: int, n_questions: int = 1) -> Trial:
 
 
 def arithmetic(draws: Draws, n_words: int, n_questions: int = 1) -> Trial:
-    """Sums and differences of numbers up to ten."""
+    """Task of sums and differences of numbers up to ten."""
     text = _hide(draws, [], n_words)
     return _ask([text], [_sum(draws) for _ in range(max(n_questions, 4))])
 
@@ -145,7 +145,8 @@ def _sum(draws: Draws) -> tuple[str, str]:
 
 
 def _hide(draws: Draws, needles: list[str], n_words: int, depth: float | None = None) -> str:
-    """The needles in their order among other sentences: at one depth, or at random places."""
+    """Needles in their order among filler sentences: at one depth, or at random places."""
+    # Places are drawn in ascending order and filled from the last one, so that each stays valid.
     sentences = asides(draws, n_words) if n_words else []
     at_depth = None if depth is None else round(depth * len(sentences))
     places = sorted(draws.below(len(sentences) + 1) if at_depth is None else at_depth for _ in needles)

@@ -1,10 +1,10 @@
 """Memory and time per step of a packed cache against the dynamic and the quantized one of transformers.
 
 One layer in the attention shapes of Llama-3-8B, 2 bits as KIVI sets them: keys per channel in groups of 32 tokens,
-values per token in groups of 32 channels, the last 128 tokens exact. Then, as costs without targets, two layers with
-2 bits in a basis of each head (recipe `eigen`), and in one of all heads with prediction (`predictive`): that keeps two
-layers' history decoded while a step runs. Their context is 2048 tokens at most. These quantizers are made up instead of
-fitted: time and bytes depend on shapes and on numbers of levels, not on values.
+values per token in groups of 32 channels, a residual window of 128 tokens. Then, as costs without targets, two layers
+with 2 bits in a basis of each head (recipe `eigen`), and in one of all heads with prediction (`predictive`), which
+holds two layers' decoded tokens while a step runs. Their context is 2048 tokens at most. These quantizers are made up
+instead of fitted: time and bytes depend on shapes and on numbers of levels, not on values.
 
 Run on an idle machine, from the checkout: ``python -m scripts.bench.cache``; about a minute on two cores. The quantized
 cache needs ``pip install '.[bench]'`` and a C++ compiler, and a minute more the first time.
@@ -32,7 +32,7 @@ from scripts.bench.ratio import HEADER, row, seconds
 from simquant import CachePolicy, cache_argument, packed_cache
 
 LEVELS = (24, 12, 8, 5, 3, 2, 1, 1)
-"""Of an eighth of a basis' components each, largest components first: 2 bits in the mean."""
+"""Numbers of levels of each eighth of a basis' components, largest components first: 2 bits on average."""
 
 _WEIGHT = 0.01
 """Standard deviation of a predictor's entries, so small that thousands of terms add up to no more than a value."""
@@ -42,17 +42,17 @@ KV_HEADS, HEAD_DIM, GROUP, RESIDUAL, BITS = 8, 128, 32, 128, 2
 POLICY = CachePolicy(residual_tokens=RESIDUAL, block_tokens=GROUP)
 
 LAYERS, MOST_TOKENS = 2, 2048
-"""Of the rows in a basis: each step decodes all tokens, by products of a head's or a layer's width."""
+"""Layers and context of recipes in a basis: a step decodes all tokens by products of a head's or a layer's width."""
 
 
 def eigen(layers: int, heads: int, head_dim: int) -> dict[Site, Quantizer]:
-    """Each head in a basis of its own, as in the recipe `eigen`."""
+    """Quantizers with a basis for each head, as in the recipe `eigen`."""
     generator = torch.Generator().manual_seed(0)
     return {site: _rotated(heads, head_dim, generator) for site in _sites(layers)}
 
 
 def predictive(layers: int, heads: int, head_dim: int) -> dict[Site, Quantizer]:
-    """All heads in one basis, of what a prediction leaves, as in the recipe `predictive`.
+    """Quantizers of prediction residuals with one basis for all heads, as in the recipe `predictive`.
 
     Sources are keys and values of the layer before and, of values, the layer's own keys; the first keys have none.
     """
@@ -90,7 +90,7 @@ def _rotated(groups: int, width: int, generator: torch.Generator) -> Rotated:
 
 
 def _codebook(groups: int, width: int) -> MixedCodebook:
-    """With evenly spaced levels around zero."""
+    """Codebook of evenly spaced levels around zero."""
     n_levels = torch.tensor(LEVELS, dtype=torch.int16).repeat_interleave(width // len(LEVELS)).repeat(groups)
     tables = [(torch.arange(n) - (n - 1) / 2) * 4 / n for n in n_levels.tolist()]
     channels = groups * width
@@ -121,6 +121,7 @@ def main(argv: list[str] | None = None) -> int:
 def rows(tokens: int, repeats: int) -> list[str]:
     """Memory against 16 bits an element, and seconds per step against the caches of transformers, all in float32."""
     model = model_of(layers=1)
+    # The cache is filled directly: a forward pass over the context would take far longer than the timed steps.
     generator = torch.Generator().manual_seed(0)
     key, value = torch.randn(2, 1, KV_HEADS, tokens, HEAD_DIM, generator=generator)
     baselines = {name: filled_step(model, cache, key, value, repeats) for name, cache in other_caches(model).items()}
@@ -142,7 +143,7 @@ def rows(tokens: int, repeats: int) -> list[str]:
 
 @torch.no_grad()
 def rows_in_a_basis(tokens: int, repeats: int) -> Iterator[str]:
-    """What two layers take after a prompt: with its tokens come the rotary tables by which pre-RoPE keys are read."""
+    """Memory and time per step of two layers after a prompt, which also brings the rotary tables for pre-RoPE keys."""
     model = model_of(LAYERS)
     prompt = torch.arange(tokens)[None] % model.config.vocab_size
     exact, plain = 2 * 2 * LAYERS * tokens * KV_HEADS * HEAD_DIM, DynamicCache()
@@ -162,7 +163,8 @@ def rows_in_a_basis(tokens: int, repeats: int) -> Iterator[str]:
 
 
 def other_caches(model: LlamaForCausalLM) -> dict[str, Cache]:
-    """Those of transformers; the quantized one as KIVI sets it, where its backend is installed."""
+    """Caches of transformers; the quantized one, with KIVI's settings, if its backend is installed."""
+    # Asking for a submodule of a missing package raises, so that the package is looked up first.
     if find_spec("optimum.quanto" if find_spec("optimum") else "optimum") is None:
         return {"dynamic": DynamicCache()}
     quantized = QuantizedCache(
@@ -178,19 +180,19 @@ def other_caches(model: LlamaForCausalLM) -> dict[str, Cache]:
 
 
 def filled_step(model: LlamaForCausalLM, cache: Cache, key: Tensor, value: Tensor, repeats: int) -> float:
-    """Seconds of a step after the tokens `key` and `value`."""
+    """Seconds of a decode step after the tokens `key` and `value`."""
     cache.update(key, value, 0)
     return seconds(lambda: step(model, cache), repeats)
 
 
 def step(model: LlamaForCausalLM, cache: object) -> Tensor:
-    """One token more."""
+    """Logits of one decode step."""
     logits: Tensor = model(torch.ones(1, 1, dtype=torch.int64), **cache_argument(model, cache)).logits
     return logits
 
 
 def quantizers() -> dict[Site, Quantizer]:
-    """Those of KIVI."""
+    """Quantizers with KIVI's settings."""
     channels = KV_HEADS * HEAD_DIM
     return {
         Site(0, "key", "post_rope"): DynamicAffine(channels=channels, bits=BITS, per="channel", group_size=GROUP),
@@ -199,7 +201,7 @@ def quantizers() -> dict[Site, Quantizer]:
 
 
 def model_of(layers: int) -> LlamaForCausalLM:
-    """Layers whose time is that of its attention: wide heads, and nothing else to compute."""
+    """Model whose time is that of attention: wide heads, and little else to compute."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64,

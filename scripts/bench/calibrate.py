@@ -27,18 +27,18 @@ from kvgauge.running.machine import hardware
 from scripts.bench.ratio import HEADER, company_row, row, seconds
 
 VOCAB = 1024
-"""Small on purpose: the output matrix of a large vocabulary would make the bare forward passes slower."""
+"""Vocabulary, small on purpose: a large output matrix would slow the bare forward passes down."""
 
 LIMITS: dict[Tier, float] = {"basic": 1.15, "full": 1.35}
-"""How many times the bare forward passes each tier may take."""
+"""Limit of each tier, as a multiple of the bare forward passes."""
 
 REAL_LIMITS: dict[Tier, float] = {"basic": 1.2, "full": 1.0}
-"""The same for a real model, `full` with Fisher against forward and backward passes."""
+"""Limits for a real model; `full` with Fisher is against forward and backward passes."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is run.
+    """Settings of one run.
 
     Parameters
     ----------
@@ -47,7 +47,7 @@ class Job:
     tokens, windows : int
         Length and number of the windows.
     tier : {'basic', 'full'}
-        Which statistics are taken.
+        Tier of the statistics.
     """
 
     heads: int
@@ -105,7 +105,7 @@ def compare_real(name: str, tokens: int, windows: int) -> Iterator[str]:
 
 
 def forward_passes(model: nn.Module, windows: Int64[Tensor, "windows tokens"]) -> Callable[[], None]:
-    """The model alone."""
+    """Forward passes of the model alone."""
 
     @torch.no_grad()
     def run() -> None:
@@ -116,7 +116,7 @@ def forward_passes(model: nn.Module, windows: Int64[Tensor, "windows tokens"]) -
 
 
 def backward_passes(model: nn.Module, windows: Int64[Tensor, "windows tokens"]) -> Callable[[], None]:
-    """The model and the gradients of its weights, without which no gradient reaches a key."""
+    """Forward and backward passes, with gradients of the weights, without which none reach a key."""
 
     def run() -> None:
         for window in windows:
@@ -129,13 +129,14 @@ def backward_passes(model: nn.Module, windows: Int64[Tensor, "windows tokens"]) 
 def compare_memory(job: Job) -> str:
     """Row for the peak memory of a process that takes four times as many windows."""
     many = Job(job.heads, job.tokens, 4 * job.windows)
+    # Peak memory is that of a process: each job runs in a new one. Fixed memory means a ratio of one.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as processes:
         ours, baseline = processes.map(peak_gibibytes, (many, job))
     return row(f"peak memory, {many.windows} / {job.windows} windows", ours, baseline, at_most=1.05, unit="GiB")
 
 
 def peak_gibibytes(job: Job) -> float:
-    """Most memory that this process ever held, after gathering statistics."""
+    """Peak memory of this process, after gathering statistics."""
     gathering(two_layers(job), random_windows(job), job.tier)()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
@@ -143,7 +144,7 @@ def peak_gibibytes(job: Job) -> float:
 def gathering(
     model: nn.Module, windows: Int64[Tensor, "windows tokens"], tier: Tier, *, fisher: bool = False
 ) -> Callable[[], None]:
-    """The work of `calibrate` between finding the layers and fitting."""
+    """Part of `calibrate` between finding the layers and fitting."""
     layers = attention_layers(model)
 
     def gather() -> None:

@@ -1,8 +1,8 @@
 """Time of fitting codebooks from statistics, against scikit-learn's k-means on the values themselves.
 
 Run on an idle machine, from the checkout: ``python -m scripts.bench.fit``. Whole models are fitted twice, alone and
-beside a process that keeps a core busy, and take minutes; `--models` and `--recipes` choose, `--layers` makes them
-smaller.
+beside a process that keeps a core busy, and take minutes; `--models` and `--recipes` select some, `--layers` shrinks
+them.
 """
 
 import argparse
@@ -35,13 +35,13 @@ LIMITS = {
     "SmolLM2-135M": {"default": 1.0, "eigen": 4.0, "predictive-entropy": 60.0},
     "Llama-3-8B": {"default": 8.0, "eigen": 60.0, "predictive": 150.0, "predictive-entropy": 480.0},
 }
-"""Seconds that fitting a whole model may take on two cores."""
+"""Limit in seconds of fitting a whole model on two cores."""
 
 FIRST_FIT_SECONDS = 2.0
-"""What compilation may add to the first fit of a process, where an earlier process has left it on disk."""
+"""Limit of what compilation adds to the first fit of a process, with compiled code on disk from an earlier one."""
 
 LARGEST_BYTES = 12 * 2**30
-"""Memory that a fit may take, statistics included."""
+"""Limit of the memory of a fit, statistics included."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -67,9 +67,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def compare_first_fits() -> list[str]:
-    """Rows for what the first fit of a process takes more than the second, with nothing on disk and with what is there.
+    """Rows for the extra time of a process's first fit over the second, without and with compiled code on disk.
 
-    The fit is a tiny one of the recipe that needs most of what is compiled.
+    The fit is a tiny one of the recipe that needs most of the compiled functions.
     """
     with tempfile.TemporaryDirectory() as folder:
         before, os.environ["NUMBA_CACHE_DIR"] = os.environ.get("NUMBA_CACHE_DIR"), folder
@@ -85,7 +85,7 @@ def compare_first_fits() -> list[str]:
 
 
 def seconds_more_at_first() -> float:
-    """In a process of its own."""
+    """Seconds that the first fit takes longer than the second, in a process of its own."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         return process.submit(_first_less_second).result()
 
@@ -104,7 +104,7 @@ def compare_with_sklearn(tokens: int, heads: int) -> list[str]:
     """Rows for one 16-level codebook shared by all channels of a site: time, without and with the histogram, and error.
 
     Both minimise the unweighted error of the same values, each channel normalised to [-1, 1]. Scikit-learn is called as
-    KVQuant calls it, and given the normalised values; normalising them is not counted.
+    KVQuant calls it, on the normalised values; the time of normalisation is left out.
     """
     x = site_values(tokens, heads * 128, seed=0)
     statistics = SiteStatistics(SiteShape(site=Site(0, "key", "pre_rope"), heads=heads, head_dim=128), "basic")
@@ -131,9 +131,9 @@ def compare_with_sklearn(tokens: int, heads: int) -> list[str]:
 
 
 def fit_model(name: str, limit: float, tokens: int, shape: tuple[int, int, int], jobs: int | None) -> list[str]:
-    """Rows for all key and value sites of a model with a shipped recipe: against what it may take, and in company.
+    """Rows for all key and value sites of a model with a shipped recipe: against its limit, and beside a busy process.
 
-    Peak memory is that of the whole process so far: a limit that is kept is kept by each recipe.
+    Peak memory is that of the whole process so far, so that a limit that holds, holds for each recipe.
     """
     recipe, (layers, heads, head_dim) = load_recipe(name), shape
     tier: Tier = "full" if recipe.needs_full else "basic"
@@ -153,6 +153,7 @@ def squared_error(values: Float32[Tensor, "values 1"], levels: Tensor) -> float:
     """Mean squared distance to the nearest level, in float64."""
     ordered = levels.double().flatten().sort().values
     x = values.double().flatten()
+    # The nearest of sorted levels is the cell between their midpoints.
     nearest = ordered[torch.searchsorted((ordered[1:] + ordered[:-1]) / 2, x)]
     return float((x - nearest).square().mean())
 

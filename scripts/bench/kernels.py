@@ -2,7 +2,7 @@
 
 Run on an idle GPU, from the checkout: ``python -m scripts.bench.kernels``. Keys are quantized per channel (static at 4
 bits, in groups of 128 tokens at 2), values per token (at 2 bits in groups of 128 channels). The roofline is the least
-time in which the device can read the bytes that are stored; its bandwidth is looked up by the device's name.
+time in which the device can read the stored bytes; its bandwidth is looked up by the device's name.
 
 Written and checked without a GPU: the kernels agree with the torch path in Triton's interpreter, and they compile for
 compute capability 9.0. No time, no bandwidth and no result on a device has been measured yet, and the settings of the
@@ -106,7 +106,7 @@ def compare(tokens: int, kv_heads: int, group: int, splits: int | None, peak_gbs
 
 
 def cases(channels: int, device: torch.device) -> list[Case]:
-    """What is measured: values drawn from a normal distribution, so static ranges reach 4 deviations."""
+    """Measured cases; values are normally distributed, so that static ranges are 4 standard deviations."""
     scale = torch.full((channels,), 8 / 15, device=device)
     static = Affine(channels=channels, bits=4, scale=scale, offset=torch.full_like(scale, -4.0))
     return [
@@ -146,6 +146,7 @@ def roofline(n_bytes: int, seconds: float, peak_gbs: float) -> str:
 def device_seconds(call: Callable[[], object], repeats: int = 20) -> float:
     """Median seconds on the device by its own clock, with a cold cache; launched as a graph, without Python between."""
     call()  # compiles
+    # Replaying a captured graph leaves Python and launch overhead out of the time between the two events.
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()

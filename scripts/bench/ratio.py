@@ -1,6 +1,6 @@
-"""What the benchmark programs share: a line about the machine, a clock, and rows that say whether a target is met.
+"""Timing of benchmarks, and rows that compare a figure with a baseline and a target.
 
-They are run from the checkout as modules, on an idle machine: ``python -m scripts.bench.fit``.
+Benchmarks are run from the checkout as modules, on an idle machine: ``python -m scripts.bench.fit``.
 """
 
 import subprocess
@@ -12,14 +12,15 @@ from contextlib import contextmanager
 HEADER = f"{'what':<58} {'ours':>12} {'baseline':>12} {'ratio':>9}  target"
 
 COMPANY_LIMIT = 2.5
-"""How many times as long work may take beside a process that keeps a core busy."""
+"""Limit of the slowdown beside a process that keeps a core busy."""
 
 _BUSY = "import os; parent = os.getppid()\nwhile os.getppid() == parent: sum(range(100_000))"
-"""Ends by itself where this process is killed."""
+"""Program of the busy process, which ends when its parent does."""
 
 
 def seconds(call: Callable[[], object], repeats: int = 3) -> float:
-    """Least wall-clock seconds of `repeats` calls: what disturbs a measurement only ever adds to it."""
+    """Minimum wall-clock seconds of `repeats` calls: disturbances only ever add time."""
+    # The minimum, as in timeit: other processes, caches and clock changes can slow a call down, never speed it up.
     taken = []
     for _ in range(repeats):
         started = time.perf_counter()
@@ -30,7 +31,7 @@ def seconds(call: Callable[[], object], repeats: int = 3) -> float:
 
 @contextmanager
 def company() -> Iterator[None]:
-    """One other process that keeps a core busy as long as the block runs."""
+    """Context with another process that keeps a core busy."""
     with subprocess.Popen([sys.executable, "-c", _BUSY]) as busy:
         try:
             yield
@@ -39,18 +40,18 @@ def company() -> Iterator[None]:
 
 
 def company_row(name: str, call: Callable[[], object], idle: float, repeats: int = 1) -> str:
-    """One line of a report: what a call takes beside a busy process, against what it took on the idle machine.
+    """Row of a report: time of a call beside a busy process, against its time on the idle machine.
 
     Parameters
     ----------
     name : str
-        What was measured.
+        Name of the measurement.
     call : callable
-        What is done again.
+        Call to measure again.
     idle : float
-        Seconds that it took alone.
+        Seconds of the call alone.
     repeats : int
-        Calls of which the quickest counts.
+        Number of calls, of which the quickest counts.
     """
     with company():
         ours = seconds(call, repeats)
@@ -66,20 +67,20 @@ def row(
     at_most: float | None = None,
     unit: str = "s",
 ) -> str:
-    """One line of a report, below `HEADER`: both figures, their ratio, the target, and whether it is met.
+    """Row of a report, below `HEADER`: both figures, their ratio, the target, and 'ok' or 'missed'.
 
     Parameters
     ----------
     name : str
-        What was measured.
+        Name of the measurement.
     ours, baseline : float
-        Both in `unit`, less being better.
+        Figures in `unit`, lower is better.
     at_least : float or None
-        Target for ``baseline / ours``: how many times as fast.
+        Target for ``baseline / ours``, the speed-up.
     at_most : float or None
-        Target for ``ours / baseline``: what share of the baseline. Without a target that is the ratio shown.
+        Target for ``ours / baseline``, which is also the ratio shown without a target.
     unit : str
-        Printed behind both figures.
+        Unit of both figures.
 
     Examples
     --------

@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
 
 @torch.no_grad()
 def rows(tokens: int, repeats: int, folder: Path) -> list[str]:
-    """One for each kind of cache, the one of transformers first."""
+    """Rows of a table, one for each kind of cache, that of transformers first."""
     model = model_of(layers=1).bfloat16()
     x = activations(tokens)
     key, value = x.view(2, 1, tokens, KV_HEADS, HEAD_DIM).transpose(2, 3).bfloat16()
@@ -82,6 +82,7 @@ def packed(
 ) -> tuple[int, float, float]:
     """Bytes, and seconds of saving and loading, of a packed cache."""
     with packed_cache(model, own) as new_cache:
+        # Saving includes encoding; loading includes the step that decodes every token, as attention reads them all.
 
         def save() -> None:
             cache = new_cache()
@@ -102,7 +103,7 @@ def activations(tokens: int) -> Tensor:
 
 
 def entropy_coded(x: Tensor) -> dict[Site, Quantizer]:
-    """Fitted to the very tokens, without a rotation: one would take as long for any rate."""
+    """Quantizers fitted to the same tokens, without a rotation, which would take as long at any rate."""
     found = {}
     for site, rows in zip((KEY, VALUE), x, strict=True):
         statistics = trial_statistics(SiteShape(site=site, heads=KV_HEADS, head_dim=HEAD_DIM)).mapped(rows)

@@ -1,4 +1,4 @@
-"""Time of quantizing keys and values, and of a fully quantized evaluation against the exact forward pass.
+"""Time of quantizing keys and values, and of a fully quantized evaluation against the full-precision forward pass.
 
 Run on an idle machine, from the checkout: ``python -m scripts.bench.simulate``; about half a minute on two cores.
 """
@@ -26,7 +26,7 @@ BATCH = 8
 """Windows per forward pass."""
 
 OUTLIERS = {"fraction": 0.01}
-"""Share of the values that are kept apart."""
+"""Fraction of the values stored as outliers."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -75,9 +75,9 @@ def quantize_sites(tokens: int, heads: int) -> list[str]:
 
 @torch.no_grad()
 def simulate_recipes(tokens: int, heads: int) -> Iterator[str]:
-    """A row for each shipped recipe: the slower of a key and a value site, through codes and back.
+    """Rows for the shipped recipes: the slower of a key and a value site, through codes and back.
 
-    Recipes that predict sites from others are for caches that are stored, not for those that every step reads.
+    Recipes that predict sites from others are left out: they are for stored caches, not for those read at each step.
     """
     x = site_values(tokens, heads * 128, seed=7)
     baseline = seconds(lambda: nearest_by_distance(x, n_levels=8), repeats=3)
@@ -91,7 +91,9 @@ def simulate_recipes(tokens: int, heads: int) -> Iterator[str]:
 
 
 def nearest_by_distance(x: Float[Tensor, "tokens channels"], n_levels: int) -> Float[Tensor, "tokens channels"]:
-    """What a first implementation does: quantiles of each token, then the distance to every level."""
+    """Naive quantization: quantiles of each token, then the distance to every level."""
+    # Values outside of the inner 99 % of their token are kept as outliers, the others move to the nearest level; the
+    # distances to all levels make a tensor n_levels times as large as the input.
     low, high = (torch.quantile(x, q, dim=1, keepdim=True) for q in (0.005, 0.995))
     middle, half = (low + high) / 2, (high - low) / 2
     levels = torch.linspace(-1, 1, n_levels)
@@ -100,7 +102,7 @@ def nearest_by_distance(x: Float[Tensor, "tokens channels"], n_levels: int) -> F
 
 
 def evaluate_model(n_windows: int) -> list[str]:
-    """Rows for the perplexity of a small model whose cache is quantized, against that of the exact model."""
+    """Rows for the perplexity of a small model with a quantized cache, against full precision."""
     model, windows = story_model(), story_windows(n_windows)
     recipes = {"3 bits": recipe(), "3 bits, 1 % outliers": recipe(outliers=OUTLIERS)}
     return [
@@ -110,7 +112,7 @@ def evaluate_model(n_windows: int) -> list[str]:
 
 
 def evaluate_wholly(args: argparse.Namespace) -> Iterator[str]:
-    """Rows for whole evaluations of larger models, KL and all, on one window, against two passes of the exact model."""
+    """Rows for whole evaluations of larger models, with KL, on one window, against two full-precision passes."""
     if args.vocab:
         yield wholly(f"vocabulary of {args.vocab}", vocabulary_model(args.vocab), args.tokens)
     if args.model:
@@ -120,9 +122,10 @@ def evaluate_wholly(args: argparse.Namespace) -> Iterator[str]:
 
 @torch.no_grad()
 def wholly(what: str, model: PreTrainedModel, tokens: int) -> str:
-    """The row of a model."""
+    """Row of one model."""
     vocab = model.config.vocab_size
     windows = torch.randint(vocab, (2, tokens), generator=torch.Generator().manual_seed(0))
+    # An evaluation needs at least two passes, in full precision and quantized; the target bounds all that it adds.
     quantizers = calibrate(model, windows[:1], recipe())
     evaluated = seconds(partial(evaluate, model, windows[1:], quantizers), repeats=2)
     exact = seconds(partial(window_logits, model, windows[1:]), repeats=2)
@@ -132,7 +135,7 @@ def wholly(what: str, model: PreTrainedModel, tokens: int) -> str:
 def evaluation_seconds(
     model: LlamaForCausalLM, windows: Int64[Tensor, "windows tokens"], chosen: Recipe
 ) -> tuple[float, float]:
-    """Seconds of both, taken in turns."""
+    """Seconds of the quantized and of the full-precision evaluation."""
     quantizers = calibrate(model, windows[:4], chosen)
     layers = attention_layers(model)
 

@@ -1,4 +1,4 @@
-"""Made-up activations, and statistics of them: what benchmarks fit and quantize where no model is at hand."""
+"""Synthetic activations and their statistics, for benchmarks without a model."""
 
 import torch
 from jaxtyping import Float32
@@ -17,9 +17,9 @@ WINDOW_TOKENS = 512
 def model_statistics(
     tokens: int, heads: int, layers: int, stage: Stage = "pre_rope", tier: Tier = "basic", head_dim: int = 128
 ) -> ModelStatistics:
-    """Statistics of a model of which only the first two layers' were gathered: the others have copies of them.
+    """Statistics of a model, gathered for the first two layers and copied to the others.
 
-    Every query head reads a key head of its own, and what has to be a gradient is a copy of the vectors.
+    Every query head reads a key head of its own, and copies of the vectors stand for gradients.
     """
     shapes = [
         SiteShape(site=site, heads=heads, head_dim=head_dim)
@@ -50,12 +50,14 @@ def _gathered(site: Site) -> Site:
 
 
 def site_values(tokens: int, channels: int, seed: int) -> Float32[Tensor, "tokens channels"]:
-    """Made-up activations: correlated channels of different spreads, offset, tokens of different scales, outliers."""
+    """Synthetic activations: correlated channels of different spreads, offset, tokens of different scales, outliers."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
+    # 64 common factors correlate the channels. Spreads of channels and scales of tokens are log-normal; 1 % of the
+    # values are 3.5 times as large. Means of channels are of the size of their spreads.
     common = normal(tokens, 64) @ normal(64, channels) / 8
     outliers = 1 + 2.5 * (torch.rand(tokens, channels, generator=generator) < 0.01)
     spread = torch.exp(0.8 * normal(channels))

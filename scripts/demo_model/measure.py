@@ -1,4 +1,4 @@
-"""What the demo model can do, and what quantizing its keys costs: writes the figures that its model card quotes."""
+"""Measures the demo model: solved tasks, and loss of quantized keys; writes the figures that its model card quotes."""
 
 import argparse
 import json
@@ -25,7 +25,7 @@ from simquant import evaluate
 PASSKEY_TRIALS, TASK_TRIALS = 400, 100
 PASSKEY_WORDS = 880
 TASK_WORDS = (100, 300, 800)
-"""Words around a task; a word or sign is about a token."""
+"""Words of filler text around a task; a word or a sign is about a token."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,7 +49,7 @@ def _main(argv: list[str]) -> int:
 
 
 def save_curves(folder: Path) -> None:
-    """The training log as a picture: losses above, shares of solved trials below."""
+    """Draws the training log: losses above, shares of solved trials below."""
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     reports = [row for row in rows if "held_out" in row]
     figure, (above, below) = plt.subplots(2, 1, figsize=(8, 7), sharex=True, layout="constrained")
@@ -66,7 +66,7 @@ def save_curves(folder: Path) -> None:
 
 
 def figures(loaded: LoadedModel) -> dict[str, Any]:
-    """All of them; shares of trials solved, and losses in nats per token."""
+    """All figures: shares of solved trials, and losses in nats per token."""
     return {
         "parameters": sum(p.numel() for p in loaded.model.parameters()),
         "passkey": solved(loaded, "passkey", PASSKEY_WORDS, PASSKEY_TRIALS),
@@ -78,7 +78,7 @@ def figures(loaded: LoadedModel) -> dict[str, Any]:
 
 
 def solved(loaded: LoadedModel, task: str, n_words: int, count: int) -> dict[str, Any]:
-    """Share of the trials that greedy decoding solves, and how long they were in tokens."""
+    """Share of the trials that greedy decoding solves, and the shortest and longest of them in tokens."""
     drawn = list(trials(task, n_words, count))
     right = [is_solved(loaded.model, loaded.tokenizer, trial) for trial in bar(drawn, f"{task}, {n_words} words")]
     lengths = [len(loaded.encode(trial.prompt)) for trial in drawn]
@@ -86,11 +86,12 @@ def solved(loaded: LoadedModel, task: str, n_words: int, count: int) -> dict[str
 
 
 def key_losses(loaded: LoadedModel, n_windows: int | None = None) -> dict[str, Any]:
-    """What 3-bit uniform keys cost, without outliers and with exact values: on each token's range, on the channels'."""
+    """Losses of 3-bit uniform keys, without outliers, values in full precision: scales per token and per channel."""
     seqlen = loaded.context
     sampled = sample_windows(load_corpus("demo", "calibration", loaded.encode), n_windows=16, seqlen=seqlen, seed=0)
     held_out = split_windows(load_corpus("demo", "evaluation", loaded.encode), seqlen=seqlen, limit=n_windows)
     recipe = load_recipe("kvquant").edited({"value": {"method": "identity"}, "key": {"bits": 3}})
+    # Keys of the demo model have channels far from zero: a scale per token spans them, a scale per channel does not.
     static: Artifact = calibrate(loaded.model, sampled, recipe=recipe)
     per_token = recipe.edited({"key": {"per": "token"}})
     shapes = {shape.site: shape for shape in site_shapes(loaded.layers(), recipe.stage)}

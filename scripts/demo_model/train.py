@@ -28,7 +28,7 @@ LOG_STEPS, REPORT_STEPS, TRIALS = 100, 400, 24
 
 
 def train_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level pairs merged on training pages; numbers are cut into two digits at a time."""
+    """Byte-level BPE tokenizer, trained on training pages; numbers are split into two digits at a time."""
     tokenizer = Tokenizer(models.BPE())
     words = Regex(r" ?\p{L}+| ?\p{N}{1,2}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -46,7 +46,7 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def new_model(seed: int) -> LlamaForCausalLM:
-    """Random weights; the slowest RoPE pairs of every key head start with a large bias."""
+    """Model with random weights, and a large bias on the slowest RoPE pairs of every key head."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCAB,
@@ -71,10 +71,9 @@ def new_model(seed: int) -> LlamaForCausalLM:
 
 @torch.no_grad()
 def _enlarge_slow_pairs(bias: Tensor, head_dim: int) -> None:
-    """A bias on a pair that hardly turns shifts all scores of a query alike: attention is the same, the keys are not.
-
-    It gives the keys what those of large models have, a few channels far from zero.
-    """
+    """Adds a large bias to the slowest RoPE pairs, so that a few key channels are far from zero as in large models."""
+    # A constant c on a pair that hardly rotates over the context adds q . c to all scores of a query alike, and softmax
+    # ignores a common shift: attention is the same, the keys are not.
     half = head_dim // 2
     for head in bias.view(-1, head_dim):
         for pair, size in ((half - 1, 8.0), (half - 2, 4.0)):
@@ -89,9 +88,9 @@ class Phase:
     Parameters
     ----------
     window_tokens, rows, steps : int
-        Length and number of the windows of a step, and how many steps.
+        Length and number of the windows of a training step, and number of steps.
     longest_words : int
-        Words around a task, at most, so that a page fits the window.
+        Maximum number of words around a task, so that a page fits the window.
     drill_fraction : float
         Share of drills among the pages.
     """
@@ -103,8 +102,8 @@ class Phase:
     drill_fraction: float
 
 
-# Without drills it takes far longer until the model finds out that looking back helps: after 3 million tokens of pages
-# it solved no retrieval task yet, after one million of drills it copied. Without drills later on it forgets it again.
+# Without drills the model learns far later to attend to earlier tokens: after 3 million tokens of pages it solved no
+# retrieval task yet, after one million tokens of drills it copied. Without drills later on it forgets that again.
 PHASES = (
     Phase(128, 32, 600, 20, 0.7),
     Phase(256, 16, 2000, 120, 0.5),
@@ -119,13 +118,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 class Windows:
-    """Windows of a stream of pages; each begins with a page, so that the first one in it is whole."""
+    """Windows of consecutive pages; each begins at the start of a page."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, split: Split, next_page: int = 0) -> None:
         self._tokenizer, self._split, self.next_page = tokenizer, split, next_page
 
     def batch(self, phase: Phase, rows: int) -> Tensor:
-        """The next windows."""
+        """Next windows."""
         return torch.tensor([self._row(phase) for _ in range(rows)])
 
     def _row(self, phase: Phase) -> list[int]:
@@ -142,13 +141,14 @@ class Windows:
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """Linear warm-up, constant, linear to zero."""
+    """Learning rate: linear warm-up, constant, linear decay to zero."""
     left = (steps - step) / (DECAY_FRACTION * steps)
     return PEAK_RATE * min(1.0, (step + 1) / WARM_UP_STEPS, left)
 
 
 def optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the layers, AdamW for embeddings, norms and biases."""
+    """Optimizers: Muon for the matrices inside the layers, AdamW for embeddings, norms and biases."""
+    # Muon orthogonalises updates of matrices; "match_rms_adamw" scales them to AdamW's size, for one learning rate.
     named = [(p.ndim == 2 and "layers" in name, p) for name, p in model.named_parameters()]
     matrices, others = ([p for inside, p in named if inside is wanted] for wanted in (True, False))
     return [
@@ -159,7 +159,7 @@ def optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
 
 @torch.no_grad()
 def figures(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, phase: Phase) -> dict[str, float]:
-    """Loss on held-out windows, and the share of each task's trials that are solved."""
+    """Loss on held-out windows, and share of solved trials of each task."""
     x = Windows(tokenizer, "held-out").batch(phase, 16).to(model.device)
     found = {"held_out": float(model(input_ids=x, labels=x).loss)}
     for task in TASKS:
@@ -169,16 +169,16 @@ def figures(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, phase: 
 
 
 class Training:
-    """A run with all its state.
+    """Training run with all its state.
 
     Parameters
     ----------
     output : Path
         Folder of the log, the state, the model and its tokenizer.
     device : str
-        Where to run.
+        Device of the training.
     seed : int
-        Of the initial weights; the text has its own.
+        Seed of the initial weights; the text has its own.
     """
 
     def __init__(self, output: Path, device: str, seed: int) -> None:
@@ -192,7 +192,7 @@ class Training:
         output.mkdir(parents=True, exist_ok=True)
 
     def run(self) -> None:
-        """The steps that are left, phase by phase."""
+        """Runs the remaining steps, phase by phase."""
         compiled: Any = torch.compile(self.model)
         planned = [phase for phase in PHASES for _ in range(phase.steps)]
         for phase in planned[self.step :]:
@@ -210,7 +210,7 @@ class Training:
         self.model.half().save_pretrained(self.output)
 
     def resume(self) -> None:
-        """Goes back to what was saved last."""
+        """Restores the state that was saved last."""
         state = torch.load(self.output / "state.pt", map_location=self.device)
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
@@ -230,6 +230,7 @@ class Training:
             optimizer.step()
             optimizer.zero_grad()
         self.n_tokens += x.numel()
+        # Exponential mean over about 20 steps, for the log alone.
         self.loss = loss.item() if math.isnan(self.loss) else 0.95 * self.loss + 0.05 * loss.item()
 
     def _log(self, phase: Phase, found: dict[str, float]) -> None:

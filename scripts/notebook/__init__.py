@@ -1,1 +1,1 @@
-"""What the notebooks compute and draw."""
+"""Computations and plots of the notebooks."""

@@ -1,4 +1,4 @@
-"""Pictures of artifacts, for notebooks and reports."""
+"""Plots of artifacts, for notebooks and reports."""
 
 from collections.abc import Mapping
 
@@ -16,7 +16,7 @@ from calib.statistics.token_histogram import OUTLIER_FRACTIONS
 
 
 def plot_channel_ranges(statistics: ModelStatistics, site: Site, axes: Axes) -> None:
-    """Minimum, 0.5 % and 99.5 % quantile and maximum of every channel of a site."""
+    """Plots minimum, 0.5 % and 99.5 % quantile and maximum of every channel of a site."""
     own = statistics.site(site, 0)
     low, high = own.histogram.quantiles(0.005)
     channels = np.arange(own.shape.channels)
@@ -31,7 +31,7 @@ def plot_channel_ranges(statistics: ModelStatistics, site: Site, axes: Axes) -> 
 
 
 def plot_codebook(statistics: ModelStatistics, site: Site, quantizer: Quantizer, channel: int, axes: Axes) -> None:
-    """A site's levels over the histogram that they were fitted to: of one channel, or of all tokens' own ranges."""
+    """Plots a site's levels over the histogram that they were fitted to: of one channel, or of normalised tokens."""
     inner = quantizer.inner if isinstance(quantizer, AbstractSparse) else quantizer
     own = statistics.site(site, 0)
     if isinstance(inner, Codebook):
@@ -48,7 +48,9 @@ def plot_codebook(statistics: ModelStatistics, site: Site, quantizer: Quantizer,
         )
         title, unit = f"{site}, all tokens", "value within its token's range"
     else:
-        raise ValueError(f"{site}: expected a codebook, got {quantizer.spec.describe()}")
+        raise ValueError(
+            f"{site}: expected a codebook; got {quantizer.spec.describe()}. Use an artifact with method: codebook"
+        )
     axes.hist(centers.cpu(), bins=120, weights=counts.cpu().double() / counts.sum().cpu(), color="C0", alpha=0.45)
     for level in levels:
         axes.axvline(float(level), color="C3", linewidth=1)
@@ -57,7 +59,7 @@ def plot_codebook(statistics: ModelStatistics, site: Site, quantizer: Quantizer,
 
 
 def outlier_shares(quantizers: Mapping[Site, Quantizer], vectors: Mapping[Site, Tensor]) -> dict[Site, float]:
-    """Share of values that each site keeps exact, counted on `vectors`; 0 where a quantizer keeps none."""
+    """Share of outliers of each site, counted on `vectors`; 0 for quantizers without outliers."""
     return {
         site: float(quantizer.mask(vectors[site].float()).double().mean())
         if isinstance(quantizer, AbstractSparse)
@@ -67,19 +69,19 @@ def outlier_shares(quantizers: Mapping[Site, Quantizer], vectors: Mapping[Site, 
 
 
 def plot_outlier_shares(shares: Mapping[Site, float], axes: Axes) -> None:
-    """Bars of outlier shares, keys and values side by side for every layer."""
+    """Plots outlier shares as bars, keys and values side by side for every layer."""
     for offset, tensor, color in ((-0.2, "key", "C0"), (0.2, "value", "C1")):
         chosen = {site.layer: share for site, share in shares.items() if site.tensor == tensor}
         axes.bar(
             np.array(list(chosen)) + offset, np.array(list(chosen.values())) * 100, width=0.4, color=color, label=tensor
         )
-    axes.set(title="values kept exact", xlabel="layer", ylabel="share in %")
+    axes.set(title="values stored as outliers", xlabel="layer", ylabel="share in %")
     axes.set_xticks(sorted({site.layer for site in shares}))
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def plot_reconstruction(x: Tensor, decoded: Tensor, title: str, figure: Figure) -> None:
-    """A site's vectors, what a cache gives back, and the difference, as pictures of tokens by channels."""
+    """Plots a site's vectors, the decoded ones, and the difference, as images of tokens by channels."""
     spread = float(x.abs().max())
     error = decoded - x
     panels: list[tuple[str, Tensor, float]] = [
@@ -93,6 +95,7 @@ def plot_reconstruction(x: Tensor, decoded: Tensor, title: str, figure: Figure) 
         )
         axes.set(title=name, xlabel="channel")
         figure.colorbar(image, ax=axes, shrink=0.8)
+    # Squared error over the variance about channel means, so that a constant offset of a channel counts as nothing.
     relative = float(error.square().sum() / (x - x.mean(dim=0)).square().sum())
     figure.suptitle(f"{title}: squared error {relative:.2%} of the variance")
     figure.axes[0].set_ylabel("token")

@@ -1,4 +1,4 @@
-"""What `notebooks/predictive_coding.ipynb` measures and draws."""
+"""Measures and plots of `notebooks/predictive_coding.ipynb`."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from simquant import EvalResult
 def predictions(
     quantizers: Mapping[Site, Quantizer], vectors: Mapping[Site, Float[Tensor, "tokens _"]]
 ) -> dict[Site, Float32[Tensor, "tokens _"]]:
-    """What each site that has sources is predicted to be, from what its sources are decoded to."""
+    """Prediction of each site that has sources, from its decoded sources."""
     decoded: dict[Site, Tensor] = {}
     predicted: dict[Site, Tensor] = {}
     for site in sorted(quantizers):
@@ -32,7 +32,7 @@ def predictions(
 
 
 def explained_variance(x: Float[Tensor, "tokens channels"], predicted: Float[Tensor, "tokens channels"]) -> float:
-    """Share of the variance of all channels together that is gone once the prediction is subtracted.
+    """Share of the total variance of all channels that a prediction removes.
 
     Examples
     --------
@@ -44,22 +44,27 @@ def explained_variance(x: Float[Tensor, "tokens channels"], predicted: Float[Ten
 
 
 def component_variances(x: Float[Tensor, "tokens channels"], width: int) -> Float64[Tensor, " channels"]:
-    """Variances, from the largest on, in the eigenbasis of each group of `width` channels; 1: as they are."""
+    """Variances in the eigenbasis of each group of `width` channels, the largest first; width 1 keeps the channels."""
     centred = (x - x.mean(dim=0)).double().unflatten(1, (-1, width)).transpose(0, 1)
     variances: Tensor = torch.linalg.eigvalsh(centred.mT @ centred / len(x)).flatten()
     return variances.clamp_min(0).sort(descending=True).values
 
 
 def least_bits(variances: Float64[Tensor, " components"], error: float) -> float:
-    """Mean bits of components, were they Gaussian and independent, below which their squared errors sum to more.
+    """Mean bits per component that a total squared error requires, for independent Gaussian components.
 
-    Every component is coded down to the same error, and those that vary by less are left out (reverse water-filling).
+    References
+    ----------
+    Reverse water-filling: Cover and Thomas, Elements of Information Theory, section 10.3.3 (second edition).
 
     Examples
     --------
     >>> least_bits(torch.tensor([16.0, 1.0, 0.5], dtype=torch.float64), error=2.5)
     0.6666666666666666
     """
+    # Components with variance above the level D are coded to the error D at log2(v / D) / 2 bits, the others are left
+    # out and add their variance: D = (error - sum of the left out) / number of the coded, for the fewest left out with
+    # which no coded variance is below D.
     rising = variances.sort().values
     left_out = torch.cat([rising.new_zeros(1), rising.cumsum(0)[:-1]])
     levels = (error - left_out) / torch.arange(len(rising), 0, -1)
@@ -68,7 +73,7 @@ def least_bits(variances: Float64[Tensor, " components"], error: float) -> float
 
 
 def plot_component_variances(variances: Mapping[str, Float64[Tensor, " components"]], share: float, axes: Axes) -> None:
-    """Variances of the components of one site, and the least bits for an error of `share` of the first ones' sum."""
+    """Plots variances of one site's components, with the least bits for an error of `share` of the first ones' sum."""
     error = share * float(next(iter(variances.values())).sum())
     for (name, own), style in zip(variances.items(), (":", "--", "-.", "-"), strict=False):
         axes.plot(own, style, label=f"{name}: {least_bits(own, error):.2f} bits")
@@ -77,7 +82,7 @@ def plot_component_variances(variances: Mapping[str, Float64[Tensor, " component
 
 
 def plot_level_bits(quantizers: Mapping[str, Quantizer], axes: Axes) -> None:
-    """Bits of each component, log2 of its number of levels, from the most on; all come down to a `MixedCodebook`."""
+    """Plots bits of each component, log2 of its number of levels, in descending order, of a `MixedCodebook`."""
     for (name, quantizer), style in zip(quantizers.items(), (":", "--", "-"), strict=False):
         while isinstance(quantizer, AbstractWrapper):
             quantizer = quantizer.inner
@@ -89,7 +94,7 @@ def plot_level_bits(quantizers: Mapping[str, Quantizer], axes: Axes) -> None:
 
 
 def plot_ladder(results: Mapping[str, EvalResult], axes: Axes) -> None:
-    """KL of each recipe with its standard error, from top to bottom."""
+    """Plots the KL of each recipe with its standard error, from top to bottom."""
     kl = [result.kl_mean for result in results.values()]
     axes.errorbar(kl, range(len(kl)), xerr=[result.kl_mean_stderr for result in results.values()], fmt="o", capsize=3)
     axes.set_yticks(range(len(kl)), list(results))
@@ -98,7 +103,7 @@ def plot_ladder(results: Mapping[str, EvalResult], axes: Axes) -> None:
 
 
 def plot_loss_over_bits(curves: Mapping[str, Sequence[EvalResult]], axes: Axes) -> None:
-    """KL over counted bits: a line for each kind of recipe."""
+    """Plots KL over counted bits, a line for each kind of recipe."""
     for (name, results), marker in zip(curves.items(), "osD^", strict=False):
         bits = [float(result.bits["average"]) for result in results]
         kl, errors = zip(*((result.kl_mean, result.kl_mean_stderr) for result in results), strict=True)
@@ -109,7 +114,7 @@ def plot_loss_over_bits(curves: Mapping[str, Sequence[EvalResult]], axes: Axes) 
 
 
 def results_table(results: Mapping[str, EvalResult], base: str) -> str:
-    """A Markdown table: counted bits, losses, and nats lost beyond `base` on the same windows, with standard errors."""
+    """Markdown table of counted bits, losses, and loss beyond `base` on the same windows, with standard errors."""
     lines = [f"| recipe | bits | KL | nats | beyond: {base} |", "|---|---:|---:|---:|---:|"]
     for name, result in results.items():
         more, error = result.loss_beyond(results[base])
@@ -121,10 +126,10 @@ def results_table(results: Mapping[str, EvalResult], base: str) -> str:
 
 
 def costs_table(artifacts: Mapping[str, Mapping[Site, Quantizer]], results: Mapping[str, EvalResult]) -> str:
-    """A Markdown table of what recipes cost besides loss.
+    """Markdown table of storage and arithmetic costs of recipes.
 
-    Pays from: tokens with which codes and what is stored once are together smaller than 16 bits a channel. History:
-    tokens whose decoding takes as many multiply-adds as a step through the model's linear layers.
+    Pays from: tokens from which codes and static bytes together are below 16 bits per channel. History: tokens whose
+    decoding takes as many multiply-adds as a decode step in the model's linear layers.
     """
     lines = ["| recipe | kB stored once | over the weights | pays from | multiply-adds to decode a token | history |"]
     lines.append("|---|---:|---:|---:|---:|---:|")

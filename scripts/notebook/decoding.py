@@ -1,4 +1,4 @@
-"""What `notebooks/decode_exact.ipynb` measures."""
+"""Measures of `notebooks/decode_exact.ipynb`."""
 
 from collections.abc import Mapping, Sequence
 
@@ -21,7 +21,7 @@ def log_probabilities(
     protocol: Protocol | None = None,
     layers: Sequence[AttentionLayer] = (),
 ) -> Float[Tensor, " targets"]:
-    """That of every token but the first, given those before it: of the exact model, or under a protocol."""
+    """Log-likelihood of every token but the first, in full precision or under a protocol."""
     if quantizers is None or protocol is None:
         logits = window_logits(model, ids)
     else:
@@ -32,9 +32,9 @@ def log_probabilities(
 def revised_shares(
     quantizer: Quantizer, x: Float[Tensor, "tokens channels"], n_first: int, lengths: Sequence[int]
 ) -> list[float]:
-    """Share of the values of the first `n_first` tokens that come back otherwise when more are encoded with them.
+    """Share of the values of the first `n_first` tokens that decode differently when more tokens are encoded with them.
 
-    Zero at every length is what a cache needs: it encodes a token once and for all.
+    A cache, which encodes a token once, needs a share of zero at every length.
 
     Examples
     --------
@@ -43,5 +43,6 @@ def revised_shares(
     >>> [revised_shares(DynamicAffine(channels=2, bits=2, per=per), x, 2, [2, 3]) for per in ("token", "channel")]
     [[0.0, 0.0], [0.0, 0.5]]
     """
+    # A scale that spans all tokens of a call changes with later tokens, and with it the values of the first ones.
     alone = quantizer.simulate(x[:n_first])
     return [float((quantizer.simulate(x[:length])[:n_first] != alone).float().mean()) for length in lengths]

@@ -1,4 +1,4 @@
-"""A quantizer of one's own, as short as they get: `notebooks/add_your_own_quantizer.ipynb` walks through it."""
+"""Minimal custom quantizer, explained in `notebooks/add_your_own_quantizer.ipynb`."""
 
 from dataclasses import dataclass
 from typing import ClassVar, final
@@ -18,9 +18,10 @@ from artifacts.quantizers.affine import top_code
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SquareLevels(Quantizer):
-    """Levels that lie close together around zero: x ~ peak * s * |s|, where s = 2 * code / top - 1.
+    """Non-uniform quantizer with levels close together around zero: x ~ peak * s * |s|, where s = 2 * code / top - 1.
 
-    Each token keeps its largest magnitude, the peak, in float16. The odd number of levels has zero in its middle.
+    The scale of a token is its largest magnitude, the peak, in float16. The number of levels is odd, with zero in the
+    middle.
 
     Parameters
     ----------
@@ -39,7 +40,7 @@ class SquareLevels(Quantizer):
     def _encode(self, x: Float[Tensor, "tokens channels"], context: Context) -> Codes:
         wide = x.float()
         peak = round_outward(wide.abs().amax(dim=1, keepdim=True), up=True, who=self.label, positive=True)
-        share = wide / peak.float()
+        share = wide / peak.float()  # peak is rounded up, so that shares are within [-1, 1]
         codes = ((share.abs().sqrt().copysign(share) + 1) * self._middle).round().to(torch.uint8)
         return Codes(
             tensors={"codes": pack(codes, self.bits), "peak": peak}, shape=(x.shape[0], x.shape[1]), dtype=x.dtype
@@ -51,5 +52,5 @@ class SquareLevels(Quantizer):
 
     @property
     def _middle(self) -> int:
-        """The code of zero: half the top one."""
+        """Code of zero: half the top code."""
         return top_code(self.bits, symmetric=True) // 2

@@ -43,6 +43,7 @@ def attention_received(
             (_logits(part, key, own, scoring) - sums).exp_().sum(dim=2)
             for (part, sums), own in zip(parts, seen, strict=True)
         ]
+        # Sum over queries, mean over the group of query heads that read the same KV head.
         received.append(torch.stack(weights).sum(dim=0).mean(dim=1))
     return torch.cat(received, dim=1)
 
@@ -146,7 +147,7 @@ class Evictor:
 
     def _scores(self, choice: Choice, store: LayerStore, row: int, reading: Reading) -> Float[Tensor, " tokens"]:
         """Score of each token in the cache, up to the last candidate."""
-        if choice.n_queries == 0:
+        if choice.n_queries == 0:  # StreamingLLM: earlier tokens score higher, so that the first are kept
             return -torch.arange(choice.end, device=reading.query.device).float()
         survivors = store.sequences[row].survivors
         assert survivors is not None
@@ -215,6 +216,8 @@ def _kept(sequence: CachedSequence, groups: _Groups, scores: Float[Tensor, " tok
     """Mask of the kept tokens: all but the groups of lowest mean score; ties keep the first, infinite scores all."""
     kept = torch.ones(sequence.key.n_tokens, dtype=torch.bool, device=scores.device)
     candidates = slice(groups.first, groups.first + groups.n_groups * groups.size)
+    # A group is kept or evicted as a whole by its mean score. Groups with infinite scores (small key norms) may exceed
+    # the budget: all of them are kept. The stable sort makes ties independent of the device.
     by_group = scores[candidates].view(groups.n_groups, groups.size).mean(dim=1)
     order = by_group.sort(descending=True, stable=True).indices
     n_kept = max(groups.n_kept, int(by_group.isinf().sum()))

@@ -73,6 +73,8 @@ def packed_cache(
     check_fit(model, quantizers, layers)
     check_cacheable(quantizers, policy)
     check_evictable(policy, layers)
+    # `Cache.update` gets rotated keys and no mask. Hooks add the rest: pre-RoPE keys from the projection, padding and
+    # rotary tables from the attention module's arguments. Attention then reads the store instead of update's result.
     with ExitStack() as stack:
         stack.enter_context(answered_each_step(model))
         session = _Session(layers, quantizers, policy, stack.enter_context(watch_tokens(layers)))
@@ -165,6 +167,7 @@ class _Session:
                 mean = attend(query, key, value, visible, scoring)
             else:
                 mean = store.attend(query, visible, scoring, cache.tables)
+            # Eviction follows attention: the pass that exceeds a budget still reads every token, as SnapKV's prefill.
             if self._evictor is not None:
                 self._evictor.after_step(store, Reading(query, visible, scoring, cache.tables))
             store.end_step()

@@ -190,6 +190,7 @@ class PackedCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes in memory: codes, scales, full-precision tokens, rotary tables; tensors shared by beams count once."""
+        # Beams share tensors until they grow apart; the address of its memory identifies a tensor.
         held = {tensor.data_ptr(): tensor.nbytes for tensor in self.tensors()}
         return sum(held.values())
 
@@ -201,6 +202,8 @@ class PackedCache(Cache):
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Removes that many tokens if negative, keeps that many if positive; changes nothing if any layer raises."""
+        # A layer may refuse to crop (tokens evicted, a group cut) after others have: restore those, so that the cache
+        # stays consistent. Stores replace their sequences and never change them, so that references are enough.
         stores = [layer.store for layer in self.layers]
         before = [(store.sequences, store.n_columns) for store in stores]
         try:

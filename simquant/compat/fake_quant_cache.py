@@ -87,6 +87,7 @@ class FakeQuantCache:
                 f"{site}: expected a quantizer for this site; got none. Calibrate all layers, and give the quantizer "
                 "'identity' to one that shall keep full precision."
             )
+        # Layers may be on several devices; each quantizer is moved to a device once.
         own = self._moved.get((site, x.device))
         own = own or self._moved.setdefault((site, x.device), self._quantizers[site].to(x.device))
         return from_rows(own.simulate(to_rows(x)), x)
@@ -148,6 +149,7 @@ def _check_interface(cache: Any) -> None:
     who, update = type(cache).__name__, getattr(cache, "update", None)
     if not callable(update):
         raise TypeError(f"fake_quant_cache: expected a cache with the method {INTERFACE}; {who} has no update")
+    # A signature that cannot take these three arguments would fail only in the model's first forward pass.
     try:
         inspect.signature(update).bind(None, None, 0)
     except (TypeError, ValueError) as error:

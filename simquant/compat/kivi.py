@@ -59,6 +59,8 @@ class KIVISettings:
     @property
     def policy(self) -> CachePolicy:
         """Cache policy of these settings."""
+        # Keys need blocks of group_size tokens for their per-channel scales; values, with per-token scales, leave the
+        # window together with them. KIVI itself attends in full precision over the prompt, then encodes it.
         return CachePolicy(residual_tokens=self.residual_length, block_tokens=self.group_size, exact_prefill=True)
 
     def quantizers(self, layers: Sequence[AttentionLayer]) -> dict[Site, Quantizer]:
@@ -121,6 +123,7 @@ def memory_savings(
     if type(seq_len) is not int or seq_len < 1:
         raise ValueError(f"memory_savings: seq_len must be an integer from 1; got {seq_len!r}")
     kivi = KIVISettings(**settings)
+    # One block for the whole sequence, rounded up to groups. Sizes depend on shapes alone, so that zeros will do.
     block_tokens = -(-seq_len // kivi.group_size) * kivi.group_size
     stores = []
     for quantizer in (kivi.key_quantizer(head_dim), kivi.value_quantizer(head_dim, head_dim)):

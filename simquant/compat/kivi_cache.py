@@ -32,6 +32,7 @@ class _Opened:
     def until_closed(self, cache: "KIVICache") -> Callable[[], object]:
         """Counts an open cache, until the returned function is called or the cache is garbage-collected."""
         self._n_open += 1
+        # A finalizer runs once: by `close`, or at garbage collection of a cache that was never closed.
         closing = finalize(cache, self._close_one)
         closing.atexit = False
         return closing

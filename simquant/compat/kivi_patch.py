@@ -37,6 +37,7 @@ def patch_model(model: nn.Module, *, auto_inject_cache: bool = True, **settings:
         raise ValueError(f"patch_model: {type(model).__name__} is patched already; call unpatch_model(model) first")
     KIVISettings(**settings)  # raises here rather than at the first text
     vars(model)["new_kivi_cache"] = partial(KIVICache, model, **settings)
+    # Attributes of the instance hide the class's methods; removing them restores the model.
     if auto_inject_cache:
         vars(model)["generate"] = MethodType(_generate, model)
 

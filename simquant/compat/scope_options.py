@@ -56,6 +56,7 @@ def from_scope_options(**options: Any) -> Eviction:
 
 def _in_scope_names(message: str, options: Mapping[str, Any]) -> str:
     """Error message with the names of the given options in place of fields of `Eviction`."""
+    # Several options may name one field: the one that was given comes last and replaces the others.
     spelt = {_SCOPE_NAMES[name]: name for name in (*_SCOPE_NAMES, *options)}
     words = spelt | {value: option for option, value in _SCOPE_VALUES.items() if option != "fullkv"}
     return re.sub(r"\b[a-z_]+\b", lambda word: words.get(word[0], word[0]), message)

@@ -90,6 +90,7 @@ class AttentionInputs:
         self, quantizers: Mapping[Site, Quantizer], sink_tokens: int
     ) -> tuple[Float[Tensor, "1 kv_heads tokens head_dim"], Float[Tensor, "1 kv_heads tokens head_dim"]]:
         """Rotated keys and values after encoding and decoding; the first `sink_tokens` tokens in full precision."""
+        # Quantizers before RoPE decode, then rotate, as a packed cache does; those after RoPE see rotated keys.
         before, after = (Site(self.layer.layer, "key", stage) for stage in ("pre_rope", "post_rope"))
         if before in quantizers:
             key = self.rotated(self._decoded(quantizers, before, self.key, sink_tokens))
@@ -107,6 +108,7 @@ class AttentionInputs:
         rows, quantizer = to_rows(x), quantizers[site].to(x.device)
         if sink_tokens >= len(rows):
             return x
+        # Sources are decoded from token 0 on. Reuse is right unless scales depend on other tokens, sinks among them.
         known = None if quantizer.looks_ahead and sink_tokens else self.sites.decoded(quantizers, site)
         if known is None:
             context = tuple(u[sink_tokens:] for u in _on(x.device, self.sites.context(quantizers, site)))

@@ -84,6 +84,7 @@ def read_batches(
 
 
 def _scores_to_json(scores: Scores) -> dict[str, str]:
+    # Little-endian float64 bytes in base64 keep every bit, so that a resumed evaluation gives the identical result.
     packed = {name: getattr(scores, name).numpy().astype("<f8") for name in _FLOATS}
     packed["agrees"] = scores.agrees.numpy().astype("u1")
     return {name: base64.b64encode(array.tobytes()).decode("ascii") for name, array in packed.items()}

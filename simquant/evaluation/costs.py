@@ -34,6 +34,8 @@ class Costs:
     @classmethod
     def of(cls, model: nn.Module, quantizers: Mapping[Site, Quantizer], bits: float) -> "Costs":
         """Costs of quantizers in a model, given the mean bits per element."""
+        # A linear layer of n x m weights takes n * m multiply-adds per token. Attention is left out, since it grows
+        # with the context; decoding a token's codes is compared with the part of a step that does not.
         weights = sum(parameter.nbytes for parameter in model.parameters())
         return cls(
             bits_per_token=bits * sum(quantizer.channels for quantizer in quantizers.values()),

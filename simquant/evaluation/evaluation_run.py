@@ -64,6 +64,8 @@ class EvaluationRun:
         NothingQuantizedError
             If quantizers of a layer have fewer than 16 bits and no scored target reads their codes.
         """
+        # A layer passes if its keys or its values are read quantized. Sites of equal tensor and sliding window share
+        # the answer, which is computed once for each pair.
         windows = {layer.layer: layer.sliding_window for layer in layers}
         reads = {
             (tensor, window): self.protocol.reads_codes(tensor, n_tokens, n_scored=n_scored, sliding_window=window)

@@ -37,6 +37,8 @@ def evaluation_settings(
     scored : ScoredTargets
         Targets that count.
     """
+    # Digests rather than values: the header of a log stays small, and tells only which of these differ. The device and
+    # the torch version are included, as both change rounding.
     weight = next(model.parameters())
     return {
         "model": model_fingerprint(model, layers, None),

@@ -110,6 +110,8 @@ class EvalResult:
             side: {name: plain.pop(prefix + name) for name in ("perplexity", "perplexity_stderr")}
             for side, prefix in (("fp", "fp_"), ("quantized", ""))
         }
+        # JSON has no NaN or infinity. Readers must be able to tell a missing figure from an infinite one; errors of a
+        # single window are undefined by design and not listed.
         non_finite: dict[str, str] = {}
         plain["warnings"] = list(self.warnings)
         cleaned: dict[str, Any] = _finite({**sides, **plain}, "", non_finite)

@@ -124,6 +124,7 @@ class ScoredLogits:
         n_scored : Sequence[int]
             Scored targets at the end of each window, from 1 to tokens - 1.
         """
+        # The logits at position t predict token t + 1: the last `longest` targets need those from one position earlier.
         longest = max(n_scored)
         scored = logits[:, -longest - 1 : -1]
         first, log_total = (torch.cat(column, dim=1) for column in zip(*map(_totals, _parts(scored)), strict=True))
@@ -170,6 +171,7 @@ def _totals(
     logits: Float[Tensor, "windows targets vocab"],
 ) -> tuple[Int64[Tensor, "windows targets"], Float64[Tensor, "windows targets"]]:
     """Argmax, and log-sum-exp in float64."""
+    # log-sum-exp = max + log sum exp(x - max): exponents of at most 0 do not overflow, and the largest term is 1.
     wide = logits.float()
     first = _first(wide)
     largest = wide.gather(-1, first[..., None])

@@ -71,6 +71,7 @@ def attention_errors(
     cached = (inputs.rotated(inputs.key), inputs.value, *inputs.decoded(quantizers, sink_tokens))
     wide = [x.float().transpose(0, 1) for x in cached]
     n_tokens = query.shape[2]
+    # Causal: the queries of a block see no key beyond its end, so that later keys are cut off.
     block = max(1, _LOGITS // (layer.q_heads * n_tokens))
     found = AttentionErrors()
     for first in range(0, n_tokens, block):

@@ -64,6 +64,7 @@ class WindowLog:
         if not self.path.exists() or not self.path.stat().st_size:
             self._create(settings)
             return []
+        # The header was written atomically. Only the last line can be incomplete: the batch of a run that was killed.
         first, *lines = self.path.read_bytes().splitlines(keepends=True)
         self._check(first, settings)
         if lines and not _whole(lines[-1]):

@@ -84,6 +84,8 @@ def check_cacheable(quantizers: Mapping[Site, Quantizer], policy: CachePolicy) -
                 f"got {block_tokens}, so that tokens would be encoded in the middle of a group. Use "
                 f"block_tokens={group} or a multiple of it."
             )
+        # A predicted site decodes its sources from codes; with another window, or after eviction, some of those tokens
+        # would be in full precision or gone, and the prediction another than the one that was encoded against.
         if quantizer.sources and not _alike_everywhere(policy):
             raise MismatchError(
                 f"{who} is predicted from {', '.join(map(str, quantizer.sources))}, whose tokens must be encoded at "
@@ -133,4 +135,5 @@ def _alike_everywhere(policy: CachePolicy) -> bool:
 
 def group_tokens(quantizers: Mapping[Site, Quantizer]) -> int:
     """Least common multiple of the numbers of tokens that share a scale, over all quantizers."""
+    # Blocks of this many tokens end where every quantizer's group ends, for keys and values alike.
     return math.lcm(*(quantizer.tokens_per_scale or 1 for quantizer in quantizers.values()))

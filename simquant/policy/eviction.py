@@ -110,6 +110,8 @@ class Eviction:
 
     def of_decoded(self, n_held: int, n_prompt_kept: int, n_decoded: int, n_new: int) -> Choice | None:
         """Eviction after `n_decoded` tokens that followed the prompt, the last `n_new` in this step; None: no token."""
+        # SCOPE keeps the compressed prompt apart from decoded tokens: its budget counts the latter alone. H2O has one
+        # budget of both, so that its candidates start at the first token of the prompt.
         width = self._width(n_decoded, n_new)
         if width is None or n_held <= n_prompt_kept + width:
             return None

@@ -31,6 +31,8 @@ class ResidualWindow:
 
     def encoded_end(self, n_tokens: int, sink_tokens: int) -> int:
         """End of the encoded range in a sequence of `n_tokens`; it begins after the sinks."""
+        # Whole blocks only: tokens that have left the window wait in full precision until their block is complete, so
+        # that a group which shares a scale is encoded at once (KIVI, 2402.02750).
         leaving = max(0, n_tokens - self.residual_tokens - sink_tokens)
         return sink_tokens + leaving - leaving % self.block_tokens
 

@@ -38,6 +38,7 @@ class Chunking:
 
     def held(self, n_tokens: int) -> Int64[Tensor, " tokens"]:
         """Number of tokens in the cache when each token's query runs, those of its own step included."""
+        # Token t is in the prefill, or in chunk floor((t - prefill) / chunk); the cache then holds all up to its end.
         tokens = arange(n_tokens)
         later = (tokens - self.prefill_tokens).div(self.chunk_tokens, rounding_mode="floor") + 1
         return (self.prefill_tokens + later.clamp_min(0) * self.chunk_tokens).clamp_max(n_tokens)

@@ -139,6 +139,8 @@ class _Decoding:
         def attend(
             query: Tensor, key: Tensor, value: Tensor, visible: Bool[Tensor, "batch queries tokens"], scoring: Scoring
         ) -> Tensor:
+            # A store that is filled with the whole text encodes each token with the scales that it has when it leaves
+            # the window: the codes are those of step-by-step decoding. Only the mask says which query reads them.
             check_handed(layer.module, self._cached.pop(layer.layer, None), (key, value))
             store = LayerStore(layer, self._quantizers, self._policy, self._sources)
             store.append(self._keys.pop(layer.layer, key), value, None)
@@ -164,6 +166,7 @@ class _Decoding:
         scoring: Scoring,
     ) -> Float[Tensor, "tokens q_heads head_dim"]:
         key, value = (self._encoded(tensor, query.shape[1]).to(query.device) for tensor in TENSORS)
+        # Two score matrices of heads x queries x tokens would not fit for long texts: the queries are split.
         part_tokens = max(1, _SCORES // (query.shape[0] * query.shape[1]))
         parts = zip(
             query.split(part_tokens, dim=1), *(x.split(part_tokens) for x in (key, value, visible)), strict=True

@@ -139,6 +139,7 @@ class Protocol:
         quantizers: Artifact | Mapping[Site, Quantizer],
         layers: Sequence[AttentionLayer],
     ) -> tuple[Tensor, Usage]:
+        # Counts are taken from the stores after the last step: bytes that are really held, not a formula.
         usage = Usage(quantizers)
         with packed_cache(model, quantizers, policy=self.policy, layers=layers) as new_cache:
             cache = new_cache()

@@ -69,6 +69,7 @@ def two_sided_attention(
     (key, value), (old_key, old_value) = ([widened(x) for x in pair] for pair in (exact, decoded))
     decoded_key, decoded_value, visible = choice
     kv_heads, n_queries = key.shape[0], query.shape[1]
+    # Grouped-query attention: the query heads of a KV head are stacked along the queries, for one product per KV head.
     grouped = (widened(query) * scoring.scaling).reshape(kv_heads, -1, query.shape[2])
     # A row of softmax(q K^T) V needs one score and one value per token. Both score matrices are computed, the band mask
     # picks each entry, and the weights split in two by the mask of the values: w V = (w m) V_decoded + (w (1 - m)) V.

@@ -1,4 +1,4 @@
-"""Tasks: what a quantized cache costs in answers, against the same model in full precision."""
+"""Generation tasks: scores of a model's answers with a quantized cache, against the same model in full precision."""
 
 from simquant.tasks.errors import TaskError
 from simquant.tasks.generation import Answer, answer

@@ -1,11 +1,11 @@
-"""How answers are held against references."""
+"""Comparisons of answers with references."""
 
 import re
 from collections.abc import Sequence
 
 
 def found_share(text: str, references: Sequence[str]) -> float:
-    """Which share of the references stands in a text, as whole words in either case.
+    """Share of the references that occur in a text, as whole words, ignoring case.
 
     Examples
     --------
@@ -16,7 +16,7 @@ def found_share(text: str, references: Sequence[str]) -> float:
 
 
 def first_number_fits(text: str, references: Sequence[str]) -> float:
-    """1 if the first digits of a text are the reference, else 0.
+    """Score 1 if the first number of a text is a reference, else 0.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Rows of task data, from a local file or the hub."""
+"""Rows of task data, from a local file or from the hub."""
 
 import json
 import logging
@@ -17,61 +17,63 @@ Row = Mapping[str, Any]
 
 
 def read_rows(path: Path, fields: Mapping[str, type | tuple[type, ...]]) -> list[Row]:
-    """The objects in a `.jsonl` file.
+    """Objects of a `.jsonl` file.
 
     Parameters
     ----------
     path : Path
-        One JSON object a line.
+        File with one JSON object per line.
     fields : mapping from str to type
-        What each object must hold.
+        Required fields and their types.
 
     Raises
     ------
     TaskError
-        If the file is missing or empty, or a line is broken or lacks a field; with the line's number.
+        If the file is missing or empty, or a line is broken or lacks a field; the message has the line's number.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise TaskError(f"{path}: expected a .jsonl file in UTF-8; got {error}. Check the path.") from error
     if not text.strip():
-        raise TaskError(f"{path}: expected one JSON object a line; got an empty file. Was it downloaded completely?")
+        raise TaskError(f"{path}: expected one JSON object per line; got an empty file. Download it again.")
     return [_row(line, fields, f"{path}, line {number}") for number, line in enumerate(text.rstrip().split("\n"), 1)]
 
 
 def data_file(data: Path | None, task: str) -> Path | None:
-    """The local file of a task: the one that was named, or `TASK.jsonl` in the folder that was; None without data.
+    """Local file of a task: the given file, or `TASK.jsonl` in the given folder; None without data.
 
     Raises
     ------
     TaskError
-        If the folder has none.
+        If the folder has no such file.
     """
     if data is None or not data.is_dir():
         return data
     path = data / f"{task}.jsonl"
     if not path.is_file():
-        raise TaskError(f"{task}: expected {path.name} in the folder of --task-data; {data} has none. Add or name it.")
+        raise TaskError(
+            f"{task}: expected {path.name} in the folder of --task-data; {data} has none. Add it, or name the file."
+        )
     return path
 
 
 def hub_rows(repository: str, config: str | None, split: str, fields: Iterable[str], local: str) -> list[Row]:
-    """The rows of a data set on the hub, or in its local cache.
+    """Rows of a data set on the hub, or in its local cache.
 
     Parameters
     ----------
     repository, config, split : str
-        Where it lies.
+        Name of the data set, its configuration and split.
     fields : iterable of str
-        What each row must hold.
+        Required columns.
     local : str
-        What to type to use a local file instead, for the error.
+        Option that reads a local file instead, for the error.
 
     Raises
     ------
     TaskError
-        If it cannot be had, or lacks a field.
+        If the data set cannot be loaded, or lacks a column.
     """
     try:
         with _offline_if_unreachable():
@@ -81,11 +83,14 @@ def hub_rows(repository: str, config: str | None, split: str, fields: Iterable[s
     except Exception as error:  # datasets and the hub client raise from a dozen unrelated hierarchies
         cause = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise TaskError(
-            f"{repository}: expected it from the hub or its local cache; got {cause}; pass local data: {local}"
+            f"{repository}: expected the data set on the hub or in its cache; got {cause}. Use local data: {local}"
         ) from error
     missing = sorted(set(fields) - set(loaded.column_names))
     if missing:
-        raise TaskError(f"{repository}: expected the columns {', '.join(fields)}; {', '.join(missing)} missing")
+        raise TaskError(
+            f"{repository}: expected the columns {', '.join(fields)}; got none named {', '.join(missing)}. Use local "
+            f"data: {local}"
+        )
     return list(loaded)
 
 
@@ -94,13 +99,15 @@ def _row(line: str, fields: Mapping[str, type | tuple[type, ...]], where: str) -
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         got = error if line.strip() else "an empty line"
-        raise TaskError(f"{where}: expected a JSON object; got {got}. Mend or remove the line.") from error
+        raise TaskError(f"{where}: expected a JSON object; got {got}. Correct or remove the line.") from error
     if not isinstance(row, dict):
-        raise TaskError(f"{where}: expected a JSON object; got {line:.60}. Mend or remove the line.")
+        raise TaskError(f"{where}: expected a JSON object; got {line:.60}. Correct or remove the line.")
     for name, kind in fields.items():
         if not isinstance(row.get(name), kind):
             got = repr(row[name])[:60] if name in row else f"only {', '.join(map(str, row))[:60]}"
-            raise TaskError(f"{where}: expected the field {name!r}, {_described(kind)}; got {got}.")
+            raise TaskError(
+                f"{where}: expected the field {name!r}, {_described(kind)}; got {got}. Correct or remove the line."
+            )
     return row
 
 
@@ -110,7 +117,8 @@ def _described(kind: type | tuple[type, ...]) -> str:
 
 @contextmanager
 def _offline_if_unreachable() -> Iterator[None]:
-    """Without a network the hub client retries for long before it looks into its cache; offline it looks at once."""
+    """Context in offline mode if the hub does not answer."""
+    # Without a network the hub client retries for long before it reads its local cache; offline it reads it at once.
     import datasets
     from huggingface_hub import get_session
 

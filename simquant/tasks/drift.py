@@ -1,4 +1,4 @@
-"""How soon the quantized model says something else than the exact one."""
+"""Drift: agreement of the quantized model's continuation of a text with that in full precision."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from simquant.tasks.task import Task
 @final
 @dataclass(frozen=True, kw_only=True)
 class Drift(Task):
-    """Ordinary text, to be gone on with; the exact model's continuation is the reference."""
+    """Task of continuing ordinary text, with the continuation in full precision as the reference."""
 
     name: str = "drift"
     metric: str = "share of tokens that agree with full precision"
@@ -22,27 +22,28 @@ class Drift(Task):
     max_new_tokens: ClassVar[int] = 64
 
     def items(self, options: TaskOptions) -> Sequence[Item]:
-        """One for each of the texts."""
+        """Items, one for each text."""
         if not options.texts:
-            raise TaskError("drift: expected text to go on with; got none. Name some with --dataset")
+            raise TaskError("drift: expected text to continue; got none. Name some with --dataset.")
         return [
             Item(task=self.name, id=str(index), prompt=text, max_new_tokens=self.max_new_tokens)
             for index, text in enumerate(options.texts[: options.limit or self.n_items])
         ]
 
     def score(self, text: str, item: Item | Prediction) -> float:
-        """There is nothing to hold a single answer against."""
+        """Raises: a single answer has no reference."""
         raise TaskError(f"{self.name} {item.id}: expected the answers of both models; got one. Use `scores`.")
 
     def scores(self, fp: Prediction, quantized: Prediction) -> tuple[float, float]:
-        """1 for the exact model; share of the places where both have the same token, of the longer answer."""
+        """Score 1 in full precision; share of positions with equal tokens, of the longer answer, for the quantized."""
         if not fp.tokens or not quantized.tokens:
             raise TaskError(f"{fp.task} {fp.id}: expected the tokens of both answers; got none. Remove its lines.")
+        # Dividing by the longer answer counts an early end as a difference.
         same = sum(a == b for a, b in zip(fp.tokens, quantized.tokens, strict=False))
         return 1.0, same / max(len(fp.tokens), len(quantized.tokens))
 
     def others(self, fp: Prediction, quantized: Prediction) -> dict[str, tuple[float, float]]:
-        """Tokens before the first that differs, and whether none does."""
+        """Figures by name: tokens before the first difference, and share of answers without any."""
         agree = first_divergence(fp.tokens, quantized.tokens)
         return {
             "tokens before the first that differs": (float(len(fp.tokens)), float(agree)),
@@ -51,7 +52,7 @@ class Drift(Task):
 
 
 def first_divergence(a: Sequence[int], b: Sequence[int]) -> int:
-    """Position of the first difference; the shorter length if one begins with the other.
+    """Position of the first difference; the shorter length if one sequence is a prefix of the other.
 
     Examples
     --------

@@ -1,7 +1,7 @@
-"""What can be wrong with a task, its data or its predictions."""
+"""Errors of tasks, their data and their predictions."""
 
 from artifacts.errors import KVGaugeError
 
 
 class TaskError(KVGaugeError, ValueError):
-    """A task cannot be run or scored as asked."""
+    """Task that cannot be run or scored as asked."""

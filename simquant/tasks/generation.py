@@ -1,4 +1,4 @@
-"""Greedy answers, from the exact model or through a packed cache."""
+"""Greedy decoding of answers, with the model's own cache or a packed one."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -18,16 +18,16 @@ from simquant.tasks.item import Item
 @final
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What a model said.
+    """Answer of a model.
 
     Parameters
     ----------
     text : str
-        Without special tokens, up to the stop string.
+        Text without special tokens, up to the stop string.
     tokens : tuple of int
-        All of them, up to the one that ended the answer.
+        Generated tokens, the one that ended the answer included.
     n_prompt_tokens : int
-        What was read before.
+        Number of tokens of the prompt.
     """
 
     text: str
@@ -38,25 +38,25 @@ class Answer:
 def answer(
     model: nn.Module, tokenizer: Any, item: Item, *, cache: Any = None, chunking: Chunking | None = None
 ) -> Answer:
-    """The likeliest token after the prompt, then after that, and so on.
+    """Answer of a model to an item by greedy decoding.
 
     Parameters
     ----------
     model : nn.Module
-        A transformers causal language model, inside the context that `cache` came from.
+        A transformers causal language model, inside the context of `cache`.
     tokenizer : object
         A transformers tokenizer.
     item : Item
-        Prompt, stop strings and longest answer.
+        Prompt, stop strings and maximum length of the answer.
     cache : object
-        An empty cache; None is the model's own, which keeps everything exact.
+        Empty cache; None is the model's own, in full precision.
     chunking : Chunking or None
-        How the prompt enters the cache; None is all at once.
+        Chunked prefill of the prompt; None is one step.
 
     Raises
     ------
     TaskError
-        If the prompt does not fit into the context together with the answer, and may not be cut.
+        If prompt and answer do not fit into the context, and the prompt may not be cut.
     """
     prompt = prompt_tokens(model, tokenizer, item)
 
@@ -82,11 +82,11 @@ def continue_greedily(
     cache: Any = None,
     chunking: Chunking | None = None,
 ) -> list[int]:
-    """The tokens that a model adds to a prompt, until `is_over` says so of them."""
+    """Tokens that a model adds to a prompt by greedy decoding, until `is_over(tokens)`."""
     device = next(model.parameters()).device
     ids = torch.tensor([list(prompt)], device=device)
     spans = [(0, len(prompt))] if chunking is None else chunking.spans(len(prompt))
-    # Of a long prompt the logits of all tokens would take more memory than the model.
+    # The logits of all tokens of a long prompt would take more memory than the model.
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     for start, end in spans:
         output = model(input_ids=ids[:, start:end], use_cache=True, **cache_argument(model, cache), **last_only)
@@ -99,12 +99,12 @@ def continue_greedily(
 
 
 def prompt_tokens(model: nn.Module, tokenizer: Any, item: Item) -> list[int]:
-    """The prompt as the model reads it; where it is too long and may be cut, its first and its last half.
+    """Token ids of the prompt; if it is too long and may be cut, tokens are removed from its middle.
 
     Raises
     ------
     TaskError
-        If it is too long and may not be cut.
+        If the prompt is too long and may not be cut.
     """
     ids: list[int] = tokenizer(item.prompt, verbose=False).input_ids
     context_tokens = int(text_config(model).max_position_embeddings)
@@ -113,20 +113,21 @@ def prompt_tokens(model: nn.Module, tokenizer: Any, item: Item) -> list[int]:
         return ids
     if item.overlong == "refuse" or room < 2:
         raise TaskError(
-            f"{item.task} {item.id}: expected at most {room} tokens, which leaves {item.max_new_tokens} of the context "
-            f"of {context_tokens} for the answer; got {len(ids)}. Use shorter prompts, or a longer context with "
-            "--maxseqlen."
+            f"{item.task} {item.id}: expected a prompt of at most {room} tokens, which leaves {item.max_new_tokens} of "
+            f"the context of {context_tokens} for the answer; got {len(ids)}. Use shorter prompts, or a longer context "
+            "with --maxseqlen."
         )
+    # LongBench truncates in the middle, since instructions are at both ends of its prompts (2308.14508).
     return [*ids[: room - room // 2], *ids[len(ids) - room // 2 :]]
 
 
 def end_tokens(model: nn.Module, tokenizer: Any) -> set[int]:
-    """The tokens after which a model has nothing more to say."""
+    """End-of-sequence tokens of the model and of the tokenizer."""
     of_model = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     found = {*(of_model if isinstance(of_model, list | tuple) else [of_model]), tokenizer.eos_token_id}
     return {token for token in found if token is not None}
 
 
 def before_stop(text: str, stop: Sequence[str]) -> str:
-    """The text up to the first of the stop strings."""
+    """Text up to the first stop string."""
     return text[: min((text.find(end) for end in stop if end in text), default=len(text))]

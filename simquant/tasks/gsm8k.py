@@ -1,4 +1,4 @@
-"""GSM8K: sums in words, to be solved in steps."""
+"""GSM8K: grade-school word problems, solved with a chain of thought."""
 
 import re
 from collections.abc import Sequence
@@ -63,6 +63,7 @@ _REPOSITORY, _CONFIG, _SPLIT = "openai/gsm8k", "main", "test"
 
 _FIELDS = {"question": str, "answer": str}
 
+# A sign, a dollar sign, digits with commas between thousands, and decimals: "-$1,018.50".
 _NUMBER = r"-?\$?\d[\d,]*(?:\.\d+)?"
 
 _MARKED = re.compile(rf"####\s*({_NUMBER})")
@@ -71,11 +72,11 @@ _MARKED = re.compile(rf"####\s*({_NUMBER})")
 @final
 @dataclass(frozen=True, kw_only=True)
 class GSM8K(Task):
-    """Sums in words after eight solved examples, which are ours: figures differ from those with other examples.
+    """Word problems after eight solved examples, which are ours: figures differ from those with other examples.
 
     References
     ----------
-    arXiv 2110.14168 (data), 2201.11903 (examples that think aloud).
+    arXiv 2110.14168 (data), 2201.11903 (chain-of-thought examples).
     """
 
     name: str = "gsm8k"
@@ -84,7 +85,7 @@ class GSM8K(Task):
     max_new_tokens: ClassVar[int] = 400
 
     def items(self, options: TaskOptions) -> Sequence[Item]:
-        """The first of the test split, in its order."""
+        """Items from the test split, in its order."""
         path = data_file(options.data, self.name)
         rows = (
             hub_rows(_REPOSITORY, _CONFIG, _SPLIT, _FIELDS, "--task-data gsm8k-test.jsonl")
@@ -105,17 +106,17 @@ class GSM8K(Task):
         ]
 
     def score(self, text: str, item: Item | Prediction) -> float:
-        """1 if the first number behind #### is the reference."""
+        """Score 1 if the first number after #### is the reference, else 0."""
         return _is_right(strict_match(text), item)
 
     def others(self, fp: Prediction, quantized: Prediction) -> dict[str, tuple[float, float]]:
-        """Whether the last number of the answer is right, wherever it stands."""
+        """Flexible match: score 1 if the last number of the answer is the reference."""
         exact, own = (_is_right(flexible_match(prediction.text), prediction) for prediction in (fp, quantized))
         return {"flexible match: the last number": (exact, own)}
 
 
 def strict_match(text: str) -> str | None:
-    """The first number behind ####.
+    """First number after ####.
 
     Examples
     --------
@@ -127,7 +128,7 @@ def strict_match(text: str) -> str | None:
 
 
 def flexible_match(text: str) -> str | None:
-    """The last number, wherever it stands.
+    """Last number of a text.
 
     Examples
     --------
@@ -143,17 +144,22 @@ def _plain(number: str) -> str:
 
 
 def _is_right(number: str | None, item: Item | Prediction) -> float:
-    """Numbers are compared as such: 18 is 18.00."""
+    """Score 1 if a number equals a reference as a decimal, so that 18 is 18.00."""
     try:
         return float(number is not None and Decimal(number) in {Decimal(one) for one in item.references})
     except InvalidOperation as error:
-        raise TaskError(f"{item.task} {item.id}: expected a number as reference; got {item.references}") from error
+        raise TaskError(
+            f"{item.task} {item.id}: expected numbers as references; got {item.references}. Correct the data."
+        ) from error
 
 
 def _reference(answer: str, where: str) -> str:
     number = strict_match(answer)
     if number is None:
-        raise TaskError(f"{where}: expected an answer that ends in '#### ' and a number; got {answer[-40:]!r}")
+        raise TaskError(
+            f"{where}: expected an answer that ends in '#### ' and a number; got {answer[-40:]!r}. Correct or remove "
+            "the line."
+        )
     return number
 
 

@@ -1,4 +1,4 @@
-"""A question to a model."""
+"""Item of a task: a prompt with references and limits of the answer."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,28 +10,29 @@ CellValue = str | int | float
 @final
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """A prompt, what is expected after it, and where the answer ends.
+    """Prompt with its references, and the limits of the answer.
 
     Parameters
     ----------
     task : str
-        The name under which the answer is scored; a key of `TASKS`.
+        Name of the task that scores the answer; a key of `TASKS`.
     id : str
-        Unique within the task, and the same for the same prompt in every run.
+        Identifier, unique within the task, and the same for the same prompt in every run.
     prompt : str
-        What the model reads.
+        Text of the prompt.
     references : tuple of str
-        Right answers, or parts of the right answer: the task says which. Empty where the exact model is the reference.
+        Right answers, or parts of the right answer, depending on the task. Empty if the answer in full precision is the
+        reference.
     choices : tuple of str
-        The answers that were offered, where there were.
+        Answers offered in the prompt, if any.
     cell : mapping
-        Where the item stands in a table of results, such as `{"length": 512, "depth": 0.5}`.
+        Cell of the item in a table of results, such as `{"length": 512, "depth": 0.5}`.
     max_new_tokens : int
-        The answer ends after so many tokens.
+        Maximum number of tokens of the answer.
     stop : tuple of str
-        The answer ends before the first of these.
+        Stop strings: the answer ends before the first of them.
     overlong : {'refuse', 'cut_middle'}
-        What is done with a prompt that does not fit into the context together with the answer.
+        Treatment of a prompt that does not fit into the context together with the answer: raise, or cut its middle.
     """
 
     task: str
@@ -48,5 +49,5 @@ class Item:
         if not self.prompt or self.max_new_tokens < 1 or not all(self.stop):
             raise ValueError(
                 f"{self.task} {self.id}: expected a prompt, at least 1 new token, and no empty stop string; got "
-                f"{len(self.prompt)} characters, {self.max_new_tokens} tokens, stop {self.stop}"
+                f"{len(self.prompt)} characters, {self.max_new_tokens} tokens, stop {self.stop}. Correct the item"
             )

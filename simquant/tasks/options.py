@@ -1,4 +1,4 @@
-"""What a user can choose about the items of a task."""
+"""Options for the items of tasks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,26 +11,26 @@ from simquant.tasks.errors import TaskError
 @final
 @dataclass(frozen=True, kw_only=True)
 class TaskOptions:
-    """Which items, and how many.
+    """Number and kind of a task's items.
 
     Parameters
     ----------
     count_tokens : callable
-        How many tokens a text has, those included that the tokenizer adds by itself.
+        Number of tokens of a text, special tokens of the tokenizer included.
     context_tokens : int
-        What the model can read, prompt and answer together.
+        Context length of the model, for prompt and answer together.
     limit : int or None
-        Items of a task at most; None is the task's own number.
+        Maximum number of items of a task; None is the task's own number.
     seed : int
-        Items that are drawn follow from it.
+        Seed of items that are drawn at random.
     lengths : tuple of int or None
-        Tokens of the prompts of tasks that make their own; None is what fits into the context.
+        Prompt lengths in tokens of synthetic tasks; None is the longest usual one that fits into the context.
     depths : tuple of float or None
-        Where in a prompt the answer stands, 0 to 1; None is spread evenly.
+        Depths of the answer in a prompt, 0 to 1; None spreads them evenly.
     data : Path or None
-        Local data in place of the hub's: a file, or a folder of them.
+        Local data in place of the hub's: a file, or a folder of files.
     texts : tuple of str
-        Ordinary text, for tasks that let a model go on with it.
+        Ordinary text, for tasks that continue it.
     """
 
     count_tokens: Callable[[str], int]
@@ -44,8 +44,8 @@ class TaskOptions:
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
-            raise TaskError(f"tasks: expected a limit from 1; got {self.limit}")
+            raise TaskError(f"tasks: expected a limit from 1; got {self.limit}.")
         if any(length < 1 for length in self.lengths or ()) or self.lengths == ():
-            raise TaskError(f"tasks: expected lengths from 1 token; got {self.lengths}")
+            raise TaskError(f"tasks: expected lengths from 1 token; got {self.lengths}.")
         if any(not 0 <= depth <= 1 for depth in self.depths or ()) or self.depths == ():
-            raise TaskError(f"tasks: expected depths from 0, the start, to 1, the end; got {self.depths}")
+            raise TaskError(f"tasks: expected depths from 0, the start, to 1, the end; got {self.depths}.")

@@ -1,4 +1,4 @@
-"""Answers of both models, written to a file as they come."""
+"""Predictions: answers in full precision and with a quantized cache, appended to a file."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +27,7 @@ from simquant.usage import Usage
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
 _SIDES: tuple[Side, ...] = ("quantized", "fp")
-"""Quantized answers first: if nothing was quantized, that is known before the exact model is asked."""
+"""Order of the two models: quantized first, so that a run that quantizes nothing stops before full precision runs."""
 
 
 def predict(
@@ -41,44 +41,45 @@ def predict(
     chunking: Chunking | None = None,
     progress: Progress = iter,
 ) -> None:
-    """Asks both models every item, and goes on where an earlier run stopped.
+    """Answers every item with both models, resuming an interrupted run.
 
-    Each text gets an empty cache of its own. An answer is written when it is complete, so that an interrupted run loses
-    one at most.
+    Each item gets an empty cache. An answer is written when it is complete, so that an interrupted run loses one at
+    most.
 
     Parameters
     ----------
     model : nn.Module
         A transformers causal language model.
     tokenizer : object
-        Its transformers tokenizer.
+        Tokenizer of the model.
     items : sequence of Item
-        Of any number of tasks.
+        Items of any number of tasks.
     quantizers : Artifact or mapping from Site to Quantizer
         See `packed_cache`.
     path : Path
-        File of predictions; answers that it holds are not asked for again.
+        File of predictions; items that it has answers to are skipped.
     policy : CachePolicy or None
-        Which tokens stay exact; None takes what the artifact says.
+        Tokens kept in full precision; None takes the policy of the artifact.
     chunking : Chunking or None
-        How a prompt enters the cache; None is all at once. Answers are always token by token.
+        Chunked prefill of a prompt; None is one step. Answers are decoded token by token.
     progress : callable
         Wraps the items of a task, for a progress bar.
 
     Raises
     ------
     TaskError
-        If the file holds answers to other prompts, or of another protocol; or a prompt is too long.
+        If the file holds answers to other prompts, or of another protocol; or if a prompt is too long.
     NothingQuantizedError
-        If fewer than 16 bits were asked for, and a task saw no quantized token.
+        If fewer than 16 bits were asked for, and no token of a task was quantized.
     """
+    # Everything that can be wrong is checked before the first answer: ids, lengths of prompts, and old answers.
     speakers = _Speakers(model, tokenizer, quantizers, policy or default_policy(quantizers), chunking)
     by_task: dict[str, dict[str, Item]] = {}
     for item in items:
         if by_task.setdefault(item.task, {}).setdefault(item.id, item) is not item:
-            raise TaskError(f"{item.task} {item.id}: expected one item of that id; got two")
+            raise TaskError(f"{item.task} {item.id}: expected one item of that id; got two. Give each its own id.")
     for item in items:
-        prompt_tokens(model, tokenizer, item)  # what is too long is refused before anything is asked
+        prompt_tokens(model, tokenizer, item)  # raises for a prompt that is too long, before any answer
     done = {(p.task, p.id, p.side): p for p in _continued(path)}
     for prediction in done.values():
         _check_same(path, prediction, speakers.protocols, by_task.get(prediction.task, {}).get(prediction.id))
@@ -93,7 +94,7 @@ def predict(
 
 
 class _Speakers:
-    """The exact model and the quantized one."""
+    """The model in full precision, and with a quantized cache."""
 
     def __init__(
         self,
@@ -112,7 +113,7 @@ class _Speakers:
         }
 
     def ask(self, item: Item, side: Side) -> Prediction:
-        """The answer of one of them."""
+        """Prediction of one of the two models."""
         found, fraction = self._exact(item) if side == "fp" else self._quantized(item)
         return Prediction(
             task=item.task,
@@ -145,7 +146,9 @@ class _Speakers:
         return found, usage.quantized_fraction if self._reads_codes(found) else 0.0
 
     def _reads_codes(self, found: Answer) -> bool:
-        """Whether a token of the answer is predicted from keys or values that have codes."""
+        """True if a token of the answer is predicted from encoded keys or values."""
+        # An exact prefill answers its first token without reading a code, and a window may hold the whole text: then
+        # nothing quantized is measured, whatever is stored.
         chunking = self._chunking or Chunking(prefill_tokens=found.n_prompt_tokens)
         protocol = Protocol(name="cache", policy=self._policy, chunking=chunking)
         windows = {layer.layer: layer.sliding_window for layer in self._layers}
@@ -159,7 +162,7 @@ class _Speakers:
 
 
 def _continued(path: Path) -> list[Prediction]:
-    """What an earlier run has written, without the line in which it was stopped."""
+    """Predictions of an earlier run; cuts an incomplete last line off its file."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         return []
@@ -175,10 +178,10 @@ def _check_same(path: Path, prediction: Prediction, protocols: Mapping[Side, str
     if prediction.protocol != protocols[prediction.side]:
         raise TaskError(
             f"{who}: expected answers of this protocol:\n  {protocols[prediction.side]}\ngot those of\n  "
-            f"{prediction.protocol}\nWrite to another file, or take the same model, quantizers and options."
+            f"{prediction.protocol}\nWrite to another file, or use the same model, quantizers and options."
         )
     if item is not None and prediction.question != (prompt_digest(item.prompt), item.references, item.choices):
         raise TaskError(
-            f"{who}: expected the answer to this prompt, with these references and choices; got that to another. Write "
-            "to another file, or take the same data, seed and lengths."
+            f"{who}: expected an answer to this prompt, with these references and choices; got one to another prompt. "
+            "Write to another file, or use the same data, seed and lengths."
         )

@@ -1,4 +1,4 @@
-"""What a model answered, kept line by line in a file."""
+"""Predictions, in a JSON Lines file."""
 
 import json
 import math
@@ -16,27 +16,27 @@ Side = Literal["fp", "quantized"]
 @final
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """The answer to an item, with all that scoring needs.
+    """Answer to an item, with all that scoring needs.
 
     Parameters
     ----------
     task, id, references, choices, cell
         See `Item`.
     side : {'fp', 'quantized'}
-        Whether the exact model answered, or the one with a quantized cache.
+        Model that answered: in full precision, or with a quantized cache.
     text : str
-        The answer.
+        Text of the answer.
     tokens : tuple of int
-        The answer as the model gave it, what ended it included.
+        Tokens of the answer, the one that ended it included.
     n_prompt_tokens : int
-        What the model read.
+        Number of tokens of the prompt.
     prompt_digest : str
-        Tells prompts apart, see `prompt_digest`.
+        Digest that identifies the prompt, see `prompt_digest`.
     protocol : str
-        How the answer came about, in one line.
+        Line that describes the model, the cache and the decoding.
     quantized_fraction : float or None
-        Share of the cached tokens that were quantized, 0 if the answer was over before any was read; None where no
-        fewer than 16 bits were asked for.
+        Share of the cached tokens that were quantized, 0 if the answer ended before any was read; None if no quantizer
+        has fewer than 16 bits.
     """
 
     task: str
@@ -54,11 +54,11 @@ class Prediction:
 
     @property
     def question(self) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
-        """What the answer and its score depend on: digest of the prompt, references and choices."""
+        """Properties that the answer and its score depend on: digest of the prompt, references and choices."""
         return self.prompt_digest, self.references, self.choices
 
     def to_line(self) -> str:
-        """One line of JSON."""
+        """JSON on one line."""
         return json.dumps(asdict(self), ensure_ascii=False)
 
 
@@ -71,7 +71,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    """Neither a bool, which Python takes for an integer, nor infinite, nor NaN."""
+    """True for a finite int or float, but not for a bool, which is an int in Python."""
     return type(value) in (int, float) and abs(value) < math.inf
 
 
@@ -84,29 +84,31 @@ _FITS: dict[str, Callable[[Any], bool]] = {
     "n_prompt_tokens": _is_count,
     "quantized_fraction": lambda value: value is None or (_is_number(value) and 0 <= value <= 1),
 }
-"""What each field may be in JSON."""
+"""Checks of the JSON value of each field."""
 
 
 def append_prediction(path: Path, prediction: Prediction) -> None:
-    """Adds a line to a file, which is made if there is none."""
+    """Appends a prediction to a file, which is created if there is none."""
+    # One write per line: an interrupted run leaves complete lines, and at most one incomplete one at the end.
     with path.open("a", encoding="utf-8") as file:
         file.write(prediction.to_line() + "\n")
 
 
 def read_predictions(path: Path, *, complete: bool = True) -> list[Prediction]:
-    """The predictions in a file, in its order.
+    """Predictions of a file, in its order.
 
     Parameters
     ----------
     path : Path
-        One JSON object a line.
+        File with one JSON object per line.
     complete : bool
-        False leaves out a last line without its end, which an interrupted run may leave, and lets the file be empty.
+        False skips an incomplete last line, which an interrupted run may leave, and allows an empty file.
 
     Raises
     ------
     TaskError
-        If the file is missing or empty, or a line is not a prediction, or comes twice; with the line's number.
+        If the file is missing or empty, or a line is not a prediction, or is repeated; the message has the line's
+        number.
     """
     try:
         content = path.read_bytes()
@@ -114,8 +116,8 @@ def read_predictions(path: Path, *, complete: bool = True) -> list[Prediction]:
     except (OSError, UnicodeDecodeError) as error:
         raise TaskError(f"{path}: expected a file of predictions; got {error}. Check the path.") from error
     if complete and not text.strip():
-        raise TaskError(f"{path}: expected predictions; got an empty file. Make them with evaluate --predictions FILE")
-    lines = text.split("\n")  # not splitlines(): JSON strings may hold other characters that it takes for line ends
+        raise TaskError(f"{path}: expected predictions; got an empty file. Make them with evaluate --predictions FILE.")
+    lines = text.split("\n")  # not splitlines(), which also splits at characters that JSON strings may hold
     found: dict[tuple[str, str, str], Prediction] = {}
     for number, line in enumerate(lines[:-1] if not lines[-1] else lines, 1):
         prediction = _parse(line, where := f"{path}, line {number}")
@@ -131,17 +133,23 @@ def _parse(line: str, where: str) -> Prediction:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise TaskError(
-            f"{where}: expected a JSON object; got {error}: {line:.60}. Mend or remove the line."
+            f"{where}: expected a JSON object; got {error}: {line:.60}. Correct or remove the line."
         ) from error
     if not isinstance(record, dict):
-        raise TaskError(f"{where}: expected a JSON object; got {line:.60}. Mend or remove the line.")
+        raise TaskError(f"{where}: expected a JSON object; got {line:.60}. Correct or remove the line.")
     missing = [name for name in ("task", "id", "side", "text", "references", "cell") if name not in record]
     unknown = [name for name in record if name not in _FITS]
     if missing or unknown:
-        raise TaskError(f"{where}: expected the fields of a prediction; missing {missing}, unknown {unknown}.")
+        raise TaskError(
+            f"{where}: expected the fields of a prediction; missing {missing}, unknown {unknown}. Correct or remove "
+            "the line."
+        )
     for name, value in record.items():
         if not _FITS[name](value):
-            raise TaskError(f"{where}: {name} cannot be {value!r:.60}. Was it written by evaluate --predictions?")
+            raise TaskError(
+                f"{where}: {name} cannot be {value!r:.60} in a line of evaluate --predictions. Correct or remove the "
+                "line."
+            )
     return Prediction(**{name: _tuple(value) for name, value in record.items()})
 
 

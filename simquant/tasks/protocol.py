@@ -1,4 +1,4 @@
-"""One line on how answers came about: the same line, the same way."""
+"""Line that identifies a protocol of answers: equal lines mean the same model, quantizers, policy and decoding."""
 
 import hashlib
 from collections.abc import Mapping
@@ -15,16 +15,16 @@ from simquant.policy.policy import CachePolicy
 from simquant.protocols.chunking import Chunking
 
 _SHOWN = 12
-"""Hexadecimal digits of a digest: two runs meet by chance once in 10^14."""
+"""Hexadecimal digits of a digest: two different inputs collide with probability 16^-12, about 10^-14."""
 
 
 def prompt_digest(prompt: str) -> str:
-    """A short digest of a prompt."""
+    """Short digest of a prompt."""
     return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()[:_SHOWN]
 
 
 def fp_line(model: nn.Module, layers: tuple[AttentionLayer, ...]) -> str:
-    """Of the exact model."""
+    """Line of the model in full precision."""
     return f"full precision; greedy; model {_model_digest(model, layers)}"
 
 
@@ -35,7 +35,7 @@ def quantized_line(
     policy: CachePolicy,
     chunking: Chunking | None,
 ) -> str:
-    """Of a model that answers through a packed cache."""
+    """Line of a model that answers with a packed cache."""
     prompt = "the whole prompt in one step" if chunking is None else f"the prompt {chunking.describe()}"
     return "; ".join(
         [

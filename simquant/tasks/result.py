@@ -1,4 +1,4 @@
-"""What a task found."""
+"""Result of a task."""
 
 import math
 from collections.abc import Mapping
@@ -11,29 +11,29 @@ from simquant.evaluation.figures import error_text
 @final
 @dataclass(frozen=True, kw_only=True)
 class TaskResult:
-    """The scores of a task, full precision against quantized on the same items.
+    """Scores of a task, full precision against quantized on the same items.
 
     Parameters
     ----------
     task, metric : str
-        Its name, and what is scored, from 0 to 1.
+        Name of the task, and of its score from 0 to 1.
     n : int
         Items that both models answered.
     fp, quantized : float
         Mean scores.
     fp_stderr, quantized_stderr : float
-        Their standard errors over the items (nan for a single one).
+        Standard errors of the means over items (nan for a single item).
     difference, difference_stderr : float
-        Mean of the quantized less the exact score of the same item, and its standard error, which is paired: smaller
+        Mean difference of scores, quantized less full precision, and its standard error, paired by item and so smaller
         than the two above suggest.
     cells : tuple of mapping
-        Where items stand in a table: its coordinates, and `n`, `fp` and `quantized` of each cell.
+        Cells of a table of items: coordinates, and `n`, `fp` and `quantized` of each cell.
     others : mapping
         Further means by name: `{"fp": ..., "quantized": ...}`.
     quantized_fraction : float or None
-        Share of the cached tokens that were quantized; None where no fewer than 16 bits were asked for.
+        Share of the cached tokens that were quantized; None if no quantizer has fewer than 16 bits.
     protocol : str
-        How the quantized answers came about, in one line.
+        Line that describes the quantized model, its cache and the decoding.
     """
 
     task: str
@@ -51,12 +51,12 @@ class TaskResult:
     protocol: str
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values; a standard error that a single item does not give becomes null."""
+        """JSON values; the undefined standard error of a single item becomes null."""
         plain = {**asdict(self), "cells": [dict(cell) for cell in self.cells]}
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in plain.items()}
 
     def table(self) -> str:
-        """A table for people, with a row for each cell."""
+        """Table as text, with a row for each cell."""
         rows = [
             ("full precision", f"{self.fp:.3f}, standard error {error_text(self.fp_stderr, '.3f')}"),
             ("quantized", f"{self.quantized:.3f}, standard error {error_text(self.quantized_stderr, '.3f')}"),

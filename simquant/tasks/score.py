@@ -1,4 +1,4 @@
-"""From predictions to results: no model is needed."""
+"""Scoring of predictions from a file, without a model."""
 
 import difflib
 import logging
@@ -22,30 +22,34 @@ Pair = tuple[Prediction, Prediction]
 def score_predictions(
     path: Path, tasks: Mapping[str, Task] = TASKS, *, only: Container[tuple[str, str]] | None = None
 ) -> list[TaskResult]:
-    """The results of all tasks in a file of predictions, in its order.
+    """Results of all tasks in a file of predictions, in its order.
 
     Parameters
     ----------
     path : Path
-        What `predict` wrote.
+        File written by `predict`.
     tasks : mapping from str to Task
-        Who scores which task.
+        Tasks by name.
     only : container of (task, id) or None
-        The items that count; None is all.
+        Items that count; None is all.
 
     Raises
     ------
     TaskError
-        If the file is broken, holds answers of several protocols, knows other tasks, or has no item of some task
-        answered by both models.
+        If the file is damaged, has answers of several protocols or of an unknown task, or if both models have answered
+        no item of some task.
     NothingQuantizedError
-        If fewer than 16 bits were asked for, and a task saw no quantized token.
+        If fewer than 16 bits were asked for, and no token of a task was quantized.
     """
     predictions = [p for p in read_predictions(path) if only is None or (p.task, p.id) in only]
     for side in ("fp", "quantized"):
         protocols = {prediction.protocol for prediction in predictions if prediction.side == side}
         if len(protocols) > 1:
-            raise TaskError(f"{path}: expected one protocol; got\n  " + "\n  ".join(sorted(protocols)))
+            raise TaskError(
+                f"{path}: expected answers of one protocol; got\n  "
+                + "\n  ".join(sorted(protocols))
+                + "\nSplit the file by protocol."
+            )
     by_task: dict[str, list[Prediction]] = defaultdict(list)
     for prediction in predictions:
         by_task[prediction.task].append(prediction)
@@ -53,12 +57,12 @@ def score_predictions(
 
 
 def named(tasks: Mapping[str, Task], name: str) -> Task:
-    """The task of that name.
+    """Task of that name.
 
     Raises
     ------
     TaskError
-        If there is none; with the nearest.
+        If there is none; the message has the nearest name.
     """
     if name in tasks:
         return tasks[name]
@@ -69,24 +73,25 @@ def named(tasks: Mapping[str, Task], name: str) -> Task:
 
 
 def check_quantized(task: str, predictions: Iterable[Prediction]) -> float | None:
-    """Share of the cached tokens that were quantized in the answers to a task; None where it was not asked for.
+    """Share of the cached tokens that were quantized in the answers to a task; None without quantization.
 
     Raises
     ------
     NothingQuantizedError
-        If it was, and there was none.
+        If quantizers have fewer than 16 bits and the share is zero.
     """
     counted = [(p.quantized_fraction, p.n_prompt_tokens + len(p.tokens)) for p in predictions if p.side == "quantized"]
     asked = [(fraction, n_tokens) for fraction, n_tokens in counted if fraction is not None]
     if not asked:
         return None
+    # Fractions of single answers are weighted by their tokens, so that the share is one of cached tokens.
     total = sum(n_tokens for _, n_tokens in asked)
     share = sum(fraction * n_tokens for fraction, n_tokens in asked) / total if total else 0.0
     if share == 0:
         raise NothingQuantizedError(
             f"{task}: fewer than 16 bits were asked for and no token was quantized in {len(asked)} prompts of at most "
             f"{max(n_tokens for _, n_tokens in asked)} tokens, answers included, or none was read: an exact prefill "
-            "answers with its first token. Use longer prompts or answers, or keep fewer tokens exact."
+            "answers with its first token. Use longer prompts or answers, or keep fewer tokens in full precision."
         )
     return share
 
@@ -98,13 +103,13 @@ def _pairs(path: Path, task: str, predictions: Sequence[Prediction]) -> list[Pai
     if not pairs:
         raise TaskError(
             f"{path}: {task}: expected items that both models answered; got {len(exact)} answers in full precision and "
-            f"{len(quantized)} quantized ones. Go on with evaluate --predictions {path}"
+            f"{len(quantized)} quantized ones. Complete them with evaluate --predictions {path}"
         )
     for fp, other in pairs:
         if fp.question != other.question:
             raise TaskError(
                 f"{path}: {task} {fp.id}: expected the same prompt, references and choices for both models; got "
-                "different ones. Remove both lines, and go on."
+                "different ones. Remove both lines, and run evaluate --predictions again."
             )
     alone = len(exact) + len(quantized) - 2 * len(pairs)
     if alone:
@@ -113,6 +118,7 @@ def _pairs(path: Path, task: str, predictions: Sequence[Prediction]) -> list[Pai
 
 
 def _result(task: Task, pairs: Sequence[Pair]) -> TaskResult:
+    # Both models answer the same items, so that the error of the difference is that of the paired differences.
     scores = [task.scores(*pair) for pair in pairs]
     fp, fp_stderr = mean_and_stderr([exact for exact, _ in scores])
     quantized, quantized_stderr = mean_and_stderr([own for _, own in scores])
@@ -136,6 +142,7 @@ def _result(task: Task, pairs: Sequence[Pair]) -> TaskResult:
 
 
 def _cells(pairs: Sequence[Pair], scores: Sequence[tuple[float, float]]) -> tuple[Mapping[str, object], ...]:
+    # The coordinates of a cell as a hashable key, so that items of equal coordinates meet in one cell.
     found: dict[tuple[tuple[str, object], ...], list[tuple[float, float]]] = defaultdict(list)
     for (fp, _), both in zip(pairs, scores, strict=True):
         found[tuple(fp.cell.items())].append(both)
@@ -143,7 +150,7 @@ def _cells(pairs: Sequence[Pair], scores: Sequence[tuple[float, float]]) -> tupl
 
 
 def _order(entry: tuple[tuple[tuple[str, object], ...], object]) -> list[tuple[str, bool, float, str]]:
-    """Coordinates by name, numbers by size and before words."""
+    """Sort key of a cell: coordinates by name, numbers by size and before words."""
     return [
         (name, isinstance(value, str), 0.0 if isinstance(value, str) else float(str(value)), str(value))
         for name, value in entry[0]

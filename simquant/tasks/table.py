@@ -1,4 +1,4 @@
-"""The tasks that can be asked for by name."""
+"""Tasks and groups of tasks by name."""
 
 from collections.abc import Mapping
 
@@ -52,9 +52,9 @@ _OWN: tuple[Task, ...] = (
 )
 
 TASKS: Mapping[str, Task] = {**{task.name: task for task in _OWN}, **longbench_tasks()}
-"""By name: how the items of ordinary models are made, and how answers are scored, for whichever model."""
+"""Tasks by name."""
 
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "synthetic": ("multi_key", "multi_value", "variables", "common_words"),
 }
-"""Names that stand for several tasks; `longbench_group` knows those of LongBench."""
+"""Names of several tasks; see `longbench_group` for those of LongBench."""

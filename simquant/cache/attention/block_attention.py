@@ -59,6 +59,7 @@ class BlockAttention:
         q_heads, n_queries, head_dim = query.shape
         self._scoring, self._dtype = scoring, query.dtype
         self._query = (widened(query) * scoring.scaling).view(kv_heads, q_heads // kv_heads, n_queries, head_dim)
+        # Running state per KV head, query head of its group, and query: maximum m, sum l, and output o (`_sum`).
         state = (kv_heads, q_heads // kv_heads, n_queries)
         logits = scoring.sink_logits
         if logits is None:
@@ -88,6 +89,7 @@ class BlockAttention:
 
     def result(self) -> Float[Tensor, "queries q_heads value_dim"]:
         """Attention output; zeros for a query that saw no token."""
+        # o / l; l is at least exp(0) = 1 for a query that saw a token, and 0 otherwise, when o is 0 as well.
         total = torch.zeros_like(self._query) if self._sum is None else self._sum
         mean = total / self._total.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
         return mean.flatten(0, 1).transpose(0, 1).to(self._dtype)

@@ -47,6 +47,8 @@ def attention_replaced(model: nn.Module, handlers: Mapping[nn.Module, Handler]) 
             f"{type(model).__name__}: its attention function is replaced already: contexts of packed_cache and "
             "decode_exact do not nest. Leave the outer context first; one context can make several caches."
         )
+    # transformers looks the attention function up by config._attn_implementation in every forward pass, and its mask
+    # function under the same name: registering both and changing the name in the configurations replaces no code.
     AttentionInterface.register(_NAME, _attention)
     AttentionMaskInterface.register(_NAME, _mask)
     configs = _configs(model, handlers)
@@ -115,6 +117,7 @@ def check_handed(module: nn.Module, cached: tuple[Tensor, Tensor] | None, handed
     UnsupportedModelError
         If it is given others: the packed cache cannot apply the module's change to its older tokens.
     """
+    # As a rule the tensors are identical objects; copies are compared by value.
     for name, own, other in zip(("keys", "values"), cached or (None, None), handed, strict=True):
         if own is not other and not (own is not None and _equal(own, other)):
             got = "nothing" if own is None else tuple(own.shape)
@@ -197,6 +200,8 @@ def _visible(mask: Tensor, module: nn.Module) -> Bool[Tensor, "batch queries tok
         )
     if mask.dtype == torch.bool:
         return mask[:, 0]
+    # Additive masks hide with the lowest number of their dtype, or with -inf where two were added; half of that number
+    # separates both from any bias.
     seen, hidden = mask[:, 0] == 0, mask[:, 0] <= torch.finfo(mask.dtype).min / 2
     if not (seen | hidden).all():
         raise UnsupportedModelError(

@@ -45,6 +45,8 @@ class Tokens:
             self._key = ()
             return
         mask = _checked(layer, mask, size)
+        # The mask is read once per step. `_version` counts in-place changes of the tensor, so that a reused buffer with
+        # another content is read again; inference tensors have no version.
         key = (size, n_past, None if mask.is_inference() else mask._version)
         if self._seen() is mask and self._key == key:  # the layers of a model share one mask tensor
             return
@@ -118,6 +120,8 @@ def _read(
     if mask.ndim == 2:
         seen = mask.bool().expand(batch, -1)
         return seen[:, first : first + n_tokens], seen[:, :first].sum(dim=1)
+    # In a causal mask token i sees column i: the diagonal of the new columns is false for padding alone, whatever a
+    # sliding window hides. The first real query sees all real tokens of the cache before it, within its window.
     rows = (mask if mask.ndim == 4 else mask.unsqueeze(1)).expand(batch, -1, n_tokens, -1)
     real = _seen(rows[:, :, new, first + new], hides)
     before = _seen(rows[every, :, real.int().argmax(dim=1).cpu(), :first], hides).sum(dim=1)

@@ -29,6 +29,7 @@ def layer_record(store: LayerStore, pool: TensorPool) -> Record:
 
 def tables_record(tables: RotaryTables, pool: TensorPool) -> Record:
     """Record of the rotary tables; of tables whose two halves are equal, the first half."""
+    # The rotate-half convention of most models repeats the same angles in both halves of a head: half is enough.
     whole = list(tables.tensors())
     halves = [table[..., : table.shape[-1] // 2] for table in whole]
     twice = [torch.equal(torch.cat([half, half], dim=-1), table) for half, table in zip(halves, whole, strict=True)]

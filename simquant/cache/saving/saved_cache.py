@@ -62,6 +62,7 @@ def save_cache(cache: PackedCache, path: str | Path) -> None:
             "save_cache: expected a cache between two steps; got layers of "
             f"{', '.join(map(str, sorted(n_columns)))} tokens, left by a step that failed. Make a new cache."
         )
+    # JSON header for counts and structure, arrays for all tensors: loading needs no pickle, and runs no code of a file.
     pool = TensorPool()
     header = {
         **_made_for(cache),
@@ -115,6 +116,7 @@ def load_cache(path: str | Path, cache: PackedCache) -> PackedCache:
 
 
 def _fill(cache: PackedCache, stored: Stored) -> None:
+    # Everything is read before anything is assigned, so that a damaged file leaves the cache empty.
     readers = [CacheReader(stored.arrays, _device(layer.store.layer.module)) for layer in cache.layers]
     records = stored.header["layers"]
     sequences = [

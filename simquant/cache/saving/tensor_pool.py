@@ -31,6 +31,8 @@ class TensorPool:
 
     def add(self, tensor: Tensor) -> Place:
         """Adds a tensor, and returns its place."""
+        # safetensors stores a name, dtype and shape for each array: a cache of thousands of blocks, each with several
+        # small tensors, becomes one array for each dtype and row shape.
         name = ".".join([str(tensor.dtype).removeprefix("torch."), *map(str, tensor.shape[1:])])
         start = self._ends.get(name, 0)
         self._parts.setdefault(name, []).append(tensor.detach().cpu())
@@ -51,6 +53,7 @@ def take(arrays: Mapping[str, Array], place: Place, device: torch.device | None 
     KeyError, ValueError
         If the pool has no such place.
     """
+    # Places come from a file: check them, as slicing beyond the end of an array returns fewer rows without an error.
     name, start, n_rows = str(place[0]), int(place[1]), int(place[2])
     rows = arrays[name][start : start + n_rows]
     if start < 0 or len(rows) != n_rows:

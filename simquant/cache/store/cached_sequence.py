@@ -74,6 +74,8 @@ class Survivors:
         """
         if n_tokens >= self.n_seen:
             return self
+        # Tokens after the last eviction can go; before it, the choice of evicted tokens was made with attention from
+        # tokens that would no longer exist.
         if n_tokens < self.evicted_at:
             raise CacheStateError(
                 f"{who}: cannot crop to {n_tokens} tokens: the last eviction was at {self.evicted_at} tokens, and "
@@ -125,6 +127,8 @@ class CachedSequence:
         self, rows: Mapping[Site, Float[Tensor, "tokens channels"]], sources: DecodedSources, sequence: int
     ) -> "CachedSequence":
         """Sequence with more tokens: `rows` are keys, then values; `sequence` is its index in the batch."""
+        # Keys before values: values may be predicted from the keys of their own layer. The choice of small key norms
+        # holds for both, so that a kept token is in full precision on both sides.
         key, _ = rows.values()
         small, kept = (None, None) if self.small is None else self.small.extended(key)
         for store, (site, own) in zip(self.stores(), rows.items(), strict=True):

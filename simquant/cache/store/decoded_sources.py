@@ -32,6 +32,7 @@ class DecodedSources:
         self._sources = {site: quantizer.sources for site, quantizer in quantizers.items()}
         self._last: dict[Site, Site] = {}
         self._rows: dict[tuple[Site, int], Tensor] = {}
+        # Sites are sorted in the order in which the model computes them: the last assignment is the last reader.
         for site in sorted(self._sources):
             for source in self._sources[site]:
                 if source not in quantizers:

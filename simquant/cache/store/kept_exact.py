@@ -49,6 +49,7 @@ class KeptExact(AbstractWrapper):
 
     def joined(self, codes: Codes, x: Float[Tensor, "tokens channels"], kept: Bool[Tensor, " tokens"]) -> Codes:
         """Codes of all tokens, with the kept rows of `x` beside them."""
+        # "counts" says per token if it is kept (0 or 1), so that codes can be cut, joined and selected token by token.
         exact = {"counts": kept.to(torch.uint8), "values": x[kept]}
         spans = {"values": Span(entries="counts")}
         return Codes(tensors=exact, shape=codes.shape, dtype=codes.dtype, spans=spans, inner=codes)

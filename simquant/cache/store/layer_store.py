@@ -93,6 +93,7 @@ class LayerStore:
                 f"got {batch}. Use a new cache for another text."
             )
         self._forget()
+        # "batch kv_heads tokens head_dim" to "batch tokens channels": a token's codes cover all heads.
         rows = {site: to_rows(x).view(batch, tokens, -1) for site, x in zip(self.quantizers, (key, value), strict=True)}
         for index, sequence in enumerate(self.sequences):
             n_padding = 0 if real is None else self._padding(sequence, real[index])
@@ -228,6 +229,7 @@ class LayerStore:
         if survivors is not None:
             survivors = survivors.cropped(n_tokens, f"layers.{self.layer.layer}")
             n_tokens = len(survivors.numbers)
+        # The next query sees at most the last sliding_window tokens.
         for store in sequence.stores():
             needed = max(0, n_tokens - (self.layer.sliding_window or n_tokens))
             if n_tokens and store.first_token > needed:

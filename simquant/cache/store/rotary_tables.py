@@ -84,4 +84,5 @@ class RotaryTables:
 
 
 def _same_rows_once(tables: Float[Tensor, "2 batch tokens rotary_dim"]) -> Float[Tensor, "2 rows tokens rotary_dim"]:
+    # Rows differ where padding shifts position ids; otherwise one row serves the whole batch.
     return tables[:, :1].clone() if (tables == tables[:, :1]).all() else tables

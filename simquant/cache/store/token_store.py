@@ -107,6 +107,7 @@ class TokenStore:
 
     def spans(self) -> Iterator[tuple[int, int]]:
         """Ranges of tokens to decode together, of a block each; the first also covers the sinks."""
+        # Ranges end on the grid of the blocks of codes, so that each block is decoded once.
         start = self.first_token
         grid = self.sink_tokens + self._forgotten_blocks * self.block_tokens
         for end in range(grid + self.block_tokens, self.n_tokens, self.block_tokens):
@@ -189,6 +190,7 @@ class TokenStore:
         ValueError
             If that would split tokens that share scales.
         """
+        # Blocks before the first evicted token are unchanged; the codes after it are selected and cut into blocks anew.
         dropped = (~kept).nonzero()[:, 0]
         if not len(dropped):
             return
@@ -218,6 +220,8 @@ class TokenStore:
         """
         other = self.copy()
         other.n_tokens = n_tokens = max(0, min(n_tokens, self.n_tokens))
+        # A token that has been encoded is not restored to full precision: the cropped cache differs from one that never
+        # held the later tokens by that alone.
         n_recent = max(0, n_tokens - self.encoded_end)
         if self._sinks is not None and self._recent is not None:
             other._sinks, other._recent = _owned(self._sinks[:n_tokens]), _owned(self._recent[:n_recent])

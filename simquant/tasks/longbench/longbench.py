@@ -1,4 +1,4 @@
-"""A task of LongBench: questions on long documents."""
+"""Task of LongBench: questions on long documents."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -38,27 +38,28 @@ _LENGTHS = ((4000, "0-4k"), (8000, "4-8k"))
 @final
 @dataclass(frozen=True, kw_only=True)
 class LongBench(Task):
-    """Questions of one LongBench data set, cut in the middle where they do not fit into the context.
+    """Questions of one LongBench data set; prompts that do not fit into the context are cut in the middle.
 
-    The prompts are worded anew, so that scores compare runs of this program with each other, not with published tables.
+    The prompts have our own wording, so that scores compare runs of this program with each other, not with published
+    tables.
 
     Parameters
     ----------
     name : str
-        As on the command line.
+        Name on the command line.
     dataset : str
-        Such as `hotpotqa`; with `_e` at its end that of LongBench-E, in which short, middling and long documents are
-        equally many.
+        Name of the data set, such as `hotpotqa`; with the suffix `_e` that of LongBench-E, which has equally many
+        short, medium and long documents.
     metric : str
-        A function of `simquant.tasks.longbench.metrics`; the reference that the answer comes nearest to counts.
+        Function of `simquant.tasks.longbench.metrics`; the best score over all references counts.
     prompt : str
-        Holds `{context}`, and `{input}` where the data set has one.
+        Template with `{context}`, and `{input}` if the data set has one.
     max_new_tokens : int
-        Of the answer.
+        Maximum number of tokens of the answer.
     language : {'en', 'zh'}
-        Of the answers.
+        Language of the answers.
     first_line : bool
-        Only the first line of an answer counts.
+        Score only the first line of an answer.
 
     References
     ----------
@@ -75,11 +76,11 @@ class LongBench(Task):
 
     @property
     def file_name(self) -> str:
-        """Of the local data, in the authors' folder."""
+        """File name of the local data in the authors' folder."""
         return f"{self.dataset}.jsonl"
 
     def items(self, options: TaskOptions) -> Sequence[Item]:
-        """The questions in the data's order: all of them where there is no limit."""
+        """Items in the order of the data; all of them without a limit."""
         source, rows = self._rows(options)
         items: dict[str, Item] = {}
         for number, row in enumerate(rows[: options.limit], 1):
@@ -90,7 +91,7 @@ class LongBench(Task):
         return list(items.values())
 
     def score(self, text: str, item: Item | Prediction) -> float:
-        """The metric against the nearest reference."""
+        """Metric against the best-matching reference."""
         answer = text.strip().partition("\n")[0] if self.first_line else text
         return best(self._comparison(item.choices), answer, item.references)
 
@@ -103,18 +104,25 @@ class LongBench(Task):
     def _item(self, row: Row, where: str) -> Item:
         answers, classes = row["answers"], row.get("all_classes") or []
         if str(row.get("dataset", self.dataset)).removesuffix("_e") != self.dataset.removesuffix("_e"):
-            raise TaskError(
-                f"{where}: expected rows of {self.dataset}; got one of {row['dataset']}. Is it another file?"
-            )
+            raise TaskError(f"{where}: expected rows of {self.dataset}; got one of {row['dataset']}. Use another file.")
         if not answers or not all(isinstance(text, str) for text in (*answers, *classes)):
-            raise TaskError(f"{where}: expected answers, and classes or none, as texts; got {answers!r:.60}")
+            raise TaskError(
+                f"{where}: expected answers, and all_classes if any, as lists of text; got {answers!r:.60} and "
+                f"{classes!r:.60}. Correct or remove the line."
+            )
         if self.metric == "class_match" and not classes:
-            raise TaskError(f"{where}: expected all_classes, of which {self.dataset} asks one; got none")
+            raise TaskError(
+                f"{where}: expected all_classes, from which an answer to {self.dataset} is chosen; got none. Correct "
+                "or remove the line."
+            )
         if self.metric == "number_match" and not all(re.search(r"\d", text) for text in answers):
-            raise TaskError(f"{where}: expected a number in each answer; got {answers!r:.60}")
+            raise TaskError(
+                f"{where}: expected a number in each answer; got {answers!r:.60}. Correct or remove the line."
+            )
         return Item(
             task=self.name,
             id=row["_id"],
+            # Both fields in one pass: a context that contains "{input}" stays as it is.
             prompt=re.sub(r"\{(context|input)\}", lambda match: str(row[match[1]]), self.prompt),
             references=tuple(answers),
             choices=tuple(classes),

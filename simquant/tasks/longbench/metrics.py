@@ -1,4 +1,4 @@
-"""How near the text of an answer comes to a reference, from 0 (nothing in common) to 1 (the same)."""
+"""Metrics of LongBench: similarity of an answer to a reference, from 0 (nothing in common) to 1 (equal)."""
 
 import re
 import string
@@ -15,7 +15,7 @@ _NOT_CODE = ("#", "//", "```")
 
 
 def best(metric: Callable[[str, str], float], text: str, references: Iterable[str]) -> float:
-    """The score against the reference that the text comes nearest to; 0 where there is none."""
+    """Best score over the references; 0 without references."""
     return max((metric(text, reference) for reference in references), default=0.0)
 
 
@@ -58,9 +58,9 @@ def rouge_l(text: str, reference: str, language: Language = "en") -> float:
 
 
 def class_match(text: str, reference: str, classes: Iterable[str]) -> float:
-    """One over the number of classes that the text names, if the right one is among them.
+    """Score 1 / n for a text that names n classes, the right one included; else 0.
 
-    A name that is part of the right one, as `Number` is of `Number of something`, does not count against it.
+    A class name that is part of the right one, as `Number` is of `Number of something`, does not count.
 
     Examples
     --------
@@ -74,7 +74,7 @@ def class_match(text: str, reference: str, classes: Iterable[str]) -> float:
 
 
 def number_match(text: str, reference: str) -> float:
-    """Share of the whole numbers in the text that are the first one of the reference: a count, or a paragraph's.
+    """Share of the integers in the text that equal the first one of the reference (a count, or a paragraph's number).
 
     Raises
     ------
@@ -88,15 +88,14 @@ def number_match(text: str, reference: str) -> float:
     """
     wanted, found = (re.findall(r"\d+", each) for each in (reference, text))
     if not wanted:
-        raise ValueError(f"number_match: expected a number in the reference; got {reference!r:.100}")
+        raise ValueError(f"number_match: expected a number in the reference; got {reference!r:.100}. Correct the data")
     return sum(int(number) == int(wanted[0]) for number in found) / len(found) if found else 0.0
 
 
 def edit_similarity(text: str, reference: str) -> float:
-    """Share of the characters of both lines that stay when only insertions and deletions turn one into the other.
+    """Similarity of two lines by edit distance with insertions and deletions alone: share of the characters kept.
 
-    The line is the first of the text that is neither blank, nor a comment, nor the fence of a code block; blanks around
-    it do not count.
+    The line is the first of the text that is not blank, a comment or a code fence, without surrounding blanks.
 
     Examples
     --------
@@ -110,15 +109,15 @@ def edit_similarity(text: str, reference: str) -> float:
 
 
 def common_subsequence(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
-    """Length of the longest common subsequence.
-
-    One row of the usual table is the bits of an integer, in which a zero at i says that the length grows at a[i], so
-    that a step over b costs a few operations on integers.
+    """Length of the longest common subsequence, bit-parallel.
 
     References
     ----------
     Hyyrö, Bit-parallel LCS-length computation revisited, AWOCA 2004.
     """
+    # A row of the dynamic-programming table rises by 0 or 1 from one column to the next; bit i of `row` is 0 where it
+    # rises at a[i]. Each item of b updates the whole row by one addition, whose carries move rises to the next match,
+    # and one subtraction on integers of len(a) bits. The length is the number of rises, the zeros of the last row.
     places: defaultdict[Hashable, int] = defaultdict(int)
     for i, item in enumerate(a):
         places[item] |= 1 << i
@@ -131,7 +130,9 @@ def common_subsequence(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
 
 
 def _f1(n_common: int, n_found: int, n_wanted: int, *, same: bool) -> float:
-    """Two sides of which nothing is left fit only if the texts were the same: no answer is not "the"."""
+    """F1 score from numbers of common, found and wanted words."""
+    # Without words on either side (an empty answer against "the") the score is 1 only for equal texts.
+    # 2 P R / (P + R) with P = common / found and R = common / wanted.
     return 2 * n_common / (n_found + n_wanted) if n_found + n_wanted else float(same)
 
 

@@ -1,4 +1,4 @@
-"""The tasks of LongBench, from the table beside this file."""
+"""Tasks of LongBench, from `longbench.yaml`."""
 
 import difflib
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ _TABLE = Path(__file__).with_name("longbench.yaml")
 
 
 def longbench_tasks(prompts: Path | None = None) -> dict[str, LongBench]:
-    """All tasks by name: those of LongBench, then those of LongBench-E.
+    """Tasks by name: those of LongBench, then those of LongBench-E.
 
     Parameters
     ----------
@@ -24,7 +24,7 @@ def longbench_tasks(prompts: Path | None = None) -> dict[str, LongBench]:
     Raises
     ------
     TaskError
-        If it cannot be read, names a data set that there is not, or a template lacks `{context}`.
+        If the file cannot be read, names an unknown data set, or has a template without `{context}`.
     """
     table: dict[str, dict[str, Any]] = _load(_TABLE)
     for dataset, template in ({} if prompts is None else _templates(prompts, table)).items():
@@ -39,19 +39,19 @@ def longbench_tasks(prompts: Path | None = None) -> dict[str, LongBench]:
 
 
 def longbench_group(group: str, data: Path | None = None) -> tuple[str, ...]:
-    """The names of the tasks that `longbench` or `longbench-e` stands for.
+    """Names of the tasks in a group.
 
     Parameters
     ----------
     group : str
-        One of the two.
+        `longbench` or `longbench-e`.
     data : Path or None
-        Local data, of which a task needs its file; None is the hub, which has all.
+        Folder of local data: only tasks whose file is there; None is the hub, with all tasks.
 
     Raises
     ------
     TaskError
-        If the data is for none of them.
+        If the folder has no file of any task.
     """
     tasks = [task for task in longbench_tasks().values() if task.name.startswith(f"{group}:")]
     found = tuple(task.name for task in tasks if data is None or (data / task.file_name).exists())
@@ -75,7 +75,9 @@ def _templates(path: Path, table: Mapping[str, object]) -> dict[str, str]:
             advice = f"Did you mean {close[0]}?" if close else f"They are {', '.join(table)}."
             raise TaskError(f"{path}: expected data sets of LongBench; got {dataset!r}. {advice}")
         if not isinstance(template, str) or "{context}" not in template:
-            raise TaskError(f"{path}, {dataset}: expected a template that holds {{context}}; got {template!r:.80}.")
+            raise TaskError(
+                f"{path}, {dataset}: expected a template with {{context}}; got {template!r:.80}. Add {{context}}."
+            )
     return templates
 
 
@@ -85,5 +87,5 @@ def _load(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise TaskError(f"{path}: expected a .yaml file in UTF-8; got {error}. Check the path.") from error
     if not isinstance(found, dict):
-        raise TaskError(f"{path}: expected data sets with their templates; got {found!r:.80}.")
+        raise TaskError(f"{path}: expected a mapping from data sets to templates; got {found!r:.80}. Correct the file.")
     return found

@@ -1,4 +1,4 @@
-"""A list in which some words come far more often than the others."""
+"""Common-words task: name the most frequent words of a list."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ from simquant.tasks.task import Task
 
 _COMMON = 3
 _RARE = 2
-"""Of each five words of the list three are the common ones, and two are others in turn."""
+"""Of every five words of the list three are the common ones, and two are others in turn."""
 _LEAST = 10
-"""Words of a list: in shorter ones others may be as common."""
+"""Minimum words of a list: in shorter ones other words may be as frequent."""
 _OPENING = "Below is a list of words, some of which come again and again."
 _QUESTION = f"Question: Which {_COMMON} words are the most common in the list?\nAnswer: The words are"
 
@@ -28,7 +28,7 @@ _QUESTION = f"Question: Which {_COMMON} words are the most common in the list?\n
 @final
 @dataclass(frozen=True, kw_only=True)
 class CommonWords(Task):
-    """Which words of a list are the most common.
+    """Task of naming the most frequent words of a list.
 
     References
     ----------
@@ -40,12 +40,12 @@ class CommonWords(Task):
     max_new_tokens: ClassVar[int] = 16
 
     def items(self, options: TaskOptions) -> Sequence[Item]:
-        """A list of each length in turn."""
+        """Items, with a list of each length in turn."""
         lengths = lengths_of(self.name, options, self.max_new_tokens)
         return [self._item(options, place) for place in places(lengths, (None,), options.limit or self.n_items)]
 
     def score(self, text: str, item: Item | Prediction) -> float:
-        """Share of them that the answer names."""
+        """Share of the frequent words that the answer names."""
         return found_share(text, item.references)
 
     def _item(self, options: TaskOptions, place: Place) -> Item:
@@ -64,10 +64,11 @@ class CommonWords(Task):
 
 
 def _prompt(words: Sequence[str], seed: str, n_more: int) -> str:
-    """The first words of the sequence are the common ones of the list."""
+    """Prompt with a list in which the first words of `words` are the frequent ones."""
     draw, common, rare = Random(f"list {seed}"), words[:_COMMON], words[_COMMON:]
     listed: list[str] = []
     while len(listed) < _LEAST + n_more:
+        # Rare words take turns, two in every five words, so that none becomes as frequent as a common one.
         first = _RARE * len(listed) // (_COMMON + _RARE)
         others = [rare[(first + i) % len(rare)] for i in range(_RARE)]
         listed += sample(draw, [*common, *others], _COMMON + _RARE)

@@ -1,4 +1,4 @@
-"""Items over lengths and depths."""
+"""Grid of prompt lengths and answer depths."""
 
 from collections.abc import Sequence
 from itertools import count, islice
@@ -7,20 +7,20 @@ from typing import NamedTuple
 from simquant.tasks.item import CellValue
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""Where a single sentence stands in a prompt, if nothing else is asked for."""
+"""Default depths of a single needle in a prompt."""
 
 
 class Place(NamedTuple):
-    """Which item of which cell.
+    """Cell of the grid, and number of an item in it.
 
     Parameters
     ----------
     length : int
-        Of the prompt.
+        Length of the prompt in tokens.
     depth : float or None
-        Where in the prompt the answer stands, where it stands in one place.
+        Depth of the needle in the prompt; None for several needles.
     number : int
-        Within the cell, from 0.
+        Number of the item in the cell, from 0.
     """
 
     length: int
@@ -29,16 +29,16 @@ class Place(NamedTuple):
 
     @property
     def id(self) -> str:
-        """Such as `512/0.25/3`."""
+        """Identifier such as `512/0.25/3`."""
         return "/".join(str(value) for value in self if value is not None)
 
     def cell(self, unit: str) -> dict[str, CellValue]:
-        """The coordinates, by the name of the length's unit."""
+        """Coordinates of the cell, with a name for the length."""
         return {unit: self.length} if self.depth is None else {unit: self.length, "depth": self.depth}
 
 
 def places(lengths: Sequence[int], depths: Sequence[float | None], n_items: int) -> list[Place]:
-    """Each cell once, then each a second time, and so on.
+    """Places of n items, dealt to the cells in turn.
 
     Examples
     --------

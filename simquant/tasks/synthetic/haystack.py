@@ -1,4 +1,4 @@
-"""Tasks whose answer is hidden in a text of a wanted length."""
+"""Needle-in-a-haystack tasks: an answer hidden in filler text of a given length."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,22 +19,22 @@ from simquant.tasks.task import Task
 @final
 @dataclass(frozen=True, kw_only=True)
 class Haystack(Task):
-    """Puzzles among sentences that have nothing to do with them.
+    """Puzzles hidden among filler sentences.
 
-    A single needle stands at the depths that are asked for, several stand at random places in their order.
+    A single needle is placed at the depths of the options; several needles are placed at random, in their order.
 
     Parameters
     ----------
     name, metric : str
         See `Task`.
     draw : callable
-        A puzzle from a stream of random numbers.
+        Function that draws a puzzle from a random generator.
     compare : callable
-        The score of an answer against the references.
+        Score of an answer against the references.
     single : bool
-        Whether puzzles have one needle.
+        True if puzzles have one needle.
     max_new_tokens : int
-        Of an answer; enough for tokenizers that take digits one by one.
+        Maximum number of tokens of an answer, enough for tokenizers with a token per digit.
 
     References
     ----------
@@ -49,13 +49,13 @@ class Haystack(Task):
     max_new_tokens: int = 16
 
     def items(self, options: TaskOptions) -> Sequence[Item]:
-        """A puzzle for each length and depth in turn."""
+        """Items, with a puzzle for each length and depth in turn."""
         lengths = lengths_of(self.name, options, self.max_new_tokens)
         depths = (options.depths or DEPTHS) if self.single else (None,)
         return [self._item(options, place) for place in places(lengths, depths, options.limit or self.n_items)]
 
     def score(self, text: str, item: Item | Prediction) -> float:
-        """What `compare` says."""
+        """Score of an answer by `compare`."""
         return self.compare(text, item.references)
 
     def _item(self, options: TaskOptions, place: Place) -> Item:
@@ -76,9 +76,10 @@ class Haystack(Task):
 
 
 def _prompt(puzzle: Puzzle, depths: Sequence[float], seed: str, n_fillers: int) -> str:
-    """The needles among other sentences; at depth 0 before all of them, at depth 1 behind."""
+    """Prompt with the needles among filler sentences; depth 0 is before all of them, depth 1 after."""
     draw = Random(f"fillers {seed}")
     sentences = [FILLER[int(draw.random() * len(FILLER))] for _ in range(n_fillers)]
+    # Inserting the last needle first leaves the positions of the others valid.
     for needle, depth in reversed(list(zip(puzzle.needles, depths, strict=True))):
         sentences.insert(round(depth * n_fillers), needle)
     return f"{puzzle.opening}\n\n{' '.join(sentences)}\n\n{puzzle.question}"

@@ -1,4 +1,4 @@
-"""Prompts of a wanted number of tokens."""
+"""Prompts of a given number of tokens."""
 
 from collections.abc import Callable
 
@@ -6,16 +6,16 @@ from simquant.tasks.errors import TaskError
 from simquant.tasks.options import TaskOptions
 
 _USUAL = (4096, 2048, 1024, 512, 256)
-"""Tokens of a prompt where none are asked for: the first of these that fits."""
+"""Default prompt lengths in tokens: the first that fits into the context is used."""
 
 
 def lengths_of(task: str, options: TaskOptions, max_new_tokens: int) -> tuple[int, ...]:
-    """The wanted lengths in tokens, or a usual one that fits into the context together with the answer.
+    """Prompt lengths of the options, or the longest default that leaves room for the answer in the context.
 
     Raises
     ------
     TaskError
-        If one does not fit.
+        If a length does not fit.
     """
     room = options.context_tokens - max_new_tokens
     lengths = options.lengths or (next((length for length in _USUAL if length <= room), room),)
@@ -28,7 +28,7 @@ def lengths_of(task: str, options: TaskOptions, max_new_tokens: int) -> tuple[in
 
 
 def longest_fit(write: Callable[[int], str], n_tokens: int, options: TaskOptions, task: str) -> str:
-    """The text `write(n)` for the largest n with which it has at most `n_tokens` tokens; found by bisection.
+    """Text `write(n)` of at most `n_tokens` tokens with the largest n, found by bisection.
 
     Raises
     ------
@@ -38,9 +38,10 @@ def longest_fit(write: Callable[[int], str], n_tokens: int, options: TaskOptions
     least = options.count_tokens(write(0))
     if least > n_tokens:
         raise TaskError(
-            f"{task}: expected a length of at least {least} tokens, which the question alone takes; got {n_tokens}. "
+            f"{task}: expected a length of at least {least} tokens, which the question alone needs; got {n_tokens}. "
             "Use larger --task-lengths."
         )
+    # Doubling until the text is too long, then bisection: write(low) fits, write(high) does not.
     low, high = 0, 1
     while options.count_tokens(write(high)) <= n_tokens:
         low, high = high, 2 * high

@@ -1,4 +1,4 @@
-"""What is hidden in a long text, what is asked, and the answer; all wording is ours."""
+"""Puzzles of synthetic tasks: needles to hide in a long text, question and answer; all wording is ours."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,16 +20,16 @@ _DECOYS = 2
 @final
 @dataclass(frozen=True, kw_only=True)
 class Puzzle:
-    """A question whose answer is spread over a text.
+    """Question whose answer is hidden in a text.
 
     Parameters
     ----------
     opening : str
-        Stands before the text.
+        Instruction before the text.
     needles : tuple of str
-        Sentences of the text that matter, in their order.
+        Sentences to hide in the text, in their order.
     question : str
-        Stands after the text, and ends where the answer begins.
+        Question after the text, up to the beginning of the answer.
     references : tuple of str
         All parts of the answer.
     """
@@ -41,7 +41,7 @@ class Puzzle:
 
 
 def passkey(draw: Random) -> Puzzle:
-    """A number of five digits."""
+    """Puzzle with a number of five digits."""
     key = str(_between(draw, 10_000, 99_999))
     return Puzzle(
         opening="Somewhere in the text below stands a pass key. Find it and remember it.",
@@ -52,7 +52,7 @@ def passkey(draw: Random) -> Puzzle:
 
 
 def needle(draw: Random) -> Puzzle:
-    """A place, told in one sentence."""
+    """Puzzle with a place, told in one sentence."""
     (name,), (thing,), (town,), (place,) = (sample(draw, words, 1) for words in (NAMES, THINGS, TOWNS, HIDING_PLACES))
     return Puzzle(
         opening="Read the text below; a question about one of its sentences follows.",
@@ -63,7 +63,7 @@ def needle(draw: Random) -> Puzzle:
 
 
 def multi_key(draw: Random) -> Puzzle:
-    """Numbers of several things, of which one is asked."""
+    """Puzzle with numbers of several things, one of which is asked."""
     things = sample(draw, THINGS, _KEYS)
     numbers = [str(_between(draw, 1000, 9999)) for _ in things]
     asked = _between(draw, 0, _KEYS - 1)
@@ -76,7 +76,7 @@ def multi_key(draw: Random) -> Puzzle:
 
 
 def multi_value(draw: Random) -> Puzzle:
-    """Several numbers of two things; all numbers of one of them are asked."""
+    """Puzzle with several numbers of two things; all numbers of one thing are asked."""
     asked, other = sample(draw, THINGS, 2)
     numbers = [str(_between(draw, 1000, 9999)) for _ in range(2 * _VALUES)]
     needles = [f"One of the numbers of the {(asked, other)[i % 2]} is {number}." for i, number in enumerate(numbers)]
@@ -89,7 +89,8 @@ def multi_value(draw: Random) -> Puzzle:
 
 
 def variables(draw: Random) -> Puzzle:
-    """A variable that others copy, one from the next; all that hold its value are asked."""
+    """Puzzle with a chain of variables, each set to the one before; all variables of its value are asked."""
+    # A and I are left out, as they are English words. Decoys have values of their own, at random places of the text.
     letters = sample(draw, ascii_uppercase.replace("A", "").replace("I", ""), _COPIES + 1 + _DECOYS)
     names = [f"{letter}{_between(draw, 10, 99)}" for letter in letters]
     chain, decoys = names[: _COPIES + 1], names[_COPIES + 1 :]
@@ -107,7 +108,8 @@ def variables(draw: Random) -> Puzzle:
 
 
 def sample(draw: Random, items: Sequence[T], n: int) -> list[T]:
-    """n different items in random order, by `random()` alone: the one method that Python promises never to change."""
+    """Random sample of n different items, in random order."""
+    # Only random() is used: its sequence for a seed is the one that Python promises to keep from release to release.
     pool = list(items)
     for i in range(n):
         j = _between(draw, i, len(pool) - 1)

@@ -1,4 +1,4 @@
-"""Words and sentences of tasks that make their own text; their order is part of it."""
+"""Words and sentences of synthetic tasks; their order determines the items of a seed."""
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -58,4 +58,4 @@ FILLER = (
     "A kite hung above the meadow as if it were nailed there.",
     "The shop sold rope, lamp oil and very strong coffee.",
 )
-"""Ordinary sentences without numbers: nothing in them answers a question."""
+"""Filler sentences without numbers, none of which answers a question."""

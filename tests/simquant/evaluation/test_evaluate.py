@@ -166,10 +166,10 @@ def test_a_difference_of_results_is_paired_by_window(tiny_llama: LlamaForCausalL
     means = [(a - b) / 23 for a, b in zip(two.cluster_nats, three.cluster_nats, strict=True)]
     assert stderr == pytest.approx(np.std(means, ddof=1) / 3)
     assert two.loss_beyond(two) == (0, 0)
-    with pytest.raises(ValueError, match=r"same windows were expected; got 207 targets .* and 92 targets"):
+    with pytest.raises(ValueError, match=r"of the same windows; got 207 targets .* and 92 targets"):
         two.loss_beyond(evaluate(tiny_llama, windows[:4], everywhere(per_token)))
     other = evaluate(tiny_llama, torch.randint(0, 64, (9, 24)), everywhere(per_token))
-    with pytest.raises(ValueError, match="same windows were expected"):
+    with pytest.raises(ValueError, match="expected two evaluations of the same windows"):
         two.loss_beyond(other)
 
 

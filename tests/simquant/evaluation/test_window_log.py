@@ -196,7 +196,7 @@ def test_another_evaluation_is_refused_by_name(
     before = log.path.read_bytes()
     settings: dict[str, Any] = {"windows": WINDOWS, "quantizers": everywhere(per_token), **changes}
     model = settings.pop("model", lambda model: model)(tiny_llama)
-    with pytest.raises(WindowLogError, match=rf"another evaluation than this one:\n(.*\n)* *{name}: the log has"):
+    with pytest.raises(WindowLogError, match=rf"of this evaluation; got one of another:\n(.*\n)* *{name}: the log has"):
         evaluate(model, log=log, **settings)
     assert log.path.read_bytes() == before
 

@@ -134,7 +134,7 @@ def test_the_nearest_reference_counts() -> None:
 
 
 def test_without_a_network_the_error_says_how_to_use_local_data() -> None:
-    with pytest.raises(TaskError, match=r"expected it from the hub or its local cache.*--task-data FOLDER"):
+    with pytest.raises(TaskError, match=r"expected the data set on the hub or in its cache.*--task-data FOLDER"):
         TASKS["longbench:hotpotqa"].items(options(None))
 
 
@@ -157,7 +157,7 @@ WITHOUT_INPUT = {name: value for name, value in ROW.items() if name != "input"}
 @pytest.mark.parametrize(
     ("dataset", "lines", "message"),
     [
-        ("hotpotqa", [], "expected one JSON object a line; got an empty file"),
+        ("hotpotqa", [], "expected one JSON object per line; got an empty file"),
         ("hotpotqa", [ROW, '{"input": '], "line 2: expected a JSON object"),
         ("hotpotqa", [ROW, "", ROW], "line 2: expected a JSON object; got an empty line"),
         ("hotpotqa", [WITHOUT_INPUT], "line 1: expected the field 'input'"),
@@ -199,9 +199,9 @@ def test_other_templates_replace_the_prompts_of_both_sets(tmp_path: Path, suffix
     [
         ("hotpotq: '{context}'", "got 'hotpotq'. Did you mean hotpotqa?"),
         ("zzz: '{context}'", "got 'zzz'. They are narrativeqa, "),
-        ("hotpotqa: 'Q: {input}'", "hotpotqa: expected a template that holds {context}"),
-        ("hotpotqa: 7", "hotpotqa: expected a template that holds {context}; got 7"),
-        ("- hotpotqa", "expected data sets with their templates"),
+        ("hotpotqa: 'Q: {input}'", "hotpotqa: expected a template with {context}"),
+        ("hotpotqa: 7", "hotpotqa: expected a template with {context}; got 7"),
+        ("- hotpotqa", "expected a mapping from data sets to templates"),
         ("a: [", "expected a .yaml file in UTF-8"),
     ],
 )

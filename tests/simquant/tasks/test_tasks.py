@@ -170,7 +170,7 @@ def test_common_words_are_the_most_common(n_tokens: int) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "told"),
-    [({"lengths": (995,)}, "at most 984 tokens"), ({"lengths": (9,)}, "which the question alone takes; got 9")],
+    [({"lengths": (995,)}, "at most 984 tokens"), ({"lengths": (9,)}, "which the question alone needs; got 9")],
 )
 def test_lengths_that_cannot_be_are_refused(changes: dict[str, Any], told: str) -> None:
     with pytest.raises(TaskError, match=told):
@@ -447,7 +447,7 @@ def test_items_of_one_side_only_are_left_out(tmp_path: Path, caplog: pytest.LogC
 @pytest.mark.parametrize(
     ("others", "told"),
     [
-        ([prediction("quantized"), prediction("quantized", id="b", protocol="x")], "expected one protocol"),
+        ([prediction("quantized"), prediction("quantized", id="b", protocol="x")], "expected answers of one protocol"),
         ([prediction("quantized", task="passkeys")], "passkeys: expected a task .*; did you mean passkey"),
         ([prediction("quantized", id="b")], "expected items that both models answered"),
         ([prediction("quantized", prompt_digest="x")], "expected the same prompt, references and choices for both"),
@@ -518,7 +518,7 @@ def test_the_steps_of_the_prompt_do_not_change_an_exact_answer(tiny_llama: Llama
 
 def test_a_prompt_beyond_the_context_is_refused_or_cut_in_the_middle(tiny_llama: LlamaForCausalLM) -> None:
     long = Item(task="t", id="i", prompt="a" * 70 + "b" * 70, max_new_tokens=8)
-    with pytest.raises(TaskError, match=r"t i: expected at most 120 tokens.*got 140"):
+    with pytest.raises(TaskError, match=r"t i: expected a prompt of at most 120 tokens.*got 140"):
         answer(tiny_llama, Letters(), long)
     found = answer(tiny_llama, Letters(), replace(long, overlong="cut_middle"))
     short = replace(long, prompt="a" * 60 + "b" * 60)
@@ -593,9 +593,9 @@ def test_a_larger_limit_asks_only_what_is_new(tiny_llama: LlamaForCausalLM, tmp_
         ({"policy": CachePolicy(sink_tokens=1)}, "expected answers of this protocol"),
         ({"chunking": Chunking(prefill_tokens=4)}, "expected answers of this protocol"),
         ({"bits": 3}, "expected answers of this protocol"),
-        ({"asked": [replace(item, prompt="another one") for item in items()]}, "expected the answer to this prompt"),
-        ({"asked": items(references=("2",))}, "expected the answer to this prompt, with these references"),
-        ({"asked": items(choices=("1", "2"))}, "expected the answer to this prompt, with these references"),
+        ({"asked": [replace(item, prompt="another one") for item in items()]}, "expected an answer to this prompt"),
+        ({"asked": items(references=("2",))}, "expected an answer to this prompt, with these references"),
+        ({"asked": items(choices=("1", "2"))}, "expected an answer to this prompt, with these references"),
         ({"asked": items() + items(1)}, "expected one item of that id; got two"),
     ],
 )
@@ -613,7 +613,7 @@ def test_a_file_of_another_run_is_refused(
 def test_a_prompt_that_is_too_long_is_refused_before_anything_is_asked(
     tiny_llama: LlamaForCausalLM, tmp_path: Path
 ) -> None:
-    with pytest.raises(TaskError, match="passkey 2: expected at most 123 tokens"):
+    with pytest.raises(TaskError, match="passkey 2: expected a prompt of at most 123 tokens"):
         run(tiny_llama, tmp_path / "p.jsonl", [*items(2), replace(items(3)[2], prompt="a" * 124)])
     assert not (tmp_path / "p.jsonl").exists()
 
