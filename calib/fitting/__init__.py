@@ -1,1 +1,1 @@
-"""Statistics to an artifact: fits of sites, chains of predicted sites, bit budgets."""
+"""Fits from statistics to an artifact: single sites, chains of predicted sites, bit allocation over sites."""

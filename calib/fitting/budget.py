@@ -1,4 +1,4 @@
-"""A budget of bits for all sites together, spent where it saves most."""
+"""Bit allocation over all sites for a common budget."""
 
 from collections.abc import Iterable, Mapping
 from typing import Literal
@@ -15,28 +15,32 @@ from calib.fitting.chain import Chain, Link, Progress
 from calib.recipe.errors import RecipeError
 
 _ROUNDING = 1e-6
-"""Of a token's bits."""
+"""Tolerance, in bits of a token."""
 
 Proxy = Literal["relative", "fisher"]
-"""What is summed over sites: each one's distortion over what its tokens vary by, or the distortion as it is."""
+"""Proxy of the loss: the sum over sites of distortion / variance, or of distortion in units of the loss."""
 
 _ROUNDS = 4
+"""Fits of the chain, at most."""
 
 
 def allocate_bits(
     chosen: Mapping[Site, tuple[Fit, Allowance]], weights: Mapping[Site, float], target_bits: float
 ) -> dict[Site, float]:
-    """Bits of each site so that their mean is the target and the last step anywhere saves as much per bit.
+    """Bits of each site with the target as their mean, at equal slopes of the weighted distortion.
 
     Parameters
     ----------
     chosen : Mapping[Site, tuple[Fit, Allowance]]
-        Fits with their steps, and what each site can be given.
+        Fits with their rate-distortion curves, and the bits that each site may have.
     weights : Mapping[Site, float]
-        Of each site's distortion.
+        Weight of the distortion of each site.
     target_bits : float
         Mean over all channels.
     """
+    # Lagrangian: min sum_i w_i D_i(b_i) + lambda sum_i b_i has -w_i D_i'(b_i) = lambda at every site (Shoham and Gersho
+    # 1988; reverse water-filling for Gaussians). Convex curves reach it by taking increments of all sites in the order
+    # of their gain per bit until the budget is spent; the last gain taken is lambda.
     sites = list(chosen)
     channels = torch.tensor([fit.quantizer.channels for fit, _ in chosen.values()])
     steps = [torch.tensor(fit.steps, dtype=torch.float64).reshape(-1, 2) for fit, _ in chosen.values()]
@@ -56,7 +60,8 @@ def _whole_units(
     allowances: list[Allowance],
     target_bits: float,
 ) -> Float64[Tensor, " sites"]:
-    """Bits of a token in whole units and within the limits, near `wanted`, whose sum is the target."""
+    """Bits per token in whole units and within the limits, near `wanted`, with the target as their sum."""
+    # Round each to its unit, then move single units where the remainder is largest (largest-remainder method).
     unit = torch.tensor([allowance.unit_bits for allowance in allowances], dtype=torch.float64)
     least = (torch.tensor([allowance.least for allowance in allowances]) * channels / unit).ceil()
     most = (torch.tensor([allowance.most for allowance in allowances]) * channels / unit).floor()
@@ -73,23 +78,22 @@ def _whole_units(
 def fit_budget(
     chain: Chain, estimators: Mapping[Site, Estimator], target_bits: float, progress: Progress = iter
 ) -> dict[Site, Fit]:
-    """Fits sites whose mean number of bits is the target, at one slope of the loss over bits.
+    """Fits of all sites with the target as their mean bits, at equal slopes of a proxy of the loss.
 
-    The proxy of the loss is the sum of the distortions that levels are allotted by. Where the metric of every rotation
-    is that of the loss (`fisher`), all sites share one slope. Else (`relative`) errors of logits and of values count in
-    shares of their variances, which do not compare: keys have one slope and the target for themselves, and so have
-    values.
+    The proxy is the sum of the distortions that the bit allocation minimises. If the metric of every rotation is that
+    of the loss (`fisher`), all sites have one slope. Otherwise (`relative`) errors of logits and of values are taken
+    relative to their variances, which do not compare: keys have one slope and their own target, and so have values.
 
-    What a site saves by more bits depends on the bits of those that it is predicted from. So the chain is fitted again
-    and again, with equal bits at first and then with those that the fit before asks for, until they stay; of the later
-    fits the one with the smallest proxy is taken.
+    The rate-distortion curve of a site depends on the bits of its predictors. So the chain is fitted repeatedly, first
+    with equal bits and then with the allocation of the fit before, until that no longer changes; of the later fits the
+    one with the smallest proxy is returned.
 
     Parameters
     ----------
     chain : Chain
-        The statistics.
+        Statistics, with fits in the order of prediction.
     estimators : Mapping[Site, Estimator]
-        Of every cached site; each with an allowance.
+        Estimator of every cached site; each with an allowance.
     target_bits : float
         Mean over all channels of keys and values.
     progress : callable
@@ -98,7 +102,7 @@ def fit_budget(
     Raises
     ------
     RecipeError
-        If an estimator takes no bits out of a budget, or not so few or so many.
+        If a method has no bit allocation, or the target is outside its limits.
     """
     allowances = {site: _allowance(site, estimator, target_bits) for site, estimator in estimators.items()}
     proxy: Proxy = "fisher" if all(map(_counts_loss, estimators.values())) else "relative"
@@ -128,7 +132,7 @@ def _allowance(site: Site, estimator: Estimator, target_bits: float) -> Allowanc
     allowance = estimator.allowance
     if allowance is None:
         raise RecipeError(
-            f"{site}: target_bits is shared out among sites with method: mixed_codebook or entropy_coded; this one has "
+            f"{site}: target_bits allocates bits to sites with method: mixed_codebook or entropy_coded; got "
             f"{estimator!r:.80}"
         )
     if not allowance.least <= target_bits <= allowance.most:
@@ -140,14 +144,14 @@ def _allowance(site: Site, estimator: Estimator, target_bits: float) -> Allowanc
 
 
 def _with_bits(estimator: Estimator, bits: float) -> Estimator:
-    """The same estimator, the innermost one with other bits."""
+    """The same estimator with other bits in the innermost one."""
     inner = getattr(estimator, "inner", None)
     changed = {"bits": bits} if inner is None else {"inner": _with_bits(inner, bits)}
     return estimator.model_copy(update=changed)
 
 
 def _counts_loss(estimator: Estimator) -> bool:
-    """Whether the distortion of what it fits is that of the loss."""
+    """True if the distortion of the quantizer is in units of the loss: inside a rotation with the Fisher metric."""
     inner = getattr(estimator, "inner", None)
     if isinstance(estimator, RotatedEstimator):
         return estimator.metric == "fisher"
@@ -160,7 +164,7 @@ def _by_tensor(sites: Iterable[Site]) -> list[list[Site]]:
 
 
 def _weight_and_distortion(link: Link, proxy: Proxy) -> tuple[float, float]:
-    """What a site's distortion counts, and its mean over the tokens of the reservoir."""
+    """Weight of the distortion of a site, and the mean distortion over the reservoir."""
     z, decoded = (_as_rotated(link.fit.quantizer, rows).double() for rows in (link.rows, link.decoded))
     distortion = float((z - decoded).square().sum(dim=1).mean())
     if proxy == "fisher":
@@ -170,7 +174,7 @@ def _weight_and_distortion(link: Link, proxy: Proxy) -> tuple[float, float]:
 
 
 def _as_rotated(quantizer: Quantizer, rows: Float32[Tensor, "rows channels"]) -> Float32[Tensor, "rows channels"]:
-    """Tokens in the basis, and in the units, in which levels were allotted; predictions left out."""
+    """Tokens in the basis and units of the bit allocation; predictions, which cancel in differences, are left out."""
     while isinstance(quantizer, AbstractWrapper):
         rows = quantizer.transform(rows) if isinstance(quantizer, AbstractTransform) else rows
         quantizer = quantizer.inner

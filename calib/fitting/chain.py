@@ -1,4 +1,4 @@
-"""Sites fitted one after the other, later ones from what earlier ones are decoded to."""
+"""Sequential fits of sites, in which later sites are predicted from the dequantized vectors of earlier ones."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ from calib.statistics.site_statistics import SiteStatistics
 from calib.statistics.sources import Shrinkage, Sources
 
 _SITES_AT_HAND = 6
-"""Statistics kept as they are read: those of two layers, where sites are predicted from the layer before."""
+"""Sites whose statistics are cached: those of two layers, as sites are predicted from the layer before."""
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
 
 @dataclass(frozen=True)
 class Link:
-    """A site that was fitted, the tokens of its reservoir, and what they come back as."""
+    """Fit of a site, with its reservoir tokens in full precision and dequantized."""
 
     site: Site
     fit: Fit
@@ -32,16 +32,16 @@ class Link:
 
 
 class Chain:
-    """The statistics of a model's sites, and of every site beside those that it is predicted from.
+    """Statistics of all sites, with the inputs of their predictors, for repeated sequential fits.
 
-    How far a predictor is shrunk is chosen in the first fit, and stays in later ones with other numbers of bits.
+    The regularisation of a predictor is chosen in the first fit and reused in later ones with other bits.
 
     Parameters
     ----------
     statistics : ModelStatistics
-        Of the model, tier `full`.
+        Statistics of the tier `full`.
     sink_tokens : int
-        First positions that take no part.
+        First positions that are left out.
     """
 
     def __init__(self, statistics: ModelStatistics, sink_tokens: int) -> None:
@@ -50,24 +50,24 @@ class Chain:
         self._shrinkages: dict[Site, Shrinkage] = {}
 
     def fit(self, estimators: Mapping[Site, Estimator], progress: Progress = iter) -> dict[Site, Fit]:
-        """Fits the sites in their order.
+        """Fits all sites in order.
 
         Parameters
         ----------
         estimators : Mapping[Site, Estimator]
-            Of every cached site.
+            Estimator of every cached site.
         progress : callable
             Wraps the sites, for a progress bar.
 
         Raises
         ------
         ValueError
-            If the statistics lack what an estimator reads.
+            If the statistics lack a part that an estimator needs.
         """
         return {link.site: link.fit.kept() for link in self.links(estimators, progress)}
 
     def links(self, estimators: Mapping[Site, Estimator], progress: Progress = iter) -> Iterator[Link]:
-        """Each site as soon as it is fitted; parameters and errors are those of `fit`."""
+        """Iterator over the fits of all sites; parameters and errors are those of `fit`."""
         order = sorted(estimators)
         last_reader = {name: site for site in order for name in estimators[site].sources(site, estimators)}
         decoded: dict[Site, Tensor] = {}
@@ -79,17 +79,18 @@ class Chain:
                 self._shrinkages[site] = fit.shrinkage
             decoded[site] = fit.quantizer.simulate(own.rows) if fit.decoded is None else fit.decoded
             yield Link(site, fit, own.rows, decoded[site])
+            # Dequantized tokens are needed only until the last site that is predicted from them.
             decoded = {name: rows for name, rows in decoded.items() if last_reader.get(name, site) > site}
 
     def sources(self, site: Site, decoded: Mapping[Site, Float32[Tensor, "rows _"]]) -> Sources:
-        """What a site is predicted from.
+        """Inputs of the predictor of a site.
 
         Parameters
         ----------
         site : Site
-            The site.
+            Predicted site.
         decoded : Mapping[Site, Float32[Tensor, "rows channels"]]
-            The reservoir's tokens of earlier sites as they come back.
+            Dequantized reservoir tokens of earlier sites.
         """
         own, parts = self.site(site), [self.site(name) for name in decoded]
         rows = [[self._covariance(a, b) for b in (*decoded, site)] for a in decoded]

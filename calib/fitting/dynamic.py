@@ -1,4 +1,4 @@
-"""Quantizers without calibration: every scale is found from what is encoded together."""
+"""Quantizers without calibration, with dynamic scales only."""
 
 from collections.abc import Sequence
 
@@ -27,11 +27,11 @@ def dynamic(
     model : nn.Module
         A transformers causal language model.
     recipe : str or Recipe
-        A shipped recipe's name, a recipe file, or a recipe. Its sinks and its cache entry are for a `CachePolicy`.
+        Name of a shipped recipe, a recipe file, or a recipe. Its sink tokens and cache entry are for a `CachePolicy`.
     bits : int or None
         Code width for keys and values; None leaves it to the recipe.
     layers : sequence of AttentionLayer or None
-        From `attention_layers(model)`, if they are known already.
+        Result of `attention_layers(model)`, if it is known already.
 
     Returns
     -------
@@ -41,7 +41,7 @@ def dynamic(
     Raises
     ------
     RecipeError
-        If the recipe cannot be read, does not go with the model's shape, or cannot do without calibration.
+        If the recipe cannot be read, does not suit the model's shape, or needs calibration.
     UnsupportedModelError
         If a layer cannot be handled, with the reason.
 

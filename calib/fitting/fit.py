@@ -1,4 +1,4 @@
-"""From statistics to an artifact, without the model."""
+"""Fit of an artifact from statistics, without the model."""
 
 from collections.abc import Mapping
 
@@ -20,10 +20,10 @@ from calib.statistics.model_statistics import ModelStatistics
 __all__ = ["Progress", "cached_sites", "fit"]
 
 _WIDE_CHANNELS = 512
-"""From there on the algebra of a single site is worth several threads.
+"""Channels from which the linear algebra of one site runs in several threads.
 
-Of 192 channels two threads save an eighth on an idle machine, and take over three times as long beside a busy process,
-where each operation waits for both.
+With 192 channels two threads save an eighth on an idle machine, and take over three times as long beside a busy
+process, where each operation waits for both.
 """
 
 
@@ -35,34 +35,34 @@ def fit(
     jobs: int | None = None,
     progress: Progress = iter,
 ) -> Artifact:
-    """Fits every cached site from statistics, without the model.
+    """Fits quantizers for all cached sites from calibration statistics, without the model.
 
     Parameters
     ----------
     statistics : ModelStatistics
-        Of the model, of any number of merged shards.
+        Statistics of the model, of any number of merged shards.
     recipe : str or Recipe
-        A shipped recipe's name, a recipe file, or a recipe.
+        Name of a shipped recipe, a recipe file, or a recipe.
     bits : int or None
         Code width for keys and values; None leaves it to the recipe.
     jobs : int or None
-        Sites fitted at a time (threads; an active joblib backend takes precedence), each of which then keeps to one
-        thread; where sites are predicted from one another, or share a budget, it is one after the other, and a wide
-        one has so many threads. None takes as many as torch does.
+        Number of sites fitted in parallel, one thread each (an active joblib backend takes precedence). Sites that are
+        predicted from one another or have a common bit budget are fitted in sequence; then it is the number of threads
+        of a wide site. None takes as many as torch.
     progress : callable
         Wraps the sites, for a progress bar.
 
     Returns
     -------
     Artifact
-        To be saved by `artifacts.save` and run by `simquant.simulate`.
+        Fitted quantizers, for `artifacts.save` and `simquant.simulate`.
 
     Raises
     ------
     RecipeError
-        If the recipe cannot be read, does not go with the model's shape, or takes keys elsewhere.
+        If the recipe cannot be read, does not suit the model's shape, or needs keys of another stage.
     MismatchError
-        If the statistics lack a site or a statistic that the recipe reads.
+        If the statistics lack a site or a statistic that the recipe needs.
     """
     recipe = chosen_recipe(recipe, bits)
     estimators = check(recipe, [statistics.sites[site].shape for site in cached_sites(statistics, recipe)])
@@ -84,18 +84,18 @@ def fit(
 
 
 def cached_sites(statistics: ModelStatistics, recipe: Recipe) -> list[Site]:
-    """The sites that a recipe is about, in the order in which a cache fills.
+    """Sites of keys and values, in the order in which a cache fills.
 
     Raises
     ------
     RecipeError
-        If keys were captured at another stage.
+        If keys were captured at another stage than the recipe's.
     """
     cached = [site for site in statistics.sites if site.tensor != "query"]
     wrong = [site for site in cached if site.tensor == "key" and site.stage != recipe.stage]
     if wrong:
         raise RecipeError(
-            f"fit: recipe {recipe.name} takes keys {recipe.stage}, the statistics hold {wrong[0]}. "
+            f"fit: recipe {recipe.name} needs keys {recipe.stage}; the statistics have {wrong[0]}. "
             f"Calibrate again with --stage {recipe.stage}, or use a recipe with stage: {wrong[0].stage}."
         )
     return cached

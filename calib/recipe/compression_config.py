@@ -1,4 +1,4 @@
-"""The option names of "Real-Time Prefill KV Cache Compression", as a recipe."""
+"""Recipes from the options of "Real-Time Prefill KV Cache Compression"."""
 
 import difflib
 import re
@@ -21,43 +21,43 @@ _FIELDS = {
     "outlier_detection_enabled": (("key", "value"), "outlier_detection"),
     "value_quant_groups": (("value",), "groups"),
 }
-"""Of which entries of the recipe an option is a field, and which."""
+"""Recipe entries and field of each option."""
 
 _ONLY = {
     "key_quant_per_channel": (True, "keys have a scale per channel; for one per token use method: uniform, per: token"),
     "enable_mixed_precision_cache": (True, "sinks, promoted and other channels are always stored at their own widths"),
     "adaptive_chunk_size": (False, "chunks have one size, so that a cache stores what was simulated"),
-    "periodic_stat_reset": (False, "the running statistics start anew with each sequence and at no other time"),
+    "periodic_stat_reset": (False, "the running statistics are reset at the start of each sequence only"),
 }
-"""Options that can have one value here, and why."""
+"""Options with one possible value here, and the reason."""
 
 _MEANINGLESS = {
-    "stat_reset_interval": "the running statistics start anew with each sequence and at no other time",
+    "stat_reset_interval": "the running statistics are reset at the start of each sequence only",
     "log_statistics": "a recipe logs nothing; reports count the bits",
     "verbose": "a recipe prints nothing",
 }
 
 _ADVICE = {
-    "bits": "; from 2 to 8, or 16 to keep everything exact, promoted channels included",
-    "high_bits": "; promoted channels have from 2 to 8 bits, sinks 16 in any case",
+    "bits": "; from 2 to 8, or 16 to keep everything in full precision, promoted channels included",
+    "high_bits": "; promoted channels have from 2 to 8 bits, sink tokens always 16",
 }
 
 
 def compression_config(**options: Any) -> dict[str, Any]:
-    """The recipe that options of the seed's `CompressionConfig` ask for; its README's defaults where one is missing.
+    """Recipe with the options of the original `CompressionConfig`, and the defaults of its README.
 
-    Sinks always keep 16 bits, so `*_bits_sink_outlier` is the width of promoted channels alone. A `*_bits_normal` of 16
-    keeps the keys, or the values, exact.
+    Sink tokens always have 16 bits, so `*_bits_sink_outlier` is the width of promoted channels alone. A `*_bits_normal`
+    of 16 keeps the keys, or the values, in full precision.
 
     Parameters
     ----------
     **options
-        By their names there: `chunk_size`, `ema_decay`, `attention_sink_size`, `key_bits_normal`, ...
+        Options by their original names: `chunk_size`, `ema_decay`, `attention_sink_size`, `key_bits_normal`, ...
 
     Raises
     ------
     ValueError
-        If an option is unknown, out of range, in contradiction to another, or has no meaning here: all of them at once.
+        If options are unknown, out of range, contradictory or without meaning here; names all of them.
 
     Examples
     --------
@@ -87,7 +87,7 @@ def compression_config(**options: Any) -> dict[str, Any]:
 
 
 def _problem(name: str, value: object) -> str | None:
-    """What is wrong with an option that is no field of an estimator."""
+    """Problem of an option that is no field of an estimator; None if it is valid."""
     if name in _FIELDS:
         return None
     if name == "attention_sink_size":
@@ -97,23 +97,23 @@ def _problem(name: str, value: object) -> str | None:
         return None if type(value) is bool else f"expected true or false; got {value!r:.60}"
     if name in _ONLY:
         only, reason = _ONLY[name]
-        return None if value is only else f"can only be {str(only).lower()} here: {reason}; got {value!r:.60}"
+        return None if value is only else f"must be {str(only).lower()} here: {reason}; got {value!r:.60}"
     if name in _MEANINGLESS:
-        return f"has no meaning here: {_MEANINGLESS[name]}; leave it out"
+        return f"has no meaning here: {_MEANINGLESS[name]}; remove it"
     known = [*_FIELDS, "attention_sink_size", "quantize_pre_rope", *_ONLY]
     near = difflib.get_close_matches(name, known, n=1)
     return f"unknown option; did you mean {near[0]}?" if near else f"unknown option; known: {', '.join(known)}"
 
 
 def _entry(given: dict[str, Any]) -> dict[str, Any]:
-    """What the recipe says of keys or of values."""
+    """Recipe entry for keys or values."""
     if given.get("bits") == 16 and given.get("high_bits", 16) == 16:
         return {"method": "identity"}
     return StreamingEstimator(**given).model_dump(mode="json")
 
 
 def _in_their_words(row: Any, tensor: str) -> str:
-    """A complaint of the estimator under the names that the caller knows."""
+    """Message of the estimator's validation with the original option names."""
     theirs = {field: name for name, (tensors, field) in _FIELDS.items() if tensor in tensors}
     if row["loc"]:
         field = row["loc"][0]

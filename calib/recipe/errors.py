@@ -1,4 +1,4 @@
-"""What is wrong with a recipe: the place, the reason, what was got, and the nearest thing that can be written."""
+"""Errors of recipes, with file and line, the reason, the value found, and the nearest valid one."""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -10,10 +10,10 @@ from pydantic import BaseModel, ValidationError
 from artifacts.errors import KVGaugeError
 
 Location = tuple[str | int, ...]
-"""Names of entries and numbers of items, from the top of a recipe to a place in it."""
+"""Path in a recipe: names of entries and numbers of items, from the top."""
 
 Marks = Mapping[Location, str]
-"""`FILE, line N` of the places that were written in a file; `()` is the whole of it."""
+"""`FILE, line N` of the locations that a file contains; `()` is the whole file."""
 
 
 _EXPECTED = {
@@ -21,15 +21,15 @@ _EXPECTED = {
     **dict.fromkeys(("tuple_type", "list_type"), "must be a list"),
     **dict.fromkeys(("too_short", "string_too_short"), "must not be empty"),
 }
-"""Words of this house for some of pydantic's."""
+"""Messages in place of pydantic's, by error type."""
 
 
 class RecipeError(KVGaugeError, ValueError):
-    """A recipe cannot be read, or asks for what does not go together."""
+    """A recipe cannot be read, or its settings contradict each other."""
 
 
 class _Place(NamedTuple):
-    """A location as a recipe spells it, the models that may hold its last part, and those that it may be."""
+    """Location in a recipe, models that may contain its last part, and models that it may be."""
 
     location: Location
     holders: list[type[BaseModel]]
@@ -37,18 +37,18 @@ class _Place(NamedTuple):
 
 
 def recipe_error(error: ValidationError, kind: Any, where: str, marks: Marks) -> RecipeError:
-    """All that pydantic found, a line each.
+    """Error with one line for each finding of pydantic.
 
     Parameters
     ----------
     error : ValidationError
-        What it found.
+        Findings.
     kind : type or annotation
-        What was validated; names that are known in each place are read from it.
+        Validated type, from which the valid names at each location are taken.
     where : str
-        Name of the recipe, for places without a mark.
+        Name of the recipe, for locations without a mark.
     marks : Marks
-        Where each entry was written.
+        File and line of each entry.
     """
     reasons: dict[Location, list[str]] = {}
     for row in error.errors():
@@ -63,20 +63,21 @@ def recipe_error(error: ValidationError, kind: Any, where: str, marks: Marks) ->
 
 
 def mark(location: Location, where: str, marks: Marks) -> str:
-    """Where a location was written, or else what holds it; what is meant for `inner` may have been written without."""
+    """File and line of a location, or else of the nearest entry around it."""
+    # A setting of an `inner` entry may be written one level up, see `override.merged`: look there too.
     short = tuple(part for part in location[:-1] if part != "inner") + location[-1:]
     holders = (location[:end] for end in reversed(range(len(location))))
     return next((marks[place] for place in (location, short, *holders) if place in marks), where)
 
 
 def nearest(word: object, known: Iterable[str]) -> str:
-    """` Did you mean X?` with the known word that is spelt most alike, or nothing."""
+    """Suggestion ` Did you mean X?` with the most similar known word, or an empty text."""
     near = difflib.get_close_matches(str(word), list(known), n=1)
     return f" Did you mean {near[0]}?" if near else ""
 
 
 def _trace(kind: Any, location: Location) -> _Place:
-    """The place without what pydantic adds to it: tags of methods, and names of the types that a value might have."""
+    """Location without the parts that pydantic inserts: tags of methods and names of union members."""
     path: list[str | int] = []
     holders, models = [], _models(kind)
     for part in location:
@@ -145,7 +146,7 @@ def _advice(row: Any, context: Mapping[str, Any]) -> str:
 
 
 def _as_number(text: str) -> str:
-    """YAML reads `1e-3` and `"4"` as text."""
+    """Advice for numbers that YAML reads as text, such as `1e-3` and `"4"`."""
     try:
         number = int(text) if text.strip("+-").isdigit() else float(text)
     except ValueError:

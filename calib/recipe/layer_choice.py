@@ -1,4 +1,4 @@
-"""Which estimator each site of a model gets."""
+"""Assignment of estimators to the sites of a model."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,28 +14,28 @@ from calib.statistics.site_statistics import SiteShape
 
 
 def resolve(recipe: Recipe, shapes: Sequence[SiteShape]) -> dict[Site, Estimator]:
-    """The estimator for each cached site, in the order of the shapes.
+    """Estimator of each cached site, in the order of the shapes.
 
-    Sites that are not included, or excluded, stay exact.
+    Sites that are not included, or excluded, are kept in full precision.
 
     Parameters
     ----------
     recipe : Recipe
-        What is asked for.
+        Recipe with patterns and overrides.
     shapes : Sequence[SiteShape]
-        The sites of all layers of the model; queries are passed over.
+        Sites of all layers of the model; queries are ignored.
 
     Raises
     ------
     RecipeError
-        If a pattern or a number names no site, overrides do not go together, or nothing is left to quantize.
+        If a pattern or a number matches no site, overrides contradict each other, or no site is left to quantize.
     """
     where = f"recipe {recipe.name}"
     cached = [shape for shape in shapes if shape.site.tensor != "query"]
     chosen = matched(recipe.include, cached, f"{where}: include")
     chosen -= matched(recipe.exclude, cached, f"{where}: exclude")
     if cached and not chosen:
-        raise RecipeError(f"{where}: exclude leaves no site of those that include names; drop a pattern")
+        raise RecipeError(f"{where}: exclude removes every site that include matches; remove a pattern from exclude")
     overridden = [
         (override, _sites(override, cached, f"{where}: overrides.{number}"))
         for number, override in enumerate(recipe.overrides)
@@ -48,12 +48,12 @@ def resolve(recipe: Recipe, shapes: Sequence[SiteShape]) -> dict[Site, Estimator
 
 
 def check(recipe: Recipe, shapes: Sequence[SiteShape]) -> dict[Site, Estimator]:
-    """The estimators of `resolve`, each of which goes with the shape of its site.
+    """Estimators of `resolve`, each checked against the shape of its site.
 
     Raises
     ------
     RecipeError
-        If one does not, with the site and the reason; and as `resolve` does.
+        If an estimator does not suit a shape, with site and reason; and as `resolve`.
     """
     estimators = resolve(recipe, shapes)
     for shape in (shape for shape in shapes if shape.site in estimators):
@@ -68,7 +68,7 @@ def check(recipe: Recipe, shapes: Sequence[SiteShape]) -> dict[Site, Estimator]:
 
 @lru_cache
 def _check(estimator: Estimator, shape: SiteShape) -> None:
-    """Once for all sites that are alike, before the model runs and again before the fit: it takes as long as a fit."""
+    """Checks an estimator once for all sites of one shape; cached, as it takes as long as a small fit."""
     estimator.check(shape)
 
 
@@ -80,7 +80,9 @@ def _sites(override: Override, cached: Sequence[SiteShape], where: str) -> set[S
         sites = {shape.site for shape in cached if shape.site.layer in layers}
     for tensor in override.tensors:
         if not any(site.tensor == tensor for site in sites):
-            raise RecipeError(f"{where}: changes the {tensor}s of {', '.join(override.sites or ())}, which has none")
+            raise RecipeError(
+                f"{where}: {', '.join(override.sites or ())} matches no {tensor}s, which the override changes"
+            )
     return {site for site in sites if site.tensor in override.tensors}
 
 
@@ -89,7 +91,7 @@ def _layers(numbers: Sequence[int], n_layers: int, where: str) -> set[int]:
         if not -n_layers <= number < n_layers:
             near = n_layers - 1 if number > 0 else -n_layers
             raise RecipeError(
-                f"{where}.layers: the model has layers 0 to {n_layers - 1}, or -1 to {-n_layers} from the last; "
+                f"{where}.layers: expected layers 0 to {n_layers - 1}, or -1 to {-n_layers} from the last; "
                 f"got {number}; use {near}"
             )
     return {number % n_layers for number in numbers}

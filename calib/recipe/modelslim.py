@@ -1,4 +1,4 @@
-"""Recipes from the plans of msModelSlim, as they stand."""
+"""Recipes from plans of msModelSlim."""
 
 import json
 import logging
@@ -18,7 +18,7 @@ _PLAN, _RECIPE = {"type", "spec", "apiversion"}, {"key", "value", "extends"}
 
 
 class _Settings(BaseModel):
-    """How a processor quantizes; each but `symmetric` has one possible value."""
+    """Settings of a processor; all but `symmetric` have one possible value."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -40,17 +40,17 @@ class _Processor(BaseModel):
 
 
 def is_modelslim(data: Any) -> bool:
-    """Whether this is a plan of msModelSlim, or some of its processors, rather than a recipe."""
+    """True for a plan of msModelSlim or a list of its processors, False for a recipe."""
     if isinstance(data, list):
         return any(isinstance(item, dict) and "type" in item for item in data)
     return isinstance(data, dict) and not _PLAN.isdisjoint(data) and _RECIPE.isdisjoint(data)
 
 
 def from_modelslim(plan: Document) -> Document:
-    """The recipe that does what a plan says of the cache.
+    """Recipe equivalent to the cache processors of a plan.
 
-    Without `symmetric`, a range that does not hold zero is not widened to it, as msModelSlim does: steps are as fine
-    as there or finer.
+    Without `symmetric`, a range that does not contain zero is not widened to it, as msModelSlim does: steps are equal
+    or finer.
 
     Parameters
     ----------
@@ -60,23 +60,23 @@ def from_modelslim(plan: Document) -> Document:
     Raises
     ------
     RecipeError
-        If no processor is about the cache, or one asks for what msModelSlim has not got either.
+        If no processor is for the cache, or one has settings that msModelSlim does not support.
     """
     items = _items(plan)
     about_cache = [part for part in items if isinstance(part.data, dict) and part.data.get("type") == "dynamic_cache"]
     others = [_describe(part) for part in items if part not in about_cache]
     if not about_cache:
         raise RecipeError(
-            f"recipe {mark((), plan.where, plan.marks)}: no processor of type dynamic_cache, which is the one about "
-            f"the cache; got {', '.join(others) or 'none at all'}"
+            f"recipe {mark((), plan.where, plan.marks)}: expected a processor of type dynamic_cache; got "
+            f"{', '.join(others) or 'none at all'}"
         )
     if others:
-        _LOG.warning("recipe %s: left out, not about the cache: %s", plan.where, ", ".join(others))
+        _LOG.warning("recipe %s: ignored, not for the cache: %s", plan.where, ", ".join(others))
     processors = [_validated(part) for part in about_cache]
     if len({processor.exclude for processor in processors}) > 1:
         raise RecipeError(
-            f"recipe {mark((), about_cache[1].where, about_cache[1].marks)}: the processors of one recipe exclude the "
-            "same layers; write the same exclude everywhere, or kvgauge's own overrides"
+            f"recipe {mark((), about_cache[1].where, about_cache[1].marks)}: expected the same exclude in all "
+            "processors; got different ones; use one exclude, or a kvgauge recipe with overrides"
         )
     return Document(plan.where, _recipe(processors), {(): mark((), plan.where, about_cache[0].marks)})
 
@@ -92,7 +92,7 @@ def _items(plan: Document) -> list[Document]:
         place: Location = ("spec", "process")
         raise RecipeError(
             f"recipe {mark(place, plan.where, plan.marks)}: spec.process: expected the list of processors of a plan "
-            f"of msModelSlim; got {process!r:.80}; such as spec: {{process: [{{type: dynamic_cache}}]}}"
+            f"of msModelSlim, such as spec: {{process: [{{type: dynamic_cache}}]}}; got {process!r:.80}"
         )
     return [plan.part(("spec", "process", number)) for number in range(len(process))]
 
@@ -110,7 +110,7 @@ def _validated(part: Document) -> _Processor:
 
 
 def _recipe(processors: list[_Processor]) -> dict[str, Any]:
-    """The first processor's settings, and overrides where a later one's differ."""
+    """Recipe with the settings of the first processor, and overrides for later ones."""
     first = processors[0]
     entry = {"method": "uniform", "bits": 8, "per": "channel", "symmetric": first.qconfig.symmetric}
     includes = [list(processor.include) or ["*"] for processor in processors]

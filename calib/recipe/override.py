@@ -1,4 +1,4 @@
-"""Changes to a recipe's entries in some of the layers."""
+"""Overrides: changes to the entries of a recipe in some layers."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, final
@@ -11,7 +11,7 @@ from calib.recipe.patterns import Patterns
 CachedTensor = Literal["key", "value"]
 
 Changes = Annotated[dict[str, Any], AnyEstimator]
-"""Some of an estimator's hyper-parameters; the estimators stand here for error messages, which tell what there is."""
+"""Some hyper-parameters of an estimator; the annotation lets error messages list the valid ones."""
 
 
 _EXACT = {"method": "identity"}
@@ -19,16 +19,16 @@ _EXACT = {"method": "identity"}
 
 @final
 class Override(BaseModel):
-    """Which sites, and what is different there.
+    """Change of hyper-parameters at some sites.
 
     Parameters
     ----------
     layers : tuple of int or None
-        Numbers of layers from 0, or from -1 backwards from the last.
+        Layer numbers from 0, or backwards from -1 for the last.
     sites : tuple of str or None
-        Globs over the names of modules, layers and sites; exactly one of `layers` and `sites` is given.
+        Globs over names of modules, layers and sites; exactly one of `layers` and `sites` must be given.
     key, value : mapping or None
-        Changed hyper-parameters; all of them if `method` is among them. `bits: 16` keeps the site exact.
+        Changed hyper-parameters; all of them if `method` is among them. `bits: 16` means full precision.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -41,27 +41,27 @@ class Override(BaseModel):
     @model_validator(mode="after")
     def _whole(self) -> "Override":
         if (self.layers is None) == (self.sites is None):
-            raise ValueError("say where, by either layers or sites; such as layers: [0, -1]")
+            raise ValueError("give exactly one of layers and sites, such as layers: [0, -1]")
         if not self.tensors:
-            raise ValueError("say what is different, by key or value; such as key: {bits: 8}")
+            raise ValueError("give changes for key or value, such as key: {bits: 8}")
         return self
 
     @property
     def tensors(self) -> list[CachedTensor]:
-        """What is changed."""
+        """Tensors that the override changes."""
         return [tensor for tensor in ("key", "value") if getattr(self, tensor) is not None]
 
     def applied(self, tensor: CachedTensor, entry: Mapping[str, Any]) -> dict[str, Any]:
-        """An estimator's entry with the changes in it."""
+        """Entry of an estimator with the changes applied."""
         changes: dict[str, Any] = getattr(self, tensor) or {}
         return merged({tensor: entry}, {tensor: changes})[tensor] if changes.get("bits") != 16 else _EXACT
 
 
 def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Entries with some of them changed, at any depth.
+    """Entries with changes applied at any depth.
 
-    An entry with `method` replaces the old one. What a wrapper does not know and its `inner` entry does is meant for
-    that one.
+    An entry with `method` replaces the old one. A setting that a wrapper lacks and its `inner` entry has goes to the
+    inner entry.
 
     Examples
     --------

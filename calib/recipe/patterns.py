@@ -1,4 +1,4 @@
-"""Globs over the names of sites: of the attention module, of the layer, of the site itself."""
+"""Globs over the names of sites: attention module, layer, or site."""
 
 from collections.abc import Iterable
 from typing import Annotated, Any
@@ -17,7 +17,7 @@ def _possible(pattern: str) -> str:
     try:
         fnmatch.translate(pattern, flags=_FLAGS)
     except Exception as error:  # wcmatch has no public class for it
-        raise ValueError(f"{pattern!r:.80} is no pattern: {error}") from error
+        raise ValueError(f"expected a glob such as layers.[0-3].key*; got {pattern!r:.80}: {error}") from error
     return pattern
 
 
@@ -27,11 +27,11 @@ def _as_tuple(given: Any) -> Any:
 
 Pattern = Annotated[str, Field(min_length=1), AfterValidator(_possible)]
 Patterns = Annotated[tuple[Pattern, ...], BeforeValidator(_as_tuple)]
-"""Globs with `*`, `?`, `[0-9]` and `{a,b}`; a single one may stand without brackets."""
+"""Globs with `*`, `?`, `[0-9]` and `{a,b}`; a single one needs no list."""
 
 
 def names(shape: SiteShape) -> list[str]:
-    """What a pattern can say to mean a site.
+    """Names of a site that a pattern can match.
 
     Examples
     --------
@@ -43,12 +43,12 @@ def names(shape: SiteShape) -> list[str]:
 
 
 def matched(patterns: Iterable[str], shapes: Iterable[SiteShape], where: str) -> set[Site]:
-    """The sites that any of the patterns means.
+    """Sites that match any of the patterns.
 
     Raises
     ------
     RecipeError
-        If a pattern means none, with names that there are.
+        If a pattern matches no site; lists some names.
     """
     known = {shape.site: names(shape) for shape in shapes}
     found: set[Site] = set()

@@ -1,4 +1,4 @@
-"""Recipes: which estimators for keys and for values of which layers, and where keys are taken."""
+"""Recipes: estimators for the keys and values of each layer, the stage of keys, and the cache policy."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -32,21 +32,21 @@ class _Window(BaseModel):
 
 @final
 class CacheEntry(_Window):
-    """How a method means its codes to be used: the fields of `simquant.CachePolicy`, which explains them.
+    """Cache policy of a method: the fields of `simquant.CachePolicy`, which explains them.
 
-    The protocols `decode` and `cache` follow it, and so does a packed cache that is given no policy; `full`, which has
-    no window, does not.
+    The protocols `decode` and `cache` apply it, and so does a packed cache without an explicit policy; `full`, which
+    has no residual window, does not.
 
     Parameters
     ----------
     residual_tokens, block_tokens : int
-        Recent tokens that stay exact, and how many leave at once: a multiple of the quantizers' group.
+        Recent tokens kept in full precision, and tokens quantized at a time: a multiple of the quantizers' group.
     values : window or None
-        Both of them for the values, where these have another window than the keys.
+        Window of the values, if it differs from that of the keys.
     exact_prefill : bool
-        Whether the step that fills the cache reads exact keys and values.
+        True if attention during prefill reads keys and values in full precision.
     keep_smallest_norm : int
-        How many smallest keys so far stay exact, with their values.
+        Number of tokens with the smallest key norms so far that are kept in full precision.
     """
 
     values: _Window | None = None
@@ -56,40 +56,40 @@ class CacheEntry(_Window):
 
 def _file_name(name: str) -> str:
     if not name.strip(". ") or not name.isprintable() or {"/", "\\"} & set(name):
-        raise ValueError(f"files are named after it, so it has no / and no \\; got {name!r:.80}")
+        raise ValueError(f"expected a file name without / and \\; got {name!r:.80}")
     return name
 
 
 @final
 class Recipe(BaseModel):
-    """How the quantizers of a model are found.
+    """Estimators and settings for quantizing the cache of a model.
 
     Parameters
     ----------
     name : str
-        For file names and tables; in a file it may be left out and is the file's then.
+        Name for files and tables; defaults to the name of the recipe file.
     source : str
-        What it reproduces, with its paper.
+        Method that the recipe reproduces, with its paper.
     stage : {'pre_rope', 'post_rope'}
-        Where keys are taken.
+        Keys before or after RoPE.
     key, value : estimator
         Hyper-parameters of the estimators for all layers.
     sink_tokens : int
-        First positions of a sequence that stay exact and take no part in the fit, 0 to 8.
+        First positions of a sequence that are kept in full precision and left out of the fit, 0 to 8.
     target_bits : float or None
-        Mean bits over all keys and values, shared out among the sites, by method `mixed_codebook` or `entropy_coded`;
-        None leaves every site its own.
+        Mean bits over all keys and values, allocated to the sites, for the methods `mixed_codebook` and
+        `entropy_coded`; None uses the bits of each site.
     cache : CacheEntry or None
-        Which other tokens a cache keeps exact, where the method says so.
+        Other tokens that a cache keeps in full precision, if the method has any.
     include, exclude : tuple of str
-        Globs over paths of attention modules, layers and sites: a site is quantized if `include` names it and `exclude`
-        does not.
+        Globs over paths of attention modules, layers and sites: a site is quantized if `include` matches it and
+        `exclude` does not.
     overrides : tuple of Override
-        What is different in some layers; a later one wins over an earlier one.
+        Changes for some layers; a later one wins over an earlier one.
 
     Examples
     --------
-    More bits in the first and the last layer; the same entries stand in a file behind `extends: kvquant`.
+    More bits in the first and the last layer; a file has the same entries after `extends: kvquant`.
 
     >>> ends = {"layers": [0, -1], "key": {"bits": 8}, "value": {"bits": 8}}
     >>> recipe = load_recipe("kvquant").edited({"overrides": [ends]})
@@ -100,7 +100,7 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     file_entries: ClassVar[tuple[str, ...]] = ("extends",)
-    """What a file may hold besides the fields."""
+    """Entries of a recipe file besides the fields."""
 
     name: Annotated[str, AfterValidator(_file_name)]
     source: str = ""
@@ -116,23 +116,23 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _possible(self) -> "Recipe":
-        """Every override goes with the entry that it changes."""
+        """Validates overrides together with the entries that they change, and the methods for target_bits."""
         entries = [{tensor: self._entry(tensor, [one]) for tensor in one.tensors} for one in self.overrides]
         _OVERRIDES.validate_json(json.dumps({"overrides": entries}), strict=True)
         for tensor in ("key", "value"):
             if self.target_bits is not None and getattr(self, tensor).allowance is None:
                 raise ValueError(
-                    f"target_bits is shared out; {tensor} needs an entry with method: mixed_codebook or entropy_coded"
+                    f"target_bits allocates bits; {tensor} needs an entry with method: mixed_codebook or entropy_coded"
                 )
         return self
 
     def estimator(self, tensor: CachedTensor, overrides: Iterable[Override] = ()) -> Estimator:
-        """The estimator for keys or values, with overrides one after another.
+        """Estimator for keys or values, with overrides applied in order.
 
         Raises
         ------
         RecipeError
-            If the overrides do not go together.
+            If the overrides contradict each other.
         """
         try:
             return _ENTRY.validate_json(json.dumps(self._entry(tensor, overrides)), strict=True)
@@ -141,25 +141,25 @@ class Recipe(BaseModel):
 
     @property
     def needs_fisher(self) -> bool:
-        """Whether any site's estimator reads squared gradients."""
+        """True if the estimator of any site needs squared gradients."""
         entries = [self.estimator(tensor, [one]) for one in self.overrides for tensor in one.tensors]
         return any(entry.needs_fisher for entry in (self.key, self.value, *entries))
 
     @property
     def needs_full(self) -> bool:
-        """Whether any site's estimator reads what only statistics of the tier `full` hold."""
+        """True if the estimator of any site needs statistics of the tier `full`."""
         entries = [self.estimator(tensor, [one]) for one in self.overrides for tensor in one.tensors]
         return any(entry.needs_full for entry in (self.key, self.value, *entries))
 
     def edited(self, changes: Mapping[str, Any]) -> "Recipe":
-        """The recipe with some entries changed, such as `{"key": {"bits": 3}}`, and checked again.
+        """Recipe with some entries changed, such as `{"key": {"bits": 3}}`, and validated again.
 
-        Keys or values that become exact, as with `{"key": {"method": "identity"}}`, are so in all layers.
+        The change `{"key": {"method": "identity"}}` applies to all layers, whatever overrides say.
 
         Raises
         ------
         RecipeError
-            If the result is none.
+            If the result is not valid.
         """
         exact = [name for name in ("key", "value") if changes.get(name) == {"method": "identity"}]
         base = self.model_dump(mode="json")
@@ -168,17 +168,17 @@ class Recipe(BaseModel):
         return self.parse(merged(base, changes), self.name)
 
     def to_yaml(self) -> str:
-        """The recipe as the text of a recipe file."""
+        """Text of the recipe as a recipe file."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
     @classmethod
     def parse(cls, data: object, where: str, marks: Marks | None = None) -> "Recipe":
-        """A recipe from plain values; `where` and `marks` say where they were written.
+        """Recipe from plain values; `where` and `marks` give their file and lines.
 
         Raises
         ------
         RecipeError
-            With every entry that is wrong, what was expected, and the nearest known name.
+            Names every invalid entry, the expected value, and the nearest known name.
         """
         marks = marks or {}
         if not isinstance(data, dict):
@@ -191,7 +191,7 @@ class Recipe(BaseModel):
             return cls.model_validate_json(json.dumps(data), strict=True)
         except ValidationError as error:
             raise recipe_error(error, cls, where, marks) from error
-        except (TypeError, ValueError) as error:  # json holds no other types, and no circles
+        except (TypeError, ValueError) as error:  # types or references that JSON does not have
             raise RecipeError(f"recipe {where}: expected numbers, texts, lists and entries; {error}") from error
 
     def _entry(self, tensor: CachedTensor, overrides: Iterable[Override]) -> dict[str, Any]:
@@ -202,12 +202,12 @@ class Recipe(BaseModel):
 
 
 def chosen_recipe(recipe: str | Path | Recipe, bits: int | None = None) -> Recipe:
-    """The recipe that is named, with keys and values of so many bits where `bits` says it; 16 keeps them exact.
+    """Recipe by name, with another code width for keys and values if `bits` is given; 16 is full precision.
 
     Raises
     ------
     RecipeError
-        If there is no such recipe, or it does not take so many bits.
+        If there is no such recipe, or it does not support these bits.
     """
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     if bits is None:
@@ -217,7 +217,7 @@ def chosen_recipe(recipe: str | Path | Recipe, bits: int | None = None) -> Recip
 
 
 def load_recipe(name: str | Path) -> Recipe:
-    """A shipped recipe by name, or one from a `.yaml` file, of kvgauge or of msModelSlim.
+    """Shipped recipe by name, or recipe from a `.yaml` file of kvgauge or msModelSlim.
 
     Parameters
     ----------
@@ -227,18 +227,18 @@ def load_recipe(name: str | Path) -> Recipe:
     Returns
     -------
     Recipe
-        To be fitted as it is, or after `edited`.
+        Input of `fit`, possibly after `edited`.
 
     Raises
     ------
     RecipeError
-        If there is none, or it is not well-formed; with file and line.
+        If there is no such recipe or file, or it is not valid; with file and line.
     """
     return _load(read_document(str(name)), ())
 
 
 def _load(document: Document, heirs: tuple[str, ...]) -> Recipe:
-    """The recipe of a document; `heirs` are those that extend it, each the next."""
+    """Recipe of a document; `heirs` are the documents that extend it, outermost first."""
     if is_modelslim(document.data):
         document = from_modelslim(document)
     data = document.data
@@ -250,13 +250,13 @@ def _load(document: Document, heirs: tuple[str, ...]) -> Recipe:
 
 
 def _base(document: Document, extends: object, heirs: tuple[str, ...]) -> dict[str, Any]:
-    """The entries of the recipe that a document extends, a shipped one or a file beside it, except who it is."""
+    """Entries of the recipe that a document extends (shipped, or a file beside it), without name and source."""
     place = f"recipe {mark(('extends',), document.where, document.marks)}: extends"
     if not isinstance(extends, str):
         raise RecipeError(f"{place}: expected the name of a recipe or a file; got {extends!r:.80}")
     name = extends if extends in shipped_recipes() else str(Path(document.where).parent / extends)
     if _identity(name) in map(_identity, heirs):
-        raise RecipeError(f"{place}: a circle, {' extends '.join((*heirs, name))}; extend another recipe")
+        raise RecipeError(f"{place}: circular: {' extends '.join((*heirs, name))}; extend another recipe")
     try:
         base = read_document(name)
     except RecipeError as error:

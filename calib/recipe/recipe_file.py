@@ -1,4 +1,4 @@
-"""Recipe files as plain values, with the line of each."""
+"""Reader of recipe files: plain values with their line numbers."""
 
 from dataclasses import dataclass
 from importlib import resources
@@ -13,7 +13,7 @@ from calib.recipe.errors import Location, Marks, RecipeError, nearest
 _SHIPPED = resources.files("calib") / "recipes"
 
 _LARGEST_BYTES, _MOST_ENTRIES = 2**20, 10_000
-"""Far above any recipe: what is larger is another file, or anchors that multiply each other."""
+"""Limits far above any recipe: a larger file is something else, or has anchors that multiply each other."""
 
 _COLLECTIONS = {f"tag:yaml.org,2002:{name}" for name in ("map", "seq")}
 _SCALARS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null")}
@@ -22,12 +22,12 @@ _TIMESTAMP = "tag:yaml.org,2002:timestamp"
 
 @dataclass(frozen=True)
 class Document:
-    """What a recipe file says.
+    """Content of a recipe file.
 
     Parameters
     ----------
     where : str
-        Name of a shipped recipe, or the file's path.
+        Name of a shipped recipe, or path of the file.
     data : Any
         Plain values.
     marks : Marks
@@ -39,7 +39,7 @@ class Document:
     marks: Marks
 
     def part(self, location: Location) -> "Document":
-        """The entry or item at a location, as a document of its own."""
+        """Entry or item at a location, as a document of its own."""
         data = self.data
         for name in location:
             data = data[name]
@@ -49,17 +49,17 @@ class Document:
 
 
 def shipped_recipes() -> list[str]:
-    """Names of the recipes that come with the package."""
+    """Names of the recipes in the package."""
     return sorted(Path(entry.name).stem for entry in _SHIPPED.iterdir() if entry.name.endswith(".yaml"))
 
 
 def read_document(name: str) -> Document:
-    """What a shipped recipe or a file says.
+    """Content of a shipped recipe or a file.
 
     Raises
     ------
     RecipeError
-        If there is none, or it is not plain YAML; with the line, where there is one.
+        If there is no such recipe or file, or it is not plain YAML; with the line, if known.
     """
     shipped = name in shipped_recipes()
     content = (_SHIPPED / f"{name}.yaml").read_bytes() if shipped else _content(Path(name))
@@ -67,7 +67,7 @@ def read_document(name: str) -> Document:
 
 
 def parse_document(content: bytes, where: str) -> Document:
-    """What the bytes of a recipe file say.
+    """Content of a recipe file from its bytes.
 
     Raises
     ------
@@ -75,28 +75,28 @@ def parse_document(content: bytes, where: str) -> Document:
         If they are not plain YAML.
     """
     if len(content) > _LARGEST_BYTES:
-        raise RecipeError(f"recipe {where}: a recipe is a short text; this file has more than {_LARGEST_BYTES} bytes")
+        raise RecipeError(f"recipe {where}: expected a file of at most {_LARGEST_BYTES} bytes; got a larger one")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise RecipeError(f"recipe {where}: a recipe is a text in UTF-8; this is a binary file") from error
+        raise RecipeError(f"recipe {where}: expected UTF-8 text; got a binary file") from error
     try:
         reader = _Reader(text, where)
         return Document(where, reader.read(), {(): f"{where}, line 1", **reader.marks})
     except yaml.MarkedYAMLError as error:
         raise RecipeError(_broken(where, text, error)) from error
     except yaml.YAMLError as error:  # a character that is none of a text
-        raise RecipeError(f"recipe {where}: a recipe is a text; this is a binary file") from error
+        raise RecipeError(f"recipe {where}: expected text; got a binary file") from error
     except RecursionError as error:
-        raise RecipeError(f"recipe {where}: nested too deeply") from error
+        raise RecipeError(f"recipe {where}: expected a few levels of nesting; got too many") from error
 
 
 def _content(path: Path) -> bytes:
-    """The bytes of a file, as far as they are needed to refuse it."""
+    """Bytes of a file, read only one beyond the size limit."""
     if path.is_dir():
         found = sorted(entry.name for entry in path.glob("*.y*ml"))
-        listing = f"; it holds {', '.join(found[:5])}" if found else ""
-        raise RecipeError(f"recipe {path}: expected a file; this is a folder{listing}")
+        listing = f"; it contains {', '.join(found[:5])}" if found else ""
+        raise RecipeError(f"recipe {path}: expected a file; got a folder{listing}")
     if not path.exists():
         got = "no such file" if path.suffix in (".yaml", ".yml") else "no such recipe"
         known = shipped_recipes()
@@ -106,18 +106,18 @@ def _content(path: Path) -> bytes:
         )
     if path.suffix in SUFFIXES:
         raise RecipeError(
-            f"recipe {path}: expected a .yaml file; a {path.suffix} file holds quantizers or statistics, no recipe. "
+            f"recipe {path}: expected a .yaml file; got a {path.suffix} file, which has quantizers or statistics. "
             f"Evaluate with --quantizer-path {path}, or fit with --from-statistics {path}"
         )
     try:
         with path.open("rb") as file:
             return file.read(_LARGEST_BYTES + 1)
     except OSError as error:
-        raise RecipeError(f"recipe {path}: cannot be read: {error.strerror}") from error
+        raise RecipeError(f"recipe {path}: cannot read it: {error.strerror}") from error
 
 
 def _broken(where: str, text: str, error: yaml.MarkedYAMLError) -> str:
-    """The line at which YAML breaks off, and why."""
+    """Message with the line of a YAML error and its reason."""
     spot = error.problem_mark or error.context_mark
     if spot is None:
         return f"recipe {where}: not YAML: {error.problem}"
@@ -127,9 +127,9 @@ def _broken(where: str, text: str, error: yaml.MarkedYAMLError) -> str:
 
 
 class _Reader:
-    """Plain values from YAML, and the line of each in `marks`.
+    """YAML reader of plain values, with the line of each in `marks`.
 
-    Unlike `yaml.safe_load` it refuses names that stand twice, and leaves a date the text that it is.
+    Unlike `yaml.safe_load` it raises for duplicate names, and leaves dates as text.
     """
 
     def __init__(self, text: str, where: str) -> None:
@@ -137,14 +137,14 @@ class _Reader:
         self.marks: dict[Location, str] = {}
 
     def read(self) -> Any:
-        """The one document; None if there is none."""
+        """Value of the document; None for an empty one."""
         node = self._loader.get_single_node()
         return None if node is None else self._value(node, ())
 
     def _value(self, node: yaml.Node, location: Location) -> Any:
         self.marks.setdefault(location, self._line(node))
         if len(self.marks) > _MOST_ENTRIES:
-            raise RecipeError(f"recipe {self._where}: more than {_MOST_ENTRIES} entries; is this a recipe?")
+            raise RecipeError(f"recipe {self._where}: expected at most {_MOST_ENTRIES} entries; got more")
         if isinstance(node, yaml.ScalarNode):
             return self._scalar(node)
         if node.tag in _COLLECTIONS and isinstance(node, yaml.SequenceNode):
@@ -170,7 +170,7 @@ class _Reader:
                 raise RecipeError(f"recipe {self._line(name)}: expected the name of an entry; got a list or entries")
             if name.value in lines:
                 raise RecipeError(
-                    f"recipe {self._line(name)}: {name.value} stands twice; first in {lines[name.value]}. Keep one"
+                    f"recipe {self._line(name)}: {name.value} occurs twice; first in {lines[name.value]}. Remove one"
                 )
             lines[name.value] = self._line(name)
 
@@ -182,7 +182,9 @@ class _Reader:
         try:
             return self._loader.construct_object(node)
         except ValueError as error:
-            raise RecipeError(f"recipe {self._line(node)}: {node.value!r:.80} is no {node.tag[18:]}") from error
+            raise RecipeError(
+                f"recipe {self._line(node)}: expected a value of type {node.tag[18:]}; got {node.value!r:.80}"
+            ) from error
 
     def _not_plain(self, node: yaml.Node) -> RecipeError:
         tag = node.tag.replace("tag:yaml.org,2002:", "!!")

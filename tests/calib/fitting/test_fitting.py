@@ -100,7 +100,7 @@ def test_tiers_agree(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
 def test_keys_of_another_stage_are_refused(tiny_llama: LlamaForCausalLM) -> None:
     recipe = load_recipe("default").edited({"stage": "post_rope"})
     message = (
-        r"recipe default takes keys post_rope, the statistics hold layers\.0\.key\.pre_rope\. Calibrate again with"
+        r"recipe default needs keys post_rope; the statistics have layers\.0\.key\.pre_rope\. Calibrate again with"
     )
     with pytest.raises(ValueError, match=message):
         fit(gathered(tiny_llama), recipe)

@@ -57,7 +57,7 @@ LINES: dict[str, tuple[str, str]] = {
     ),
     "a name that stands twice": (
         "key: {method: uniform}\n" + BODY,
-        "line 2: key stands twice; first in r.yaml, l",
+        "line 2: key occurs twice; first in r.yaml, l",
     ),
     "a tab": (
         "key:\n\tmethod: uniform\n",
@@ -71,7 +71,7 @@ LINES: dict[str, tuple[str, str]] = {
         "line 2: expected plain entries; got !!pyth",
     ),
     "bytes": ("name: !!binary aGk=\n", "line 1: expected plain entries; got !!binary"),
-    "an integer that is none": ("name: a\nsink_tokens: !!int four\n", "line 2: 'four' is no int"),
+    "an integer of letters": ("name: a\nsink_tokens: !!int four\n", "line 2: expected a value of type int; got"),
     "a list": ("- key\n- value\n", "line 1: expected entries such as key: {method: uniform}; got a list; start from"),
     "words": ("just some words", "line 1: expected entries such as key: {method: uniform}; got 'just some words'"),
     "nothing": ("# nothing\n", "line 1: expected entries such as key: {method: uniform}; got an empty file"),
@@ -87,11 +87,11 @@ def test_errors_name_the_line(tmp_path: Path, text: str, expected: str) -> None:
     ("content", "expected"),
     [
         (b"", "recipe r.yaml, line 1: expected entries such as key: {method: uniform}; got an empty file; start from"),
-        (b"\xff\xfe\x00text", "recipe r.yaml: a recipe is a text in UTF-8; this is a binary file"),
-        (b"key\x00value", "recipe r.yaml: a recipe is a text; this is a binary file"),
-        (b"#" * (2**20 + 1), "recipe r.yaml: a recipe is a short text; this file has more than 1048576 bytes"),
-        (b"[" * 5000, "recipe r.yaml: nested too deeply"),
-        (b"a: &a [*a]", "recipe r.yaml: nested too deeply"),
+        (b"\xff\xfe\x00text", "recipe r.yaml: expected UTF-8 text; got a binary file"),
+        (b"key\x00value", "recipe r.yaml: expected text; got a binary file"),
+        (b"#" * (2**20 + 1), "recipe r.yaml: expected a file of at most 1048576 bytes; got a larger one"),
+        (b"[" * 5000, "recipe r.yaml: expected a few levels of nesting"),
+        (b"a: &a [*a]", "recipe r.yaml: expected a few levels of nesting"),
     ],
 )
 def test_what_is_no_recipe_is_refused(tmp_path: Path, content: bytes, expected: str) -> None:
@@ -101,7 +101,7 @@ def test_what_is_no_recipe_is_refused(tmp_path: Path, content: bytes, expected: 
 def test_anchors_that_multiply_each_other_are_refused(tmp_path: Path) -> None:
     rows = ["a0: &a0 [0, 0, 0, 0, 0, 0, 0, 0, 0, 0]"]
     rows += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 9)]
-    assert refused(tmp_path, r="\n".join(rows)) == "recipe r.yaml: more than 10000 entries; is this a recipe?"
+    assert refused(tmp_path, r="\n".join(rows)) == "recipe r.yaml: expected at most 10000 entries; got more"
 
 
 def test_anchors_merge_keys_and_dates_are_read(tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_anchors_merge_keys_and_dates_are_read(tmp_path: Path) -> None:
 
 def test_a_folder_is_refused_with_what_it_holds(tmp_path: Path) -> None:
     written(tmp_path, one=BODY, two=BODY)
-    with pytest.raises(RecipeError, match=r"expected a file; this is a folder; it holds one\.yaml, two\.yaml$"):
+    with pytest.raises(RecipeError, match=r"expected a file; got a folder; it contains one\.yaml, two\.yaml$"):
         load_recipe(tmp_path)
 
 
@@ -188,7 +188,7 @@ def test_an_error_is_looked_for_in_the_file_that_has_it(tmp_path: Path) -> None:
         ("other.yaml", "extends: recipe 'other.yaml': no such file"),
         ("[a, b]", "extends: expected the name of a recipe or a file; got ['a', 'b']"),
         ("broken.yaml", "extends: recipe broken.yaml, line 2: not YAML"),
-        ("r.yaml", "extends: a circle, r.yaml extends r.yaml; extend another recipe"),
+        ("r.yaml", "extends: circular: r.yaml extends r.yaml; extend another recipe"),
     ],
 )
 def test_what_cannot_be_extended_is_refused_where_it_is_asked_for(tmp_path: Path, extends: str, expected: str) -> None:
@@ -199,7 +199,7 @@ def test_what_cannot_be_extended_is_refused_where_it_is_asked_for(tmp_path: Path
 def test_a_circle_of_extensions_is_refused(tmp_path: Path) -> None:
     message = refused(tmp_path, a="extends: b.yaml\n", b="extends: c.yaml\n", c="extends: a.yaml\n")
     assert message == (
-        "recipe b.yaml, line 1: extends: a circle, c.yaml extends a.yaml extends b.yaml extends c.yaml; extend another "
+        "recipe b.yaml, line 1: extends: circular: c.yaml extends a.yaml extends b.yaml extends c.yaml; extend another "
         "recipe"
     )
 
@@ -268,19 +268,19 @@ def test_processors_about_something_else_are_named(tmp_path: Path, caplog: pytes
     assert (
         caplog.text.replace(f"{tmp_path}/", "")
         .strip()
-        .endswith("recipe plan.yaml: left out, not about the cache: 'linear_quant' (plan.yaml, line 3)")
+        .endswith("recipe plan.yaml: ignored, not for the cache: 'linear_quant' (plan.yaml, line 3)")
     )
 
 
 @pytest.mark.parametrize(
     ("plan", "expected"),
     [
-        ("spec:\n  process:\n  - type: linear_quant\n", "line 1: no processor of type dynamic_cache, which is the one"),
+        ("spec:\n  process:\n  - type: linear_quant\n", "line 1: expected a processor of type dynamic_cache; got"),
         ("spec:\n  process:\n  - type: linear_quant\n", "got 'linear_quant' (r.yaml, line 3)"),
         ("apiversion: modelslim_v1\n", "line 1: spec.process: expected the list of processors"),
         (
             "spec:\n  process: 3\n",
-            "line 2: spec.process: expected the list of processors of a plan of msModelSlim; got",
+            "line 2: spec.process: expected the list of processors of a plan of msModelSlim, such",
         ),
         (
             "- type: dynamic_cache\n  qconfig:\n    dtype: int4\n",
@@ -296,7 +296,7 @@ def test_processors_about_something_else_are_named(tmp_path: Path, caplog: pytes
         ("type: dynamic_cache\nexcluded: []\n", "line 2: excluded: unknown entry; known: type, qconfig, include, excl"),
         (
             "- {type: dynamic_cache, exclude: [a]}\n- {type: dynamic_cache}\n",
-            "line 2: the processors of one recipe exclude the same layers",
+            "line 2: expected the same exclude in all processors; got",
         ),
     ],
 )

@@ -316,7 +316,7 @@ def test_what_is_not_installed_is_named_with_its_command(
         ("models: [a, a]", 1, "a stands twice"),
         ("recipes: [kvquant, kvquant]", 1, "kvquant stands twice"),
         ("models: []", 1, "must not be empty"),
-        ("limit: 1\nlimit: 2", 2, "stands twice"),
+        ("limit: 1\nlimit: 2", 2, "occurs twice"),
         ("- kvquant", 1, "expected entries"),
         ("search:\n  recipe: kvquant\n  budget_bits: 3", 1, "parameters: missing"),
         ("search: {recipe: kvquant, budget_bits: 3,\n  parameters: {key.bits: [2, 9]}}", 1, "got 9"),
