@@ -1,15 +1,17 @@
-"""Estimator of non-uniform quantization: codebooks by exact one-dimensional k-means, or fixed ones."""
+"""Estimator of non-uniform quantization: codebooks by one-dimensional k-means, or fixed ones."""
 
-from typing import Literal, final
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, final
 
 import torch
 from jaxtyping import Float16, Float64
-from pydantic import Field, model_validator
+from pydantic import Field, model_serializer, model_validator
 from torch import Tensor
 
 from artifacts.quantizer import Quantizer
 from artifacts.quantizers.codebook import Codebook, DynamicCodebook
-from calib.estimators.codebook_levels import Levels, fitted, fixed
+from calib.estimators.codebook_levels import Levels, Solver, fitted, fixed
 from calib.estimators.estimator import EXACT, Estimator, Fit
 from calib.estimators.normal_values import (
     Histogram,
@@ -22,6 +24,8 @@ from calib.estimators.normal_values import (
 )
 from calib.estimators.outliers import Outliers
 from calib.estimators.ranges import Ranges, ThresholdDtype, channel_ranges
+from calib.solvers.kmeans import kmeans_1d
+from calib.solvers.lloyd import kmeans_lloyd
 from calib.statistics.site_statistics import SiteShape, SiteStatistics
 from calib.statistics.token_histogram import OUTLIER_FRACTIONS, bin_centers, token_histogram
 
@@ -68,6 +72,19 @@ class CodebookEstimator(Estimator):
         Outliers stored in 16 bits.
     threshold_dtype : {'float32', 'float16'}
         Precision of the ends of static ranges.
+    kmeans : {'exact', 'sklearn'}
+        Solver of the fit: the global optimum, or scikit-learn's k-means with the settings of KVQuant.
+    random_state : int
+        Seed of scikit-learn's start; KVQuant's is 0.
+
+    Notes
+    -----
+    ``kmeans: sklearn`` fits the histograms that the exact solver fits: all calibration values, normalised, in 4096
+    bins (512 for a table per channel; channels with too few bins of their own come from the token reservoir). A bin
+    is one point at the mean of its values (over token ranges, at its middle), weighted by their number. KVQuant's
+    released code fits the values one by one, in the order in which they came. The rule is the same, but the same
+    random numbers choose other starting points: a fit is another draw from the local optima that KVQuant can end in.
+    To replay it, say ``weights: none`` or, with gradients, ``fisher``: the defaults here weigh values otherwise.
     """
 
     method: Literal["codebook"] = "codebook"
@@ -81,6 +98,17 @@ class CodebookEstimator(Estimator):
     qnorm: bool = False
     outliers: Outliers | None = None
     threshold_dtype: ThresholdDtype = "float32"
+    kmeans: Literal["exact", "sklearn"] = "exact"
+    random_state: int = Field(default=0, ge=0, lt=2**32)
+
+    @model_serializer(mode="wrap")
+    def _without_exact_solver(self, write: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        """The fields; the solver only where it is not the exact one, so that older manifests stay as they are."""
+        written = write(self)
+        if self.kmeans == "exact":
+            for name in ("kmeans", "random_state"):
+                written.pop(name, None)
+        return written
 
     @model_validator(mode="after")
     def _possible(self) -> "CodebookEstimator":
@@ -97,6 +125,10 @@ class CodebookEstimator(Estimator):
             raise ValueError(f"{self.n_levels} levels need {needed} bits; use bits: {needed}, or drop n_levels")
         if self.qnorm and self.levels != "fitted":
             raise ValueError("qnorm adjusts fitted levels; drop it, or use levels: fitted")
+        if self.kmeans != "exact" and self.levels != "fitted":
+            raise ValueError(f"kmeans: {self.kmeans} fits levels; drop it, or use levels: fitted")
+        if self.kmeans == "exact" and self.random_state:
+            raise ValueError("the exact solver draws no random numbers; drop random_state, or use kmeans: sklearn")
         return self
 
     @property
@@ -128,6 +160,10 @@ class CodebookEstimator(Estimator):
         return self.n_levels or 2**self.bits
 
     @property
+    def _solver(self) -> Solver:
+        return kmeans_1d if self.kmeans == "exact" else partial(kmeans_lloyd, random_state=self.random_state)
+
+    @property
     def _fraction(self) -> float:
         return self.outliers.fraction if self.outliers else 0.0
 
@@ -136,7 +172,8 @@ class CodebookEstimator(Estimator):
         weights, source = self._token_weights(statistics)
         if not weights.any():  # all tokens are constant, and any levels represent them
             weights = torch.ones_like(weights)
-        table = fitted((bin_centers(len(weights), weights.device)[None], weights[None]), self._n_levels, self.qnorm)
+        histogram = bin_centers(len(weights), weights.device)[None], weights[None]
+        table = fitted(histogram, self._n_levels, self.qnorm, self._solver)
         inner = DynamicCodebook(channels=channels, bits=self.bits, **table)
         return Fit(self.outliers.wrap(inner, None) if self.outliers else inner, source)
 
@@ -161,7 +198,7 @@ class CodebookEstimator(Estimator):
             scale_offset, source = normalisation(ranges, self.threshold_dtype), ranges.source
         if self.levels == "fitted":
             histogram, n_coarse = self._histogram(statistics, ranges, scale_offset)
-            table = fitted(histogram, self._n_levels, self.qnorm)
+            table = fitted(histogram, self._n_levels, self.qnorm, self._solver)
             source += f"; reservoir for {n_coarse} channels" if n_coarse else ""
         else:
             table = {"levels": fixed(self.levels, self._n_levels)}

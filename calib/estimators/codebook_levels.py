@@ -1,6 +1,7 @@
 """Levels of codebooks: fitted by k-means or fixed, with decision boundaries for Q-Norm."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -22,6 +23,9 @@ _TAIL = 1e-9
 FixedLevels = Literal["normal_float", "gaussian", "laplace"]
 
 Levels = Literal["fitted", "normal_float", "gaussian", "laplace"]
+
+Solver = Callable[[Tensor, Tensor, int], Tensor]
+"""`kmeans_1d`, or what takes its place."""
 
 
 @functools.cache
@@ -69,8 +73,8 @@ def fixed(table: FixedLevels, n_levels: int) -> Float16[Tensor, "1 levels"]:
     return fixed_levels(table, n_levels).half()[None]
 
 
-def fitted(histogram: Histogram, n_levels: int, qnorm: bool) -> dict[str, Any]:
-    """Levels by exact k-means, one codebook for each histogram; with Q-Norm, decision boundaries too.
+def fitted(histogram: Histogram, n_levels: int, qnorm: bool, solver: Solver = kmeans_1d) -> dict[str, Any]:
+    """Levels by k-means, one codebook for each histogram; with Q-Norm, decision boundaries too.
 
     Parameters
     ----------
@@ -80,8 +84,10 @@ def fitted(histogram: Histogram, n_levels: int, qnorm: bool) -> dict[str, Any]:
         Levels of each codebook.
     qnorm : bool
         Give decoded values the mean and deviation of the original ones; codes stay those of the nearest fitted levels.
+    solver : callable
+        k-means of histograms.
     """
-    levels = kmeans_1d(*histogram, n_levels).cpu().half()
+    levels = solver(*histogram, n_levels).cpu().half()
     if not qnorm:
         return {"levels": levels}
     wide = levels.double()

@@ -14,7 +14,6 @@ from multiprocessing import get_context
 
 import torch
 from jaxtyping import Float32
-from sklearn.cluster import KMeans
 from torch import Tensor
 
 from artifacts.artifact import Artifact
@@ -22,6 +21,7 @@ from artifacts.quantizers.codebook import Codebook
 from artifacts.sites import Site
 from calib import fit, load_recipe
 from calib.estimators import CodebookEstimator
+from calib.solvers.lloyd import kmeans_lloyd
 from calib.statistics.channel_histogram import ChannelHistogram
 from calib.statistics.site_statistics import SiteShape, SiteStatistics, Tier
 from kvgauge.running.machine import hardware
@@ -117,11 +117,11 @@ def compare_with_sklearn(tokens: int, heads: int) -> list[str]:
 
     quantizer = estimator.fit(statistics).quantizer
     assert isinstance(quantizer, Codebook)
-    values = ((x - quantizer.offset) / quantizer.scale).reshape(-1, 1)
-    rival = KMeans(n_clusters=16, n_init="auto", max_iter=50, random_state=0)
-    baseline = seconds(lambda: rival.fit(values.numpy()), repeats=2)
+    values = ((x - quantizer.offset) / quantizer.scale).reshape(1, -1)
+    rival, ones = list[Tensor](), torch.ones_like(values)
+    baseline = seconds(lambda: rival.append(kmeans_lloyd(values, ones, 16)), repeats=2)
     ours, both = (seconds(call, repeats=5) for call in (lambda: estimator.fit(statistics), accumulate_and_fit))
-    errors = [squared_error(values, levels) for levels in (quantizer.levels, torch.from_numpy(rival.cluster_centers_))]
+    errors = [squared_error(values, levels) for levels in (quantizer.levels, rival[0])]
     what = f"16 levels for {values.numel() / 1e6:.3g} M values"
     return [
         row(f"{what}, from statistics / sklearn", ours, baseline, at_least=100),
@@ -149,7 +149,7 @@ def fit_model(name: str, limit: float, tokens: int, shape: tuple[int, int, int],
     ]
 
 
-def squared_error(values: Float32[Tensor, "values 1"], levels: Tensor) -> float:
+def squared_error(values: Float32[Tensor, "1 values"], levels: Tensor) -> float:
     """Mean squared distance to the nearest level, in float64."""
     ordered = levels.double().flatten().sort().values
     x = values.double().flatten()

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from sklearn.cluster import KMeans
 from torch import Tensor
 
 from artifacts.quantizer import Quantizer
@@ -17,6 +16,8 @@ from artifacts.quantizers.identity import Identity
 from artifacts.quantizers.sparse import PercentileSparse, RankSparse, ThresholdSparse
 from artifacts.sites import Site
 from calib.estimators import CodebookEstimator, Estimator, Fit, IdentityEstimator, Outliers, UniformEstimator
+from calib.solvers.kmeans import distortion
+from calib.solvers.lloyd import kmeans_lloyd
 from calib.statistics.readers import query_energy, query_moment
 from calib.statistics.row_sample import RowSample, priorities
 from calib.statistics.site_statistics import SiteShape, SiteStatistics
@@ -195,8 +196,9 @@ def test_channels_of_two_values_keep_both(tables: str, outliers: Outliers | None
 
 def lloyd(values: np.ndarray, weights: np.ndarray, n_levels: int) -> float:
     """Distortion that sklearn reaches."""
-    found = KMeans(n_levels, n_init=10, random_state=0).fit(values[:, None], sample_weight=weights)
-    return float(found.inertia_)
+    order = values.argsort()
+    problem = torch.from_numpy(values[order])[None], torch.from_numpy(weights[order])[None]
+    return distortion(*problem, kmeans_lloyd(*problem, n_levels, n_starts=10)).item()
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -238,6 +240,32 @@ def test_a_table_over_token_ranges_minimises_the_weighted_objective(bits: int, w
     w = (half**2 if weights == "scale2" else half**0).expand_as(a)
     nearest = (a[..., None] - quantizer.levels[0].double()).abs().amin(-1)
     assert float((w * nearest**2).sum()) <= 1.001 * lloyd(a.numpy().ravel(), w.numpy().ravel(), 2**bits)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"tables": "head"}, {"tables": "channel"}, {"per": "token"}, {"outliers": Outliers(fraction=0.02)}]
+)
+@pytest.mark.parametrize("weights", ["none", "scale2"])
+def test_sklearn_fits_what_the_exact_solver_fits_and_no_better(options: dict[str, Any], weights: str) -> None:
+    x = normal(600)
+    statistics, given = statistics_of(x), {"bits": 3, "weights": weights, **options}
+    exact = CodebookEstimator(**given).fit(statistics)
+    drawn = [CodebookEstimator(kmeans="sklearn", random_state=seed, **given).fit(statistics) for seed in (0, 0, 1)]
+    assert {fit.source for fit in drawn} == {exact.source}
+    codes, again, other = (fit.quantizer.tensors() for fit in drawn)
+    assert all(torch.equal(codes[name], again[name]) for name in codes)
+    assert any(not torch.equal(codes[name], other[name]) for name in codes)
+    assert error(exact.quantizer, x) * 0.8 <= error(drawn[0].quantizer, x) <= error(exact.quantizer, x) * 1.2
+
+
+def test_what_decides_between_solvers_is_written_only_where_it_is_not_the_exact_one() -> None:
+    assert not {"kmeans", "random_state"} & CodebookEstimator().model_dump().keys()
+    sklearn = CodebookEstimator(kmeans="sklearn", random_state=3)
+    written = sklearn.model_dump_json()
+    assert CodebookEstimator.model_validate_json(written) == sklearn
+    assert '"kmeans":"sklearn","random_state":3' in written
+    with pytest.raises(ValidationError, match="should be 'exact' or 'sklearn'"):
+        CodebookEstimator(kmeans="lloyd")  # type: ignore[arg-type]
 
 
 def test_each_weighting_is_the_best_at_its_own_objective() -> None:
@@ -395,6 +423,8 @@ def test_dynamic_quantizers_need_no_statistics() -> None:
         lambda: UniformEstimator(symmetric=True, whole_zero_point=True),
         lambda: CodebookEstimator(per="token", tables="channel"),
         lambda: CodebookEstimator(per="token", weights="query"),
+        lambda: CodebookEstimator(random_state=1),
+        lambda: CodebookEstimator(kmeans="sklearn", levels="normal_float"),
     ],
 )
 def test_what_does_not_go_together_is_refused_when_built(make: Any) -> None:

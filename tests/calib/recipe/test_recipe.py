@@ -138,6 +138,10 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
     "too many bits": ({"key": {"method": "uniform", "bits": 9}}, ["key.bits: ", "equal to 8; got 9; use 8"]),
     "exact bits": ({"key": {"method": "uniform", "bits": 16}}, ["key.bits: ", "got 16; use 8, or method: identity"]),
     "no bits": ({"key": {"method": "codebook", "bits": 0}}, ["key.bits: ", "equal to 1; got 0; use 1"]),
+    "unknown solver": (
+        {"key": {"method": "codebook", "kmeans": "sclearn"}},
+        ["key.kmeans: must be 'exact' or 'sklearn'; got 'sclearn'", "Did you mean sklearn?"],
+    ),
     "true bits": ({"key": {"method": "uniform", "bits": True}}, ["key.bits: must be a valid integer; got True"]),
     "bits in quotes": ({"key": {"method": "uniform", "bits": "3"}}, ["key.bits: ", "got '3'; write 3"]),
     "a number without a point": (

@@ -1,4 +1,4 @@
-"""Exact one-dimensional k-means: against brute force, a naive programme, sklearn and the Gaussian limits."""
+"""One-dimensional k-means: against brute force, a naive programme, sklearn and the Gaussian limits; and sklearn's."""
 
 from collections.abc import Callable
 from itertools import combinations, pairwise
@@ -10,6 +10,7 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 
 from calib.solvers.kmeans import distortion, distortion_by_levels, kmeans_1d
+from calib.solvers.lloyd import kmeans_lloyd
 
 
 def random_problems(n_problems: int, n_bins: int, seed: int, empty: float = 0.2) -> tuple[Tensor, Tensor]:
@@ -103,10 +104,36 @@ def test_weights_that_vanish_beside_others_do_no_harm(n_levels: int) -> None:
 @pytest.mark.parametrize("n_levels", [4, 16])
 def test_never_above_sklearn(shape: str, n_levels: int) -> None:
     sample = np.sort(getattr(np.random.default_rng(0), shape)(size=2000))
-    rival = KMeans(n_levels, n_init="auto", random_state=0, max_iter=50).fit(sample[:, None])
-    centers = torch.from_numpy(sample)[None]
-    ours = distortion(centers, torch.ones_like(centers), kmeans_1d(centers, torch.ones_like(centers), n_levels))
-    assert ours.item() <= rival.inertia_ * (1 + 1e-12)
+    problem = torch.from_numpy(sample)[None], torch.ones(1, len(sample), dtype=torch.float64)
+    ours, rival = (distortion(*problem, solver(*problem, n_levels)) for solver in (kmeans_1d, kmeans_lloyd))
+    assert ours.item() <= rival.item() * (1 + 1e-12)
+
+
+def test_sklearn_is_called_as_kvquant_calls_it() -> None:
+    values = torch.randn(3000, generator=torch.Generator().manual_seed(0))[None]
+    for seed in (0, 1):
+        theirs = KMeans(n_clusters=8, random_state=seed, n_init="auto", max_iter=50).fit(values.T.numpy())
+        found = kmeans_lloyd(values, torch.ones_like(values), 8, random_state=seed)
+        assert np.array_equal(found[0].numpy(), np.sort(theirs.cluster_centers_[:, 0]))
+
+
+def test_sklearn_stops_at_the_same_levels_wherever_values_fall_into_bins() -> None:
+    """Bins of zero weight, and bins that hold many values, change neither the start nor the rule to stop."""
+    values, _ = random_problems(1, 500, seed=13, empty=0)
+    far = torch.full((1, 50), 100.0, dtype=torch.float64)
+    padded = torch.cat([values, far], 1), torch.cat([torch.ones_like(values), torch.zeros_like(far)], 1)
+    assert torch.equal(kmeans_lloyd(*padded, 4), kmeans_lloyd(values, torch.ones_like(values), 4))
+    bins, counts = values.unique(return_counts=True)
+    best = distortion(values, torch.ones_like(values), kmeans_1d(values, torch.ones_like(values), 4))
+    for seed in range(5):
+        levels = kmeans_lloyd(bins[None], counts[None].double(), 4, random_state=seed)
+        assert (levels.diff(dim=-1) > 0).all()
+        assert best.item() <= distortion(values, torch.ones_like(values), levels).item() <= 1.2 * best.item()
+
+
+def test_sklearn_keeps_few_values_as_they_are() -> None:
+    centers, weights = torch.tensor([[0.3, 5.0, -1.0]]), torch.tensor([[1.0, 0.0, 2.0]])
+    assert torch.equal(kmeans_lloyd(centers, weights, 4), torch.tensor([[-1.0, 0.3, 0.3, 0.3]]).double())
 
 
 # Max, "Quantizing for minimum distortion", IRE Trans. Inf. Theory 6 (1960), table I.
