@@ -1,35 +1,35 @@
-"""Errors of the packages: one class for each kind of refusal, and one base of them all."""
+"""Error classes of the packages, with one common base."""
 
 
 class KVGaugeError(Exception):
-    """Base of every error that kvgauge raises for what a user can mend.
+    """Base of the errors that a user can resolve.
 
-    Each class below it is a `ValueError` or `RuntimeError` too, where it stands for one.
+    Most subclasses are also a `ValueError` or `RuntimeError`, for callers that expect these.
     """
 
 
 class ArtifactError(KVGaugeError, ValueError):
-    """A quantizer artifact cannot be used. Base of every refusal to read."""
+    """A file of kvgauge or another tool cannot be used. Base of all errors of reading."""
 
 
 class CorruptArtifactError(ArtifactError):
-    """The bytes are not a whole, well-formed artifact."""
+    """A file is damaged, incomplete or of another format."""
 
 
 class UnsupportedVersionError(ArtifactError):
-    """The file was written by another format version."""
+    """A file has another format version."""
 
 
 class UnknownKindError(ArtifactError):
-    """The file names a kind of quantizer that this version does not have."""
+    """A file names a kind of quantizer that this version does not have."""
 
 
 class MismatchError(ArtifactError):
-    """An artifact or statistics are sound, and were made for something else."""
+    """A valid artifact or valid statistics belong to another model, site or setting."""
 
 
 class UnsupportedModelError(KVGaugeError, ValueError):
-    """A model caches something that no site describes."""
+    """A model has attention layers or a cache that are not supported."""
 
 
 class UnsupportedReleaseError(KVGaugeError, ValueError):
@@ -37,4 +37,4 @@ class UnsupportedReleaseError(KVGaugeError, ValueError):
 
 
 class NonFiniteError(KVGaugeError, ValueError):
-    """NaN or infinity where a finite number is needed."""
+    """Values are NaN or infinite."""

@@ -86,7 +86,7 @@ class FrequencyCoder:
         ValueError
             If the stream does not hold exactly `n_tokens` tokens.
         """
-        with _refusing_panics(f"the stream of {len(words)} words is not that of {n_tokens} tokens"):
+        with _panics_as_errors(f"the stream of {len(words)} words is not that of {n_tokens} tokens"):
             decoder = stream.queue.RangeDecoder(words)
             symbols = np.stack([decoder.decode(model, n_tokens) for model in self._models])
             escaped = symbols == self._lengths
@@ -133,7 +133,7 @@ def _decode_beyond(decoder: stream.queue.RangeDecoder, n_escaped: int) -> Int32[
 
 
 @contextmanager
-def _refusing_panics(problem: str) -> Iterator[None]:
+def _panics_as_errors(problem: str) -> Iterator[None]:
     """Turns errors and panics of constriction into a ValueError that names the problem.
 
     A panic of its Rust code is no `Exception`, and its class cannot be imported: it would end a server that survives

@@ -103,6 +103,6 @@ def fitted(histogram: Histogram, n_levels: int, qnorm: bool, solver: Solver = km
 
 def _spread(x: Float64[Tensor, "tables bins"], weights: Float64[Tensor, "tables bins"]) -> tuple[Tensor, Tensor]:
     """Weighted mean and standard deviation of each table, "tables 1"."""
-    share = weights / weights.sum(dim=1, keepdim=True)
-    mean = (share * x).sum(dim=1, keepdim=True)
-    return mean, (share * (x - mean).square()).sum(dim=1, keepdim=True).sqrt()
+    p = weights / weights.sum(dim=1, keepdim=True)
+    mean = (p * x).sum(dim=1, keepdim=True)
+    return mean, (p * (x - mean).square()).sum(dim=1, keepdim=True).sqrt()

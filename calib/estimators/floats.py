@@ -35,11 +35,11 @@ class Float8Estimator(Estimator):
     def fit(self, statistics: SiteStatistics) -> Fit:
         """Static scales from exact minima and maxima; other scales need no statistics."""
         shape = statistics.shape
-        sharing = {"tensor": shape.channels, "head": shape.head_dim, "channel": 1}.get(self.scale)
-        if sharing is None:
+        width = {"tensor": shape.channels, "head": shape.head_dim, "channel": 1}.get(self.scale)
+        if width is None:
             return Fit(self.dynamic(shape), EXACT)
         magnitudes = _magnitudes(statistics)
-        largest = magnitudes.view(-1, sharing).amax(dim=1).repeat_interleave(sharing)
+        largest = magnitudes.view(-1, width).amax(dim=1).repeat_interleave(width)
         scale = _scale(largest, largest_float8(self.format))
         if self.scale == "channel":  # a constant c with the scale |c| becomes +-1, exact in float8
             scale = torch.where(_constant(statistics) & (magnitudes > 0), magnitudes, scale)

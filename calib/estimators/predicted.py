@@ -19,7 +19,7 @@ from calib.estimators.wrapping import WrappingEstimator
 from calib.statistics.site_statistics import SiteShape, SiteStatistics
 from calib.statistics.sources import Shrinkage, Sources
 
-_SHARES = (0.0, 0.3, 1.0)
+_MOMENT_WEIGHTS = (0.0, 0.3, 1.0)
 
 _RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
 """Grid of the regularisation: coarse, as one choice serves a whole site."""
@@ -55,9 +55,10 @@ class NormalEquations:
     inputs: Float[Tensor, "inputs inputs"]
     cross: Float[Tensor, "inputs channels"]
 
-    def mixed(self, other: "NormalEquations", share: float) -> "NormalEquations":
-        """Convex combination with other normal equations, whose weight is `share`."""
-        return NormalEquations(torch.lerp(self.inputs, other.inputs, share), torch.lerp(self.cross, other.cross, share))
+    def mixed(self, other: "NormalEquations", weight: float) -> "NormalEquations":
+        """Convex combination with other normal equations, whose weight is `weight`."""
+        inputs = torch.lerp(self.inputs, other.inputs, weight)
+        return NormalEquations(inputs, torch.lerp(self.cross, other.cross, weight))
 
     def single(self) -> "NormalEquations":
         """Normal equations in float32, which takes half the time."""
@@ -103,7 +104,7 @@ def fit_predictor(
         return torch.zeros_like(sources.cross_covariance)
     sampled = NormalEquations.of(_centred(sources.decoded.double()), _centred(x.double()))
     exact = NormalEquations(sources.covariance, sources.cross_covariance)
-    return sampled.mixed(exact, shrinkage.share).solve(shrinkage.ridge)
+    return sampled.mixed(exact, shrinkage.moment_weight).solve(shrinkage.ridge)
 
 
 def held_out_shrinkage(
@@ -130,10 +131,10 @@ def held_out_shrinkage(
     others = _without(sources, x, half, stride).single()
     u, wanted = u[half:] - u[:half].mean(dim=0), x[half:] - x[:half].mean(dim=0)
     errors = {NOTHING: _error(wanted, weights)}
-    for share in _SHARES:
-        mixed = first.mixed(others, share)
+    for weight in _MOMENT_WEIGHTS:
+        mixed = first.mixed(others, weight)
         for ridge in _RIDGES:
-            errors[Shrinkage(share, ridge)] = _error(wanted - u @ mixed.solve(ridge), weights)
+            errors[Shrinkage(weight, ridge)] = _error(wanted - u @ mixed.solve(ridge), weights)
     return min(errors, key=lambda choice: errors[choice])
 
 

@@ -33,10 +33,10 @@ class Ranges:
         """True for channels with a single value."""
         return self.low == self.high
 
-    def shared(self, sharing: int) -> "Ranges":
-        """Common range of each `sharing` neighbouring channels, the union of theirs."""
-        low, high = (end.view(-1, sharing) for end in (self.low, self.high))
-        low, high = low.amin(dim=1).repeat_interleave(sharing), high.amax(dim=1).repeat_interleave(sharing)
+    def union(self, width: int) -> "Ranges":
+        """Common range of each `width` neighbouring channels, the union of theirs."""
+        low, high = (end.view(-1, width) for end in (self.low, self.high))
+        low, high = low.amin(dim=1).repeat_interleave(width), high.amax(dim=1).repeat_interleave(width)
         return Ranges(low, high, self.source)
 
     def shrunk(self, ratios: Float32[Tensor, " channels"]) -> "Ranges":

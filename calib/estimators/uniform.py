@@ -26,7 +26,7 @@ def best_ratios(
     quantizer: Callable[[Float32[Tensor, " channels"]], Quantizer],
     rows: Float32[Tensor, "rows channels"],
     weights: Float32[Tensor, "rows channels"],
-    sharing: int,
+    width: int,
 ) -> Float32[Tensor, " channels"]:
     """Clip ratio of every channel with the least weighted squared error over `rows`; ties go to the larger ratio.
 
@@ -38,7 +38,7 @@ def best_ratios(
         Tokens to quantize.
     weights : Float32[Tensor, "rows channels"]
         Weights of their squared errors.
-    sharing : int
+    width : int
         Neighbouring channels with one ratio; divides the channels.
     """
     errors = []
@@ -47,8 +47,8 @@ def best_ratios(
     for ratio in RATIOS:
         decoded = quantizer(ratio.expand(rows.shape[1])).simulate(rows)
         errors.append((weights * (decoded - rows).square()).sum(dim=0, dtype=torch.float64))
-    shared = torch.stack(errors).unflatten(1, (-1, sharing)).sum(dim=2)
-    return RATIOS[shared.argmin(dim=0)].repeat_interleave(sharing)
+    by_width = torch.stack(errors).unflatten(1, (-1, width)).sum(dim=2)
+    return RATIOS[by_width.argmin(dim=0)].repeat_interleave(width)
 
 
 @final
@@ -124,12 +124,12 @@ class UniformEstimator(Estimator):
         fraction = self.outliers.fraction if self.outliers else 0.0
         outer = channel_ranges(statistics, fraction, self.threshold_dtype)
         clipped = outer if self.range != "percentile" else self._percentiles(statistics, fraction)
-        ranges, source = clipped.shared(self._sharing(statistics.shape)), clipped.source
+        ranges, source = clipped.union(self._width(statistics.shape)), clipped.source
         if self.range in ("mse", "attention"):
             rows = torch.minimum(torch.maximum(statistics.rows, outer.low), outer.high)
             weights = self._weights(statistics)
-            sharing = self._sharing(statistics.shape)
-            ranges = ranges.shrunk(best_ratios(lambda r: self._grid(ranges.shrunk(r)), rows, weights, sharing))
+            width = self._width(statistics.shape)
+            ranges = ranges.shrunk(best_ratios(lambda r: self._grid(ranges.shrunk(r)), rows, weights, width))
             source = f"{source}; reservoir of {len(rows)} tokens"
         inner = self._grid(ranges)
         return Fit(self.outliers.wrap(inner, outer) if self.outliers else inner, source)
@@ -170,7 +170,7 @@ class UniformEstimator(Estimator):
     def _wrapped(self, inner: Quantizer) -> Quantizer:
         return self.outliers.wrap(inner, None) if self.outliers else inner
 
-    def _sharing(self, shape: SiteShape) -> int:
+    def _width(self, shape: SiteShape) -> int:
         """Number of neighbouring channels with one static scale."""
         return {"tensor": shape.channels, "head": shape.head_dim}.get(self.per, 1)
 

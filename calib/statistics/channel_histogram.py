@@ -91,8 +91,8 @@ class ChannelHistogram(Statistic):
         total = cumulative[:, -1:]
         centers = self.centers()
         found = []
-        for share in (tail, 1 - tail):
-            bins = torch.searchsorted(cumulative, (total * share).long() + 1).clamp_(max=self.bins - 1)
+        for p in (tail, 1 - tail):
+            bins = torch.searchsorted(cumulative, (total * p).long() + 1).clamp_(max=self.bins - 1)
             found.append(centers.gather(1, bins)[:, 0].clamp(self.minimum, self.maximum))
         return found[0], found[1]
 

@@ -15,14 +15,14 @@ class Shrinkage(NamedTuple):
 
     Parameters
     ----------
-    share : float
+    moment_weight : float
         Weight, from 0 to 1, of the covariances of all tokens before quantization in the normal equations; the rest is
         that of the dequantized reservoir.
     ridge : float
         Ridge penalty, relative to the variance of each input; with infinity the prediction is zero.
     """
 
-    share: float
+    moment_weight: float
     ridge: float
 
 

@@ -65,10 +65,10 @@ _CONTROL_SHARE = 0.01
 
 _GIT_LFS = b"version https://git-lfs.github.com/spec/"
 
-_HEAD_BYTES = 512
+_FIRST_BYTES = 512
 
 
-def refuse_binary(path: Path, head: bytes) -> None:
+def check_not_binary(path: Path, first_bytes: bytes) -> None:
     """Raises if the first bytes are those of a format without plain text.
 
     Raises
@@ -77,10 +77,10 @@ def refuse_binary(path: Path, head: bytes) -> None:
         With the format and advice.
     """
     suffix = _inner_suffix(path)
-    if head[257:262] == b"ustar":
+    if first_bytes[257:262] == b"ustar":
         raise CorpusError(f"{path}: expected text; got a tar archive; {_UNPACK}")
     for beginning, what, advice in _BEGINNINGS:
-        if head.startswith(beginning):
+        if first_bytes.startswith(beginning):
             raise CorpusError(f"{path}: expected text; got {what}; {_SUFFIXES.get(suffix, advice)}")
 
 
@@ -120,7 +120,7 @@ def check_file(path: Path) -> None:
         return
     try:
         with path.open("rb") as file:
-            head = file.read(_HEAD_BYTES)
+            first_bytes = file.read(_FIRST_BYTES)
     except FileNotFoundError as error:
         close = difflib.get_close_matches(str(path), KNOWN_DATASETS, n=1)
         advice = f"did you mean {close[0]}?" if close else "check the path"
@@ -129,12 +129,12 @@ def check_file(path: Path) -> None:
         raise CorpusError(f"{path}: expected a file; got a directory; name one file in it") from error
     except OSError as error:
         raise CorpusError(f"{path}: expected a readable file; got {error.strerror}; check the path") from error
-    if not head:
+    if not first_bytes:
         raise CorpusError(f"{path}: expected content; got a file of 0 bytes; was it downloaded completely?")
-    if head.startswith(_GIT_LFS):
+    if first_bytes.startswith(_GIT_LFS):
         raise CorpusError(f"{path}: expected data; got a git-lfs pointer to it; run `git lfs pull` first")
     if not is_token_ids(path):
-        refuse_binary(path, head)
+        check_not_binary(path, first_bytes)
 
 
 def is_token_ids(path: Path) -> bool:
@@ -170,7 +170,7 @@ def read_local_text(path: Path, field: str, split: Split) -> str:
             return jsonl_text(path, text, field)
         case ".csv" | ".tsv":
             return csv_text(path, text, field, "\t" if suffix == ".tsv" else ",")
-    _refuse_markup(path, text, suffix)
+    _check_markup(path, text, suffix)
     return text
 
 
@@ -182,7 +182,7 @@ def _content(path: Path) -> tuple[bytes, str]:
             data, name = gzip.decompress(data), name.removesuffix(".gz")
         except (OSError, EOFError, zlib.error) as error:
             raise CorpusError(f"{path}: expected a whole .gz file; got {error}; download it again") from error
-        refuse_binary(path, data[:_HEAD_BYTES])
+        check_not_binary(path, data[:_FIRST_BYTES])
     return data, Path(name).suffix
 
 
@@ -197,7 +197,7 @@ def _decoded(path: Path, data: bytes) -> str:
     return text.replace("\r\n", "\n")
 
 
-def _refuse_markup(path: Path, text: str, suffix: str) -> None:
+def _check_markup(path: Path, text: str, suffix: str) -> None:
     """Raises for JSON and HTML, whose markup would count as text.
 
     Raises
