@@ -1,4 +1,4 @@
-"""What each ingredient of a recipe is worth: one at a time is removed, and the loss compared on the same windows.
+"""Ablation of a recipe: removes one ingredient at a time and compares the loss on the same windows.
 
 Run it as `kvgauge ablate RECIPE MODEL --dataset FILE`.
 """

@@ -110,7 +110,7 @@ def _recipes(names: str | None) -> "list[Recipe]":
 def _compare(
     config: CompareConfig, settings: "Settings", recipes: "list[Recipe]", folder: Path
 ) -> "tuple[dict[str, Any], list[ComparedRecipe]]":
-    """What was compared on what, and the recipes in order."""
+    """Runs the comparison; returns its texts and settings as JSON values, and the recipes in order."""
     from artifacts.model.evidence import text_config
     from calib.text.corpus import check_dataset
     from calib.text.windows import check_vocabulary, split_windows

@@ -38,7 +38,7 @@ def without_outliers(setup: Setup) -> Setup | None:
 
 
 def without_rotation(setup: Setup) -> Setup | None:
-    """What was in a fitted or a Hadamard basis is quantized as it is."""
+    """Vectors are quantized as they are, not in a fitted or a Hadamard basis."""
     return _everywhere(setup, lambda entry: _inner(entry) if entry.get("method") in _ROTATIONS else entry)
 
 
@@ -90,7 +90,7 @@ def without_centring(setup: Setup) -> Setup | None:
 
 
 def without_correction(setup: Setup) -> Setup | None:
-    """What is decoded is not moved or stretched: by Q-Norm, to the norm of the original, or by the mean error."""
+    """Decoded vectors are not corrected: neither by Q-Norm, nor to the norm of the original, nor by the mean error."""
 
     def change(entry: Entry) -> Entry:
         return {**entry, **{name: False for name in ("qnorm", "correct") if entry.get(name)}}
@@ -193,6 +193,6 @@ def _is_fitted(entry: Entry) -> bool:
 
 
 def _weighs(entry: Entry) -> bool:
-    """Whether the weights have a say: in a table of one channel those of whole channels have none."""
+    """True where the weights change the fit: in a table of one channel those of whole channels do not."""
     own = entry["tables"] == "channel" and not entry["weights"].startswith("fisher")
     return _is_fitted(entry) and entry["weights"] != "none" and not own

@@ -1,4 +1,4 @@
-"""What each ingredient of a recipe is worth, measured on the same windows with it and without it."""
+"""Worth of each ingredient of a recipe: the loss with it and without it, on the same windows."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -57,12 +57,12 @@ class ComparedRecipe:
         return float(both["key"] + both["value"]) / 2
 
     def worst(self, error: str) -> float:
-        """That of the worst layer, one of `AttentionErrors.relative`."""
+        """Largest relative error over layers, one of `AttentionErrors.relative`."""
         return max(errors.relative()[error] for errors in self.errors.values())
 
     @property
     def causal(self) -> bool:
-        """Whether every scale comes from one token alone, or from calibration."""
+        """True where every scale comes from one token alone, or from calibration."""
         return not any(quantizer.looks_ahead for quantizer in self.artifact.values())
 
     def to_json(self) -> dict[str, Any]:

@@ -94,7 +94,7 @@ class Comparison:
             self._errors[name] = _summed(of_windows[: len(windows)])
 
     def evaluate(self, windows: Int64[Tensor, "windows tokens"], batch_size: int) -> list[ComparedRecipe]:
-        """What each recipe stores and loses.
+        """Measures the bits and the losses of each recipe.
 
         Raises
         ------

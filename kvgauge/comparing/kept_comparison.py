@@ -1,4 +1,4 @@
-"""What a comparison has finished, kept in its output folder: after an interruption the same command goes on from it."""
+"""Finished parts of a comparison, kept in its output folder: the same command goes on from them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class KeptComparison:
 
     @classmethod
     def under(cls, output: Path, model: str, settings: Settings) -> "KeptComparison":
-        """That of a model and settings; says whether it goes on, and whether other settings have left something."""
+        """The folder of a model and settings; says on standard error if an earlier run left something there."""
         evaluated, calibrated = settings.evaluation(model).text.source, settings.calibration_source(model)
         sources = sorted({model, evaluated, calibrated})
         identity = {
@@ -50,11 +50,11 @@ class KeptComparison:
         return cls(folder)
 
     def statistics(self, source: Gathering) -> ModelStatistics:
-        """Those that are kept, or gathered now; Ctrl-C waits for the window at hand and keeps it."""
+        """Statistics, kept or gathered now; Ctrl-C waits for the window at hand and keeps it."""
         return source.kept(self.folder, lambda windows: between_items(bar(windows, f"calibrating, {source.stage}")))
 
     def fitted(self, recipe: Recipe) -> tuple[Artifact, float] | None:
-        """What was fitted for a recipe, and the seconds that took; None where that is still to be done."""
+        """The artifact fitted for a recipe and the seconds it took; None where that is still to be done."""
         path = self._path(recipe)
         if not path.exists():
             return None

@@ -22,7 +22,7 @@ _OFFSETS = [
     for distance in (_NEAR, 18, 30, 45, 65, 90)
     for turn in range(12)
 ]
-"""Where a label may go, in points from its mark, nearest first."""
+"""Places for a label, in points from its mark, nearest first."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def _label(point: Point, axes: Axes, taken: Sequence[Bbox]) -> Bbox:
 
 
 def _moved(box: Bbox, offset: tuple[float, float], pixels: float) -> Bbox:
-    """Where a text that starts at its mark lies when it grows away from a place so many points from there."""
+    """Box of a text that starts at its mark, moved to grow away from a place so many points from there."""
     before = {"left": 0.0, "center": 0.5, "right": 1.0}[_alignment(offset)]
     moved = box.translated(offset[0] * pixels - before * box.width, offset[1] * pixels)
     return moved.padded(_GAP_PIXELS)

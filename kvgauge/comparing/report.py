@@ -1,4 +1,4 @@
-"""What a comparison leaves behind: `results.json`, `table.md` and `pareto.png`."""
+"""Results of a comparison: `results.json`, `table.md` and `pareto.png`."""
 
 import json
 import platform

@@ -47,7 +47,7 @@ def values_of(config: "DataclassInstance") -> dict[str, Any]:
 
 
 def given(config: "DataclassInstance", names: Sequence[str]) -> list[str]:
-    """Those of the named options that were given, as they are typed: `--task-limit`."""
+    """The named options that were given, as they are typed: `--task-limit`."""
     values = values_of(config)
     return [flag(name) for name in names if values[name] not in (None, False)]
 

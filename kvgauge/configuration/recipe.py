@@ -119,7 +119,7 @@ def _with_method(config: RecipeConfig, tensor: str, base: dict[str, Any], change
 
 
 def _per_token_codebook(entry: dict[str, Any]) -> dict[str, Any]:
-    """What a codebook entry has to give up when its ranges are those of the tokens."""
+    """Settings that a codebook has to give up when its ranges are those of the tokens."""
     if entry["method"] != "codebook" or entry["per"] != "token":
         return {}
     tables = {"tables": "site"} if entry["tables"] == "channel" else {}
@@ -153,7 +153,7 @@ def _tensors(words: Sequence[str] | None) -> set[str] | None:
 
 
 def outlier_entry(config: RecipeConfig, base: dict[str, Any]) -> dict[str, Any] | None:
-    """What a recipe says under `outliers`, as the flags have it.
+    """A recipe's entry `outliers`, as the options have it.
 
     Raises
     ------

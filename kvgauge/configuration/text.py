@@ -37,7 +37,7 @@ class TextConfig:
 
     @property
     def source(self) -> str:
-        """What is named, as it was typed; wikitext2 where nothing is."""
+        """The dataset as it was typed; wikitext2 where none is named."""
         return self.dataset or _WIKITEXT
 
     @property

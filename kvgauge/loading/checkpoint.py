@@ -13,7 +13,7 @@ _CONSTANTS = re.compile(
 """Tables that older releases of transformers saved, and newer ones compute."""
 
 _CACHE_SCALES = re.compile(r"[._](k|v|q|kv|prob)(_cache)?_(scale|offset|zero_point)$")
-"""What serving engines multiply a quantized cache by; the weights are whole without it."""
+"""Scales that serving engines apply to a quantized cache; the weights are whole without them."""
 
 _OTHER_PARTS = re.compile(
     r"^(model\.|language_model\.)?(\w*(vision|visual|image|audio|speech)\w*|multi_modal_\w+|mm_\w+|connector|mtp|talker|"
@@ -25,13 +25,13 @@ _QUANTIZED = re.compile(
     r"(weight_scale\w*|scale_weight|scale_inv|(input|act\w*)_scale|weight_packed|weight_shape|weight_zero_point|qweight|"
     r"qzeros|scales|zeros|g_idx|SCB|absmax|quant_map|blocks)$"
 )
-"""What belongs to quantized weights."""
+"""Tensors of quantized weights."""
 
 _WEIGHTS = (".safetensors", ".bin", ".index.json")
 
 
 def other_format(name: str, offline: bool) -> str | None:
-    """What is there instead of a whole model in the layout of transformers, and how to make one of it; else None.
+    """Says what a path holds instead of a whole transformers model, and how to convert it; None for a model.
 
     Parameters
     ----------
@@ -56,7 +56,7 @@ def other_format(name: str, offline: bool) -> str | None:
 
 
 def remote_code(name: str, offline: bool) -> str | None:
-    """Why a model that brings code of its own is not run; None where it brings none."""
+    """Reason for not running a model that brings code of its own; None where it brings none."""
     from transformers import PretrainedConfig
 
     try:

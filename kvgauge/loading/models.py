@@ -53,7 +53,7 @@ class LoadedModel:
         return attention_layers(self.model)
 
     def fingerprint(self, layers: tuple[AttentionLayer, ...]) -> dict[str, Any]:
-        """What identifies the model, tokenizer included."""
+        """Fingerprint of the model, tokenizer included."""
         return model_fingerprint(self.model, layers, self.tokenizer_digest)
 
     def encode(self, text: str) -> list[int]:
@@ -198,12 +198,12 @@ def _device(name: str | None) -> str:
 
 
 def _model_id(name: str) -> str | None:
-    """What an artifact may say of the model: never a path."""
+    """Name of the model that an artifact may record: never a path."""
     return None if name != DEMO and os.path.isdir(name) else name
 
 
 def _is_offline(name: str) -> bool:
-    """Whether a hub id must be looked for in the local cache, because the hub does not answer.
+    """True for a hub id that must be looked for in the local cache, because the hub does not answer.
 
     Raises
     ------

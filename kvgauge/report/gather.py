@@ -28,7 +28,7 @@ VERSION = 2
 
 
 def origins(run: ReportedRun) -> dict[str, Any]:
-    """As JSON values; no path but what was typed."""
+    """Model, artifact, versions and machine as JSON values; no path but the one that was typed."""
     fingerprint = run.loaded.fingerprint(run.loaded.layers())
     weight = next(run.loaded.model.parameters())
     return {
@@ -159,7 +159,7 @@ def _norms(seen: Seen) -> dict[str, dict[str, Any]]:
 
 
 def _finite(value: Any) -> Any:
-    """What is no finite number becomes None."""
+    """JSON values with None in place of numbers that are not finite."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""What an evaluation leaves for its report."""
+"""An evaluation that has ended, as its report needs it."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -71,7 +71,7 @@ class ReportedRun:
         evaluated: Evaluated,
         found: Mapping[str, Any],
     ) -> Self:
-        """What `evaluate` has at its end; the text is read again for a few windows.
+        """The run that `evaluate` has at its end; the text is read again for a few windows.
 
         Parameters
         ----------

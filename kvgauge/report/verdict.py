@@ -1,4 +1,4 @@
-"""What a report comes to, in plain words."""
+"""Verdict of a report, in plain words."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -78,7 +78,7 @@ def _headline(result: Found, state: str) -> str:
 
 
 def _bound(result: Found) -> str:
-    """What a loss within its error of zero may still be: wide errors are no praise."""
+    """Largest loss that is still possible where the measured one is within its error of zero: wide errors are no praise."""
     most = result["loss_nats"] + _SURE * result["loss_nats_stderr"]
     if not most:
         return "It is zero on every window."

@@ -1,1 +1,1 @@
-"""What `calibrate` and `evaluate` run."""
+"""Runs behind `calibrate` and `evaluate`: gathering, texts, tasks, the harness."""

@@ -55,7 +55,7 @@ class DemoTask(Task):
         ]
 
     def score(self, text: str, item: Item | Prediction) -> float:
-        """As for other models."""
+        """Scored as for other models."""
         return self.scorer.score(text, item)
 
     def _item(self, options: TaskOptions, place: Place) -> Item:

@@ -1,4 +1,4 @@
-"""What `evaluate` is to evaluate: an artifact, or quantizers with dynamic scales, and the recipe behind them."""
+"""Quantizers to evaluate: those of an artifact, or with dynamic scales by a recipe."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

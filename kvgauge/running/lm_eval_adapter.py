@@ -25,7 +25,7 @@ def run_lm_eval(
     *,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """What the harness finds for both models: by task and metric, and in `protocol` how the quantized one was run.
+    """Runs the harness on both models; scores by task and metric, and in `protocol` how the quantized one was run.
 
     Raises
     ------
@@ -61,7 +61,7 @@ def run_lm_eval(
 
 
 def lm_eval_table(result: Mapping[str, Any]) -> str:
-    """What `run_lm_eval` found, for people."""
+    """Table of the scores, for people."""
     rows = [_row(task, *found) for task, metrics in result["tasks"].items() for found in metrics.items()]
     return "\n".join([*rows, f"quantized_fraction: {result['quantized_fraction']:.6g}", result["protocol"]])
 

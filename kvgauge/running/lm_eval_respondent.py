@@ -81,7 +81,7 @@ class Respondent:
         return total
 
     def generate_until(self, prompt: str, settings: Mapping[str, Any]) -> str:
-        """What the model says after a prompt, up to the first stop string.
+        """Greedy answer to a prompt, up to the first stop string.
 
         A prompt that is too long loses its middle.
 
@@ -108,7 +108,7 @@ class Respondent:
 
     @property
     def _prefix(self) -> int:
-        """What stands before the first token of a text."""
+        """Token before the first one of a text."""
         token = self.tokenizer.bos_token_id
         return int(self.tokenizer.eos_token_id if token is None else token)
 

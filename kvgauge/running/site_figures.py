@@ -1,4 +1,4 @@
-"""What `evaluate` finds about single sites: what each costs alone, and how much lies beyond its range."""
+"""Figures of single sites: the loss of each alone, and the share of values beyond its range."""
 
 import math
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ def site_figures(
     windows: "Tensor",
     settings: dict[str, Any],
 ) -> dict[str, Any]:
-    """What the options ask for, printed for people unless JSON is wanted, and as JSON values.
+    """Measures what the options ask for, and prints it unless JSON is wanted.
 
     Parameters
     ----------

@@ -19,7 +19,7 @@ from kvgauge.terminal.outputs import replace_text
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """What is run.
+    """A recipe on a model for a task.
 
     Parameters
     ----------

@@ -31,7 +31,7 @@ def loaded(config: ModelConfig) -> LoadedModel:
 
 @dataclass(frozen=True)
 class Gathering:
-    """What is gathered, on what.
+    """Statistics of a model: their text, place, extent.
 
     Parameters
     ----------
@@ -55,7 +55,7 @@ class Gathering:
 
     @classmethod
     def serving(cls, model: str, settings: Settings, stage: Stage, recipes: Iterable[Recipe]) -> "Gathering":
-        """What those of the recipes read that take keys at this stage, and at least what the settings say."""
+        """Statistics that serve all those recipes that take keys at this stage, and at least what the settings say."""
         own = [recipe for recipe in recipes if recipe.stage == stage]
         tier: Tier = "full" if any(recipe.needs_full for recipe in own) else settings.statistics
         return cls(model, settings, stage, tier, any(recipe.needs_fisher for recipe in own))
@@ -99,7 +99,7 @@ class Gathering:
         return loaded(self.settings.evaluation(self.model).model)
 
     def path(self, folder: Path) -> Path:
-        """Where `keep` keeps them."""
+        """File that `keep` writes."""
         return folder / f"{digest_name(self._identity(), self.model, self.stage)}.safetensors"
 
     def keep(self, folder: Path) -> None:
@@ -107,7 +107,7 @@ class Gathering:
         self.gather().save(self.path(folder))
 
     def kept(self, folder: Path, progress: Progress) -> ModelStatistics:
-        """What the folder holds, else what is gathered now and kept there; Ctrl-C loses the window at hand at most."""
+        """Statistics from the folder, else gathered now and kept there; Ctrl-C loses the window at hand at most."""
         found = self._load(folder)
         if found is None:
             path = self.path(folder)
@@ -118,7 +118,7 @@ class Gathering:
         return found
 
     def is_kept(self, folder: Path) -> bool:
-        """Whether the folder holds these very statistics, undamaged."""
+        """True if the folder holds these very statistics, undamaged."""
         return self._load(folder) is not None
 
     def _load(self, folder: Path) -> ModelStatistics | None:

@@ -60,7 +60,7 @@ def _known_task(name: str) -> str:
 
 
 class Grid(Settings):
-    """What to run: every recipe on every model for every task.
+    """Cells of a sweep: every recipe on every model for every task.
 
     Parameters
     ----------
@@ -86,7 +86,7 @@ class Grid(Settings):
 
     @property
     def settings(self) -> Settings:
-        """Those of every cell."""
+        """The settings of every cell."""
         return Settings(**{name: getattr(self, name) for name in Settings.model_fields})
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""What a sweep leaves behind: `summary.json`, `summary.csv`, `summary.md` and a Pareto plot for each model."""
+"""Results of a sweep: `summary.json`, `summary.csv`, `summary.md` and a Pareto plot for each model."""
 
 import csv
 import io

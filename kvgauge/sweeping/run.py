@@ -19,7 +19,7 @@ from kvgauge.terminal.console import say
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a cell: a result, or the error that stands in its place."""
+    """Outcome of a cell: a result, or the error that stands in its place."""
 
     cell: Cell
     result: dict[str, Any] | None

@@ -1,4 +1,4 @@
-"""How the cells of a sweep are calibrated and evaluated."""
+"""Settings of calibration and evaluation that all cells of a sweep share."""
 
 from pathlib import Path
 from typing import Annotated

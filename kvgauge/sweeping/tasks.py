@@ -1,4 +1,4 @@
-"""What the cells of a sweep measure: a closed table of tasks."""
+"""Tasks of a sweep: a closed table."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -90,7 +90,7 @@ class Headline:
 
 @dataclass(frozen=True)
 class SweepTask:
-    """How a task is run, to JSON values, and what of those stands in the summary."""
+    """A function that runs a task, to JSON values, and one that picks the figures for the summary."""
 
     run: Callable[[Bench], dict[str, Any]]
     headline: Callable[[Mapping[str, Any]], Headline]

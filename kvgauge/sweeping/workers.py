@@ -1,4 +1,4 @@
-"""Where the cells of a sweep run: in this process, in several, or on a cluster."""
+"""Workers of a sweep: this process, several, or a cluster."""
 
 import importlib
 import importlib.util
@@ -95,7 +95,7 @@ class Workers:
 
 
 def _error(function: Callable[[Item], object], item: Item) -> str | None:
-    """What a call raises; joblib inside it stays in its thread, for cells are many enough to fill the workers."""
+    """The error of a call, None for none; joblib inside it stays in its thread, for cells are many enough."""
     try:
         with parallel_config(backend="sequential"):
             function(item)

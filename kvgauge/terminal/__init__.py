@@ -1,1 +1,1 @@
-"""What a terminal shows, and files that programs write."""
+"""Terminal output, and files that programs write."""

@@ -1,4 +1,4 @@
-"""What the programs share: exit codes, errors for people, seed spellings of options."""
+"""Exit statuses, error messages, progress and logging of all programs."""
 
 import argparse
 import contextlib
@@ -93,7 +93,7 @@ def bar(items: Iterable[Any], what: str, *, pause: Callable[[Event], bool] = _ha
 
 @dataclass
 class Progress:
-    """How far something has come.
+    """Progress of a loop.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Where the programs write, and whether they can, found out before a model runs."""
+"""Output files, and checks before a model runs that they can be written."""
 
 import os
 from pathlib import Path

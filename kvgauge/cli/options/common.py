@@ -14,7 +14,7 @@ BITS = (1, 2, 3, 4, 5, 6, 7, 8, 16)
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """What to run, and on what."""
+    """Adds the model, its device and its dtype."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "model",
@@ -42,7 +42,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_text_options(parser: argparse.ArgumentParser) -> None:
-    """What to read."""
+    """Adds the text and its windows."""
     group = parser.add_argument_group("text")
     group.add_argument(
         "--dataset",

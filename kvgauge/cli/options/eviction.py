@@ -6,7 +6,7 @@ from kvgauge.cli.options import common as options
 
 
 def add_eviction_options(parser: argparse.ArgumentParser) -> None:
-    """A strategy and a budget for the prompt, and a strategy and a budget for what is decoded after it."""
+    """Adds a strategy and a budget for the prompt, and the same for the decoded tokens."""
     group = parser.add_argument_group(
         "eviction, under the names of SCOPE (--protocol cache)",
         "The prompt is the first step: --prefill-tokens. Budgets are tokens of each sequence and layer.",

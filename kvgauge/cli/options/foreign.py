@@ -7,7 +7,7 @@ from kvgauge.cli.options.common import BITS
 
 
 def add_foreign_options(parser: argparse.ArgumentParser) -> None:
-    """What a file of another tool does not say."""
+    """Adds the properties that a file of another tool does not record."""
     group = parser.add_argument_group("what a file of another tool does not say")
     group.add_argument("--abits", "--bits", type=int, choices=BITS[:-1], metavar="N", help="bits of its codes")
     group.add_argument("--nuq", action=argparse.BooleanOptionalAction, help="it must hold codebooks")
@@ -18,5 +18,5 @@ def add_foreign_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_normal_float(parser: Any) -> None:
-    """Only other tools' files need this one."""
+    """Adds the one option that only files of other tools need."""
     parser.add_argument("--nf", action="store_true", help="ranges of a KVQuant file stand for NormalFloat levels")

@@ -10,7 +10,7 @@ OF_LM_EVAL = ("lm_eval_limit", "lm_eval_fewshot", "lm_eval_include")
 
 
 def add_lm_eval_options(parser: argparse.ArgumentParser) -> None:
-    """Which tasks of the harness."""
+    """Adds the tasks of the harness."""
     group = parser.add_argument_group("lm-evaluation-harness (pip install lm-eval)")
     group.add_argument("--lm-eval", metavar="TASKS", help="its tasks, such as gsm8k,wikitext")
     group.add_argument("--lm-eval-limit", type=options.positive, metavar="N", help="documents of a task at most")

@@ -8,7 +8,7 @@ from kvgauge.cli.options.eviction import add_eviction_options
 
 
 def add_protocol_options(parser: argparse.ArgumentParser) -> None:
-    """The protocol, the tokens that stay exact or are dropped, and how the text enters the cache."""
+    """Adds the protocol, the tokens kept in full precision or dropped, and the steps of the text."""
     group = parser.add_argument_group("protocol")
     group.add_argument(
         "--protocol",

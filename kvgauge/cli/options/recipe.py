@@ -6,7 +6,7 @@ from kvgauge.cli.options.common import BITS
 
 
 def add_recipe_options(parser: argparse.ArgumentParser, default_recipe: str) -> None:
-    """Which quantizers; every flag edits the recipe."""
+    """Adds the recipe, and one option for each edit to it."""
     group = parser.add_argument_group("recipe")
     group.add_argument(
         "--recipe", metavar="NAME|FILE", help=f"shipped recipe or .yaml file (default: {default_recipe})"

@@ -10,7 +10,7 @@ from kvgauge.terminal.outputs import output_folder
 
 
 def add_report_options(parser: argparse.ArgumentParser) -> None:
-    """Where the report goes, what it compares with, and how much text its pictures are taken from."""
+    """Adds the folder of the report, a comparison to show in it, and the windows behind its figures."""
     group = parser.add_argument_group("report")
     group.add_argument(
         "--report", type=Path, metavar="FOLDER", help="write report.html, to be looked at, and report.json behind it"

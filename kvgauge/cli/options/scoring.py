@@ -1,4 +1,4 @@
-"""Options of the command line that say which targets are scored, and what is found beside the losses."""
+"""Options of the command line for the scored targets, and for figures beside the losses."""
 
 import argparse
 from pathlib import Path
@@ -10,7 +10,7 @@ OF_TEXTS = ("bos", "stride", "resume", "site_losses", "clipping")
 
 
 def add_scoring_options(parser: argparse.ArgumentParser) -> None:
-    """Strides, a log to go on from, and figures of single sites."""
+    """Adds strides, a log to go on from, and figures of single sites."""
     group = parser.add_argument_group("scoring")
     group.add_argument(
         "--stride",

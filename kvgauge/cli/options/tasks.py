@@ -1,4 +1,4 @@
-"""Options of the command line that say which tasks a model is asked."""
+"""Options of the command line for tasks."""
 
 import argparse
 from pathlib import Path
@@ -7,7 +7,7 @@ from kvgauge.cli.options import common as options
 
 
 def add_task_options(parser: argparse.ArgumentParser) -> None:
-    """Tasks, their items, and the file of answers."""
+    """Adds tasks, their items, and the file of answers."""
     group = parser.add_argument_group("tasks (answers come through the packed cache, whatever the protocol)")
     group.add_argument(
         "--tasks",

@@ -1,4 +1,4 @@
-"""What stands in the figures of a report; every function draws JSON values into a figure."""
+"""Figures of a report; every function draws JSON values into one."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from html import escape
 
 _TIED = (" ± ", " = ", " %")
-"""Where no line is to break."""
+"""A space at which no line breaks."""
 
 
 class Markup(str):
@@ -73,7 +73,7 @@ def paragraphs(*texts: str) -> Markup:
 
 
 def heat(value: float | None, largest: float) -> float | None:
-    """How strongly a cell is coloured, the largest of its kind most."""
+    """Style that colours a cell by its value, the largest of its kind most."""
     return None if value is None or largest <= 0 else min(1.0, max(0.0, value / largest))
 
 

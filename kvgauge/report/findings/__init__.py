@@ -1,1 +1,1 @@
-"""What a report finds out by running the model."""
+"""Findings of a report that need the model to run."""

@@ -1,4 +1,4 @@
-"""What quantization does at each site: errors, losses, and values out of range or kept exact."""
+"""Effects of quantization at each site: errors, losses, and values out of range or kept exact."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,12 +24,12 @@ _ERRORS = ("logits", "key_output", "value_output", "output")
 """Of `AttentionErrors.relative`."""
 
 FIRST_POSITIONS = 8
-"""Where sinks stand: so many positions are told one by one."""
+"""Positions at which sinks stand: so many are told one by one."""
 
 
 @dataclass
 class Seen:
-    """What windows have shown so far, while the exact model read them.
+    """Sums over windows that the exact model has read so far.
 
     Parameters
     ----------
@@ -67,13 +67,13 @@ class Seen:
                     self.kept[site] = self.kept.get(site, 0) + mask.double().mean(dim=0)
 
     def _predicts(self, layer: int) -> bool:
-        """Whether one of the layer's quantizers reads other sites, so that no layer stands alone."""
+        """True where one of the layer's quantizers reads other sites, so that no layer stands alone."""
         return any(quantizer.sources for site, quantizer in self.quantizers.items() if site.layer == layer)
 
 
 @torch.no_grad()
 def look(run: ReportedRun, layers: Sequence[AttentionLayer]) -> Seen:
-    """What the windows of a run show, one pass of the exact model for each."""
+    """Reads the windows of a run, with one pass of the exact model for each."""
     quantizers = {site: quantizer.to(torch.device("cpu")) for site, quantizer in run.quantizers.items()}
     seen = Seen(quantizers, run.settings["policy"].sink_tokens)
     for window in bar(run.windows, "errors of layers"):
@@ -104,7 +104,7 @@ def site_rows(run: ReportedRun, layers: Sequence[AttentionLayer], seen: Seen) ->
 
 
 def drift(run: ReportedRun, rows: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """What to tell about values beyond the fitted ranges."""
+    """A warning about values beyond the fitted ranges, where there is reason for one."""
     if not isinstance(run.quantizers, Artifact):
         return None
     evaluated, calibrated = (

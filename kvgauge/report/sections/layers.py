@@ -52,7 +52,7 @@ def levels(found: Found) -> Markup:
 
 
 def exact(found: Found) -> Markup:
-    """Which positions and channels are kept exact, and norms by position, which show sinks."""
+    """Positions and channels kept exact, and norms by position, which show sinks."""
     kept = {name: row["kept_fraction"] for name, row in found["sites"].items() if row["kept_fraction"] is not None}
     outliers = (
         f"Values beside the codes: {percent(min(kept.values()))} to {percent(max(kept.values()))} of a site's values."

@@ -1,4 +1,4 @@
-"""Sections of the page that tell what is stored, and where everything comes from."""
+"""Sections of the page on storage and on provenance."""
 
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -27,7 +27,7 @@ def memory(found: Found) -> Markup:
 
 
 def provenance(found: Found) -> Markup:
-    """What was run on what, by which versions, and the command."""
+    """Model, artifact, texts, versions and machine, and the command."""
     origins = found["origins"]
     rows = [*_model(origins), *_artifact(origins["artifact"]), *_runs(found), *_machine(origins)]
     facts = element("div", table("Everything the figures depend on", ("what", "which"), rows), class_="words")

@@ -1,4 +1,4 @@
-"""What the page shows of tasks: scores with their errors, and where answers were found."""
+"""Section of the page on tasks: scores with their errors, by length and depth."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -12,7 +12,7 @@ from kvgauge.report.drawing.picture import picture
 Found = Mapping[str, Any]
 
 WHISKERS = "Whiskers reach two standard errors to either side."
-"""What error bars mean."""
+"""Meaning of the error bars."""
 
 
 def scores(tasks: Sequence[Found]) -> Markup:
@@ -67,7 +67,7 @@ def grids(found: Found) -> Markup | None:
 
 
 def _length_name(task: Found) -> str | None:
-    """What a task calls the length of a text in its cells, where these have a depth too and nothing else."""
+    """A task's word for the length of a text in its cells, where these have a depth too and nothing else."""
     names = set(task["cells"][0]) - {"n", "fp", "quantized"} if task["cells"] else set()
     return (names - {"depth"}).pop() if len(names) == 2 and "depth" in names else None
 

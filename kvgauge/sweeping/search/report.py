@@ -1,4 +1,4 @@
-"""What a search leaves behind: `search.json`, `search.md`, and the winner as `best.yaml`."""
+"""Results of a search: `search.json`, `search.md`, and the winner as `best.yaml`."""
 
 import json
 from pathlib import Path

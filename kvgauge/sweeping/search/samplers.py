@@ -1,4 +1,4 @@
-"""How a search chooses what to try next."""
+"""Samplers: the choice of the next setting to try."""
 
 import importlib
 import importlib.util
@@ -21,7 +21,7 @@ _OVER_BUDGET = 1e6
 
 @dataclass(frozen=True)
 class Score:
-    """What values gave: the objective, less being better, and the bits beyond the budget."""
+    """Score of a setting: the objective, less being better, and the bits beyond the budget."""
 
     objective: float
     excess_bits: float
@@ -34,7 +34,7 @@ class Sampler(Protocol):
         """Values for all parameters to try next, at most `n` of them; none when there are no more."""
 
     def tell(self, scores: Sequence[Score | None]) -> None:
-        """What those gave that were proposed last; None for one that failed."""
+        """Takes the scores of the settings proposed last; None for one that failed."""
 
 
 @dataclass

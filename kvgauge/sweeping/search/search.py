@@ -42,7 +42,7 @@ class SearchTrial:
 
 @dataclass(frozen=True)
 class Found:
-    """What a search has found.
+    """Result of a search.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""What a search may change in a recipe, and what it looks for."""
+"""Search space: the entries of a recipe that may change, and the objective."""
 
 import math
 import random
@@ -50,7 +50,7 @@ class Parameter(BaseModel):
 
     @property
     def whole(self) -> bool:
-        """Whether only whole numbers are drawn."""
+        """True where only whole numbers are drawn."""
         return isinstance(self.low, int) and isinstance(self.high, int)
 
     @property
@@ -80,7 +80,7 @@ class Parameter(BaseModel):
 
 
 class Search(BaseModel):
-    """What is looked for: the least objective within the budget.
+    """A search for the least objective within a bit budget.
 
     Parameters
     ----------
