@@ -1,6 +1,6 @@
-"""Ablation of a recipe: removes one ingredient at a time and compares the loss on the same windows.
+"""Remove one ingredient of a recipe at a time, and compare the loss with that of the full recipe, window by window.
 
-Run it as `kvgauge ablate RECIPE MODEL --dataset FILE`.
+Ingredients are, for example, the outliers, the tokens kept in full precision, or the rotation.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from kvgauge.cli.options import common as options
 from kvgauge.cli.options.common import parsed, parsed_settings
 from kvgauge.cli.options.protocol import add_protocol_options
 from kvgauge.configuration.eviction import EvictionConfig
+from kvgauge.configuration.fields import flag
 from kvgauge.configuration.gather import NSAMPLES
 from kvgauge.configuration.model import ModelConfig, short_name
 from kvgauge.terminal.console import Parser, UsageError, run, say, set_up_logging
@@ -36,7 +37,7 @@ class AblateConfig:
     model : ModelConfig
         That the recipe is fitted to.
     eviction : EvictionConfig
-        Must be empty: what is dropped is no matter of recipes.
+        Must be empty: eviction is no part of a recipe.
     ingredients : str or None
         Names, with commas between; None is all that the recipe has.
     json : bool
@@ -57,7 +58,9 @@ class AblateConfig:
 
     def __post_init__(self) -> None:
         if self.eviction.given:
-            raise UsageError("ablate measures what recipes keep; drop the options of eviction")
+            raise UsageError(
+                f"{', '.join(map(flag, self.eviction.given))}: no effect in ablate, which never drops tokens; remove it"
+            )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -68,21 +71,36 @@ def main(argv: list[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The options of `ablate`."""
     parser = Parser("kvgauge ablate", __doc__)
-    parser.add_argument("recipe", metavar="RECIPE", help="name or .yaml file")
+    parser.add_argument("recipe", metavar="RECIPE", help="shipped recipe or .yaml file")
     options.add_model_options(parser)
     options.add_text_options(parser)
     add_protocol_options(parser)
-    parser.add_argument("--calibration-dataset", metavar="NAME|FILE", help="text to calibrate on (default: --dataset)")
-    parser.add_argument("--statistics", choices=("basic", "full"), help="what to gather")
+    parser.add_argument(
+        "--calibration-dataset",
+        metavar="NAME|FILE",
+        help="text for calibration (default: --dataset, its training part where it has one)",
+    )
+    parser.add_argument(
+        "--statistics", choices=("basic", "full"), help="statistics to gather (default: what the recipe needs)"
+    )
     for name, what in (
         ("nsamples", f"calibration windows (default: {NSAMPLES})"),
-        ("limit", "windows to evaluate at most (default: all)"),
+        ("limit", "windows to evaluate (default: all)"),
         ("batch-size", "windows per forward pass (default: 1)"),
     ):
         parser.add_argument(f"--{name}", type=options.positive, metavar="N", help=what)
-    parser.add_argument("--ingredients", metavar="A,B,...", help="to remove (default: all that the recipe has)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: runs/ablate-MODEL-RECIPE")
+    parser.add_argument(
+        "--ingredients",
+        metavar="A,B,...",
+        help="ingredients to remove, one at a time (default: all that the recipe has)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="folder for ablation.json and ablation.md (default: runs/ablate-MODEL-RECIPE)",
+    )
     return parser
 
 
@@ -122,7 +140,7 @@ def _ingredients(names: str | None) -> list[str]:
     for name in found:
         if name not in INGREDIENTS:
             known = f"known: {', '.join(INGREDIENTS)}.{nearest(name, INGREDIENTS)}"
-            raise UsageError(f"--ingredients: unknown {name!r}; {known}")
+            raise UsageError(f"--ingredients: unknown ingredient {name!r}; {known}")
     return found
 
 

@@ -1,4 +1,4 @@
-"""`artifact`: looks into artifact files, compares and converts them."""
+"""Inspect, validate, compare and convert artifacts, the files of quantizers that `calibrate` writes."""
 
 import argparse
 import json
@@ -62,20 +62,30 @@ def parser() -> argparse.ArgumentParser:
     parser = Parser("artifact", __doc__)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    inspect = commands.add_parser("inspect", help="sites, kinds, bits, ranges, codebooks, provenance")
-    inspect.add_argument("file", type=Path, help="what `calibrate` wrote")
-    inspect.add_argument("--json", action="store_true", help="print one JSON object")
-    validate = commands.add_parser("validate", help="check every rule of the format, and that it fits a model")
-    validate.add_argument("file", type=Path, help="what `calibrate` wrote")
-    validate.add_argument("--model", help="folder or hub id that it should fit")
-    validate.add_argument("--device", help="where to run the model (default: cpu)")
-    validate.add_argument("--dtype", choices=get_args(Dtype), help="of the model (default: as stored)")
-    diff = commands.add_parser("diff", help="how two artifacts differ; exit status 1 if they do")
-    diff.add_argument("file", type=Path, help="one artifact")
-    diff.add_argument("other", type=Path, help="the other")
-    convert = commands.add_parser("convert", help="write as .safetensors or .pkl what kvgauge or another tool wrote")
-    convert.add_argument("file", type=Path, help="artifact, KVQuant or LLaMA3-simquant pickle, msModelSlim folder")
-    convert.add_argument("output", type=Path, help="name that ends in .safetensors or .pkl")
+    inspect = commands.add_parser(
+        "inspect", help="print bits, ranges and codebooks of every layer, and what the artifact was fitted on"
+    )
+    inspect.add_argument("file", type=Path, metavar="FILE", help="artifact")
+    inspect.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    validate = commands.add_parser(
+        "validate", help="check a file against the format, and with --model that it fits a model"
+    )
+    validate.add_argument("file", type=Path, metavar="FILE", help="artifact")
+    validate.add_argument("--model", metavar="MODEL", help="folder or hub id of the model that it should fit")
+    validate.add_argument("--device", help="device of the model (default: cpu)")
+    validate.add_argument(
+        "--dtype", choices=get_args(Dtype), help="dtype of the model's weights (default: auto, as stored)"
+    )
+    diff = commands.add_parser("diff", help="print the differences of two artifacts; exit status 1 if there are any")
+    diff.add_argument("file", type=Path, metavar="FILE", help="an artifact")
+    diff.add_argument("other", type=Path, metavar="OTHER", help="the artifact to compare it with")
+    convert = commands.add_parser(
+        "convert", help="convert an artifact or a file of another tool to .safetensors or .pkl"
+    )
+    convert.add_argument(
+        "file", type=Path, metavar="FILE", help="artifact, KVQuant or LLaMA3-simquant pickle, or msModelSlim folder"
+    )
+    convert.add_argument("output", type=Path, metavar="OUTPUT", help="file to write, .safetensors or .pkl")
     add_foreign_options(convert)
     convert.add_argument("--force", action="store_true", help="replace an existing file")
     for command in (inspect, validate, diff, convert):
@@ -137,13 +147,18 @@ def _convert(config: ConvertConfig) -> int:
 
     check_suffix(config.output)
     if config.output.exists() and not config.force:
-        raise UsageError(f"{config.output} exists; --force replaces it")
+        raise UsageError(f"{config.output} exists; replace it with --force, or choose another name")
     if config.output.exists() and not written_by_kvgauge(config.output):
-        raise UsageError(f"{config.output} is not a file that kvgauge wrote; --force does not replace it")
+        raise UsageError(
+            f"{config.output} was not written by kvgauge, so --force does not replace it; choose another name"
+        )
     hints = foreign_hints(config.recipe)
     opened = open_foreign(config.file, hints)
     if not opened.notices and hints != Hints():
-        raise UsageError(f"{config.file} is no file of another tool; drop the flags that describe one")
+        raise UsageError(
+            f"{config.file} is an artifact, which records its bits and ranges itself; remove the options that describe "
+            "files of other tools"
+        )
     for notice in opened.notices:
         say(f"note: {notice}")
     save(opened.artifact, config.output)

@@ -1,4 +1,4 @@
-"""`calibrate`: runs a model over some text once, fits quantizers, writes them to one file."""
+"""Run a model over a text once, fit quantizers for its keys and values, and write them to one file."""
 
 import argparse
 import os
@@ -31,48 +31,67 @@ def main(argv: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The options of `calibrate`."""
-    parser = Parser("calibrate", __doc__, epilog="Next: evaluate MODEL --quantizer-path FILE")
+    parser = Parser("calibrate", __doc__, epilog="Then: evaluate MODEL --quantizer-path FILE")
     options.add_model_options(parser)
     options.add_text_options(parser)
     add_recipe_options(parser, "default")
-    parser.add_argument(
+    group = parser.add_argument_group("calibration")
+    group.add_argument(
         "--nsamples", type=options.positive, metavar="N", help=f"calibration windows (default: {NSAMPLES})"
     )
-    parser.add_argument(
-        "--quantizer-path", type=Path, metavar="FILE", help=".safetensors or .pkl (default: under runs/)"
+    group.add_argument(
+        "--statistics",
+        choices=("basic", "full"),
+        help="statistics to gather; full serves every recipe and takes more memory (default: what the recipe needs)",
     )
-    parser.add_argument("--force", action="store_true", help="replace existing output files")
-    parser.add_argument(
+    group.add_argument(
+        "--fisher", action="store_true", help="also gather squared gradients (Fisher); one backward pass per window"
+    )
+    group.add_argument(
         "--jobs",
         type=options.positive,
         metavar="N",
-        help="sites fitted at a time, or threads for one, at most one for each core (default: the cores)",
+        help="layers' keys and values fitted in parallel (default: number of cores)",
     )
-    parser.add_argument(
-        "--statistics",
-        choices=("basic", "full"),
-        help="what to gather (default: what the recipe reads)",
-    )
-    parser.add_argument(
-        "--fisher", action="store_true", help="weigh by squared gradients: one backward pass per window"
-    )
-    parser.add_argument(
-        "--save-statistics", type=Path, metavar="FILE", help="keep the statistics, to fit again or merge"
-    )
-    parser.add_argument(
-        "--from-statistics", type=Path, metavar="FILE", help="fit from saved statistics, without the model"
-    )
-    parser.add_argument(
-        "--merge", type=Path, nargs="+", metavar="FILE", help="fit from the statistics of several shards"
-    )
-    parser.add_argument("--resume", type=Path, metavar="FILE", help="go on from the statistics of an interrupted run")
-    parser.add_argument("--shard", type=options.shard, metavar="I/N", help="take every N-th window, from the I-th")
-    parser.add_argument("--print-recipe", action="store_true", help="print the recipe, flags included, and stop")
-    parser.add_argument("--list-recipes", action="store_true", help="print the shipped recipes and stop")
-    parser.add_argument("--list-sites", action="store_true", help="print which layers of MODEL can be handled and stop")
+    _add_output_options(parser)
+    _add_statistics_options(parser)
+    group = parser.add_argument_group("print and stop")
+    group.add_argument("--print-recipe", action="store_true", help="print the recipe with all changes applied")
+    group.add_argument("--list-recipes", action="store_true", help="print the shipped recipes")
+    group.add_argument("--list-sites", action="store_true", help="print which layers of MODEL can be quantized")
     parser.add_argument("--calibrate", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--limit", type=int, help=argparse.SUPPRESS)
     return parser
+
+
+def _add_output_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the file to write."""
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--quantizer-path",
+        type=Path,
+        metavar="FILE",
+        help="artifact to write, .safetensors or .pkl (default: a name under runs/, which is printed)",
+    )
+    group.add_argument("--force", action="store_true", help="replace existing output files")
+
+
+def _add_statistics_options(parser: argparse.ArgumentParser) -> None:
+    """Adds files of statistics: to write, to read, to merge, to go on from."""
+    group = parser.add_argument_group("saved statistics (to fit other recipes, to split a run, to resume it)")
+    group.add_argument("--save-statistics", type=Path, metavar="FILE", help="also save the gathered statistics")
+    group.add_argument(
+        "--from-statistics", type=Path, metavar="FILE", help="fit from saved statistics; the model is not loaded"
+    )
+    group.add_argument(
+        "--shard", type=options.shard, metavar="I/N", help="gather every N-th window only, starting with the I-th"
+    )
+    group.add_argument(
+        "--merge", type=Path, nargs="+", metavar="FILE", help="fit from the merged statistics of all shards"
+    )
+    group.add_argument(
+        "--resume", type=Path, metavar="FILE", help="go on from the statistics that an interrupted run saved"
+    )
 
 
 def _main(argv: list[str]) -> int:

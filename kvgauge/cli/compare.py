@@ -1,7 +1,7 @@
-"""All recipes on the same windows of one model: counted bits, losses, errors of single layers, and a Pareto plot.
+"""Compare recipes on one model and the same windows: bits, losses, errors of single layers, and a Pareto plot.
 
-Run it as `kvgauge compare MODEL --dataset FILE`. Statistics, fits, layers' errors and
-scores are kept in the output folder as they are found; the same command goes on from them, with other recipes, too.
+Statistics, fitted quantizers and scores are kept in the output folder; run the same command again, with the same or
+other --recipes, and it goes on from there.
 """
 
 import argparse
@@ -56,23 +56,37 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options of `compare_recipes`."""
+    """The options of `kvgauge compare`."""
     parser = Parser("kvgauge compare", __doc__)
     options.add_model_options(parser)
     options.add_text_options(parser)
-    parser.add_argument("--calibration-dataset", metavar="NAME|FILE", help="text to calibrate on (default: --dataset)")
-    parser.add_argument("--recipes", metavar="A,B,...", help="names or .yaml files (default: all that are shipped)")
     parser.add_argument(
-        "--statistics", choices=("basic", "full"), default="full", help="what to gather (default: full)"
+        "--calibration-dataset",
+        metavar="NAME|FILE",
+        help="text for calibration (default: --dataset, its training part where it has one)",
+    )
+    parser.add_argument(
+        "--recipes", metavar="A,B,...", help="recipes, by name or .yaml file (default: all shipped ones)"
+    )
+    parser.add_argument(
+        "--statistics",
+        choices=("basic", "full"),
+        default="full",
+        help="statistics to gather; full serves every recipe and takes more memory (default: full)",
     )
     for name, what in (
         ("nsamples", f"calibration windows (default: {NSAMPLES})"),
-        ("limit", "windows to evaluate at most (default: all)"),
+        ("limit", "windows to evaluate (default: all)"),
         ("batch-size", "windows per forward pass (default: 1)"),
-        ("error-windows", "windows for the errors of single layers (default: 4)"),
+        ("error-windows", "windows for the attention errors of single layers (default: 4)"),
     ):
         parser.add_argument(f"--{name}", type=options.positive, metavar="N", help=what)
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="for the results (default: runs/compare-MODEL)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="folder for results.json, table.md and pareto.png (default: runs/compare-MODEL)",
+    )
     return parser
 
 
@@ -103,7 +117,7 @@ def _recipes(names: str | None) -> "list[Recipe]":
     found = [recipe.name for recipe in recipes]
     twice = [name for name in found if found.count(name) > 1]
     if twice:
-        raise UsageError(f"--recipes: several are called {twice[0]}; name each once, and files by `name:` of their own")
+        raise UsageError(f"--recipes: {twice[0]} is there twice; drop one, or change the entry `name:` in its file")
     return recipes
 
 

@@ -1,4 +1,4 @@
-"""`make demo`: calibrates and evaluates the bundled model at 4, 3 and 2 bits, with the commands that a user types."""
+"""Calibrate and evaluate the bundled model at 4, 3 and 2 bits; prints the commands and a table."""
 
 import argparse
 import contextlib
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kvgauge.cli import calibrate, evaluate
-from kvgauge.cli.options.common import parsed
+from kvgauge.cli.options.common import parsed, positive
 from kvgauge.terminal.console import Parser, UsageError, run, say
 
 BITS = (4, 3, 2)
@@ -34,8 +34,8 @@ def main(argv: list[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The options."""
     parser = Parser("kvgauge demo", __doc__)
-    parser.add_argument("--output", type=Path, help="folder (default: runs/demo)")
-    parser.add_argument("--limit", type=int, help="windows to evaluate (default: 32)")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="folder for the artifacts (default: runs/demo)")
+    parser.add_argument("--limit", type=positive, metavar="N", help="windows to evaluate (default: 32)")
     return parser
 
 
@@ -85,7 +85,7 @@ def _call(program: Any, *words: object) -> str:
     with contextlib.redirect_stdout(output):
         status = program.main(argv)
     if status:
-        raise UsageError(f"{name} ended with status {status}")
+        raise UsageError(f"{name} failed with exit status {status}; its message is above")
     return output.getvalue()
 
 

@@ -1,4 +1,4 @@
-"""`evaluate`: what a quantized cache costs a model, on text or in tasks, against the same model in full precision."""
+"""Measure the loss of a quantized cache against the same model in full precision, on text or in tasks."""
 
 import argparse
 import json
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from simquant.tasks import TaskResult
 
 
+_EXAMPLES = "Examples: evaluate demo --abits 4; evaluate MODEL --quantizer-path q.safetensors --dataset wikitext2"
+
 _OF_MODELS = ("model", "quantizer_path", "recipe", "abits", "tasks", "predictions", "lm_eval", "report", "resume")
 
 
@@ -40,29 +42,25 @@ def main(argv: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The options of `evaluate`."""
-    parser = Parser("evaluate", __doc__)
+    parser = Parser("evaluate", __doc__, epilog=_EXAMPLES)
     options.add_model_options(parser)
     options.add_text_options(parser)
-    add_recipe_options(parser, "that of the artifact; kvquant without one")
-    parser.add_argument(
-        "--quantizer-path", type=Path, metavar="FILE", help="what `calibrate` wrote; without it scales are dynamic"
+    group = parser.add_argument_group("quantizers (one of --quantizer-path, --abits, --recipe is needed)")
+    group.add_argument(
+        "--quantizer-path",
+        type=Path,
+        metavar="FILE",
+        help="artifact that `calibrate` wrote, or a file of KVQuant, LLaMA3-simquant or msModelSlim; without it each "
+        "token's or block's own scales are used, without calibration",
     )
-    add_normal_float(parser)
+    add_normal_float(group)
+    add_recipe_options(parser, "the artifact's; without an artifact kvquant")
     add_protocol_options(parser)
     add_scoring_options(parser)
     add_task_options(parser)
     add_lm_eval_options(parser)
     add_report_options(parser)
-    parser.add_argument("--limit", type=options.positive, metavar="N", help="windows at most (default: all)")
-    parser.add_argument(
-        "--batch-size", type=options.positive, metavar="N", help="windows per forward pass (default: 1)"
-    )
-    parser.add_argument(
-        "--normalization",
-        choices=("targets", "gptq"),
-        help="perplexity over all targets, or as GPTQ and KVQuant over the windows' means",
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     parser.add_argument("--nsamples", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--calibrate", action="store_true", help=argparse.SUPPRESS)
     return parser
@@ -84,7 +82,7 @@ def _main(argv: list[str]) -> int:
 
 def _score(config: EvaluateConfig, answers: Path) -> None:
     """Answers that were written earlier."""
-    refuse_given(config, _OF_MODELS, "--score reads answers that are written; no model is run")
+    refuse_given(config, _OF_MODELS, "no effect with --score, which runs no model; remove it")
     from simquant.tasks import score_predictions
 
     _show(config, _tasks_report(config, score_predictions(answers)))
@@ -103,7 +101,7 @@ def _evaluate(config: EvaluateConfig, argv: Sequence[str]) -> None:
     own = None if artifact is None else artifact.manifest.model_id
     if config.model.model is None and artifact is not None and own is None:
         raise UsageError(
-            "name the model: evaluate MODEL --quantizer-path FILE (a local folder's path is not kept in the file)"
+            f"{path}: does not record its model, which was a local folder; type evaluate MODEL --quantizer-path {path}"
         )
     config = config.of_model(own)
     names = _checked_names(config)
@@ -128,9 +126,9 @@ def _checked_names(config: EvaluateConfig) -> tuple[str, ...]:
     """
     names = task_names(config.tasks, harness=config.harness.lm_eval is not None)
     if PERPLEXITY not in names:
-        refuse_given(config, OF_TEXTS, "only losses on a text have it; add perplexity to --tasks")
+        refuse_given(config, OF_TEXTS, "no effect without a loss on text; add perplexity to --tasks")
     if config.harness.lm_eval is None:
-        refuse_given(config, OF_LM_EVAL, "no task of the harness is asked for; add --lm-eval")
+        refuse_given(config, OF_LM_EVAL, "no effect without --lm-eval; add it")
     if config.report.report is not None or {PERPLEXITY, "drift"} & set(names):
         from calib.text.corpus import check_dataset
 

@@ -1,8 +1,8 @@
-"""Recipes on models for tasks: every cell is kept when it is finished, and a restart goes on with those that are not.
+"""Run every recipe on every model for every task that a grid file names; or search for the best setting of a recipe.
 
-Run it as `kvgauge sweep grid.yaml`. The file names `models`, `recipes`, `tasks`, settings by
-the names of the options of `calibrate` and `evaluate`, and for `--search N` what is looked for, under `search`; paths
-are relative to the folder where the program is started.
+The grid is a .yaml file with `models`, `recipes` and `tasks`, and any option of calibrate and evaluate by its name
+(`nsamples: 16`). Each cell, a recipe on a model for a task, is saved when it is finished; after an interruption the
+same command runs the cells that are missing. Paths in the grid are relative to the current folder.
 """
 
 import argparse
@@ -65,20 +65,29 @@ def main(argv: list[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The options of `sweep`."""
     parser = Parser("kvgauge sweep", __doc__)
-    parser.add_argument("grid", type=Path, metavar="GRID", help=".yaml file")
+    parser.add_argument("grid", type=Path, metavar="GRID", help="grid file, .yaml")
     parser.add_argument(
-        "--output", type=Path, metavar="FOLDER", help="for cells and results (default: runs/sweep-GRID)"
+        "--output", type=Path, metavar="FOLDER", help="folder for cells and results (default: runs/sweep-GRID)"
     )
-    parser.add_argument("--jobs", type=options.positive, metavar="N", help="cells at a time (default: 1)")
+    parser.add_argument("--jobs", type=options.positive, metavar="N", help="cells run in parallel (default: 1)")
     parser.add_argument(
         "--backend",
         choices=("loky", "dask", "ray"),
-        help="what runs them (default: loky, on this machine)",
+        help="processes on this machine (loky), or a Dask or Ray cluster (default: loky)",
     )
-    parser.add_argument("--scheduler", metavar="ADDRESS", help="Dask cluster to use (default: one on this machine)")
-    parser.add_argument("--search", type=options.positive, metavar="N", help="try N settings of what `search` names")
-    parser.add_argument("--sampler", choices=("random", "optuna"), help="how they are chosen (default: random)")
-    parser.add_argument("--verbose", action="store_true", help="log what happens")
+    parser.add_argument(
+        "--scheduler", metavar="ADDRESS", help="address of a running Dask cluster (default: a new one on this machine)"
+    )
+    parser.add_argument(
+        "--search",
+        type=options.positive,
+        metavar="N",
+        help="instead of the grid: try N settings of the recipe under `search` in the file, within its bit budget",
+    )
+    parser.add_argument(
+        "--sampler", choices=("random", "optuna"), help="choice of the settings to try (default: random)"
+    )
+    parser.add_argument("--verbose", action="store_true", help="log each step")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 

@@ -55,7 +55,7 @@ class GatherConfig:
     def __post_init__(self) -> None:
         sources = [name for name in ("from_statistics", "merge", "resume") if getattr(self, name)]
         if len(sources) > 1:
-            raise UsageError(f"{flag(sources[0])} and {flag(sources[1])} exclude each other; keep one of them")
+            raise UsageError(f"{flag(sources[0])} and {flag(sources[1])} cannot be combined; keep one of them")
 
     @property
     def n_windows(self) -> int:

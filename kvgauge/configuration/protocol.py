@@ -93,7 +93,10 @@ def protocol_settings(
     named = [flag(name) for name in OF_STEPS if getattr(config, name) is not None]
     if config.protocol == "full" and named:
         flags = ", ".join(named)
-        raise UsageError(f"{flags}: the protocol 'full' has no window and no steps; add --protocol decode or cache")
+        raise UsageError(
+            f"{flags}: no effect with --protocol full, which quantizes all tokens at once; use --protocol decode or "
+            "cache"
+        )
     eviction = _eviction(config, answering=answering)
     if config.protocol == "full":
         return {"policy": CachePolicy(sink_tokens=sink_tokens)}
@@ -113,7 +116,7 @@ def _window(config: ProtocolConfig, quantizers: "Mapping[Site, Quantizer]") -> d
 
     if config.residual_length is not None:
         if config.residual_tokens is not None or config.block_tokens is not None:
-            raise UsageError("--residual-length stands for both windows; drop --residual-tokens and --block-tokens")
+            raise UsageError("--residual-length sets both windows; remove --residual-tokens and --block-tokens")
         values = ResidualWindow(residual_tokens=config.residual_length + 1)
         return {"residual_tokens": 1, "block_tokens": config.residual_length, "values": values}
     if config.residual_tokens is None and config.block_tokens is None:
@@ -135,7 +138,7 @@ def _eviction(config: ProtocolConfig, *, answering: bool) -> "Eviction | None":
         return None
     flags = ", ".join(map(flag, asked))
     if config.protocol != "cache":
-        raise UsageError(f"{flags}: only a cache drops tokens, step by step; add --protocol cache")
+        raise UsageError(f"{flags}: tokens are dropped only from a cache; add --protocol cache")
     from simquant import from_scope_options
 
     try:
@@ -143,11 +146,13 @@ def _eviction(config: ProtocolConfig, *, answering: bool) -> "Eviction | None":
     except ValueError as error:
         raise UsageError(f"{flags}: {error}") from error
     if eviction.prefill == "all" and eviction.decoding is None:
-        raise UsageError(f"{flags}: nothing is dropped; add --decoding-metric, or a --method other than ALLKV")
+        raise UsageError(
+            f"{flags}: no token would ever be dropped; add --decoding-metric, or a --method other than ALLKV"
+        )
     first = config.prefill_tokens or 1
     if eviction.prefill != "all" and not answering and first <= eviction.prefill_tokens:
         raise UsageError(
-            f"{flags}: the prompt, which is the first step, has {first} tokens and "
-            f"{eviction.prefill_tokens} may stay; use more --prefill-tokens or a smaller --max-capacity-prompt"
+            f"{flags}: the prompt has {first} tokens and {eviction.prefill_tokens} may be kept, so that none is "
+            "dropped; raise --prefill-tokens, the length of the prompt, or lower --max-capacity-prompt"
         )
     return eviction

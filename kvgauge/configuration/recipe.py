@@ -132,7 +132,7 @@ def _scope(config: RecipeConfig, tensor: str) -> str | None:
         return None
     channel, token = (_tensors(words) for words in (config.perchannel, config.pertoken))
     if (channel == set() and token is None) or (token == set() and channel is None):
-        raise UsageError("--perchannel and --pertoken need k_proj and/or v_proj behind them")
+        raise UsageError("--perchannel and --pertoken need values: k_proj, v_proj or both, such as --perchannel k_proj")
     if channel is not None and token is not None and channel & token:
         raise UsageError(f"--perchannel and --pertoken both name {', '.join(sorted(channel & token))}; name each once")
     if channel and tensor in channel:
@@ -148,7 +148,9 @@ def _tensors(words: Sequence[str] | None) -> set[str] | None:
     names = re.findall(r"[^][\s,\"']+", " ".join(words))  # words, a comma list, or the ancestors' JSON list
     unknown = [name for name in names if name not in _PROJECTIONS]
     if unknown:
-        raise UsageError(f"expected k_proj and/or v_proj, got {unknown[0]!r} (MODEL stands before these options)")
+        raise UsageError(
+            f"--perchannel, --pertoken: expected k_proj or v_proj; got {unknown[0]!r}. Put MODEL before these options"
+        )
     return {_PROJECTIONS[name] for name in names}
 
 
@@ -158,18 +160,20 @@ def outlier_entry(config: RecipeConfig, base: dict[str, Any]) -> dict[str, Any] 
     Raises
     ------
     UsageError
-        If the share is out of range, or given without outliers.
+        If the fraction is out of range, or given without outliers.
     """
     if config.include_sparse is False:
         return None
     old = base.get("outliers")
     dense = config.sparsity_threshold if config.sparsity_threshold is not None else 0.99
     if not 0.5 < dense <= 1:
-        raise UsageError(f"--sparsity-threshold is the share kept dense, above 0.5 and at most 1; got {dense}")
+        raise UsageError(
+            f"--sparsity-threshold: expected the fraction of values quantized, above 0.5 and at most 1; got {dense}"
+        )
     if dense == 1:
         return None
     if config.include_sparse is None and old is None:
-        raise UsageError("--sparsity-threshold says how many outliers --include-sparse keeps; add --include-sparse")
+        raise UsageError("--sparsity-threshold: no effect without outliers; add --include-sparse")
     return {"rule": (old or {}).get("rule", "percentile"), "fraction": round(1 - dense, 12)}
 
 

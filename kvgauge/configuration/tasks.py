@@ -62,11 +62,11 @@ def task_names(config: TaskConfig, *, harness: bool = False) -> tuple[str, ...]:
         If one of them is unknown, with the nearest; or options of tasks are given without tasks.
     """
     if config.tasks is None:
-        refuse_given(config, _OF_TASKS, "no task is asked for; add --tasks")
+        refuse_given(config, _OF_TASKS, "no effect without a task; add --tasks")
         return () if harness else (PERPLEXITY,)
     found = [task for name in config.tasks.split(",") for task in _resolved(name.strip(), config.task_data)]
     if set(found) == {PERPLEXITY}:
-        refuse_given(config, _OF_TASKS, "perplexity has no items; add a task to --tasks")
+        refuse_given(config, _OF_TASKS, "no effect on perplexity; add another task to --tasks")
     return tuple(dict.fromkeys(found))
 
 
@@ -83,6 +83,6 @@ def _resolved(name: str, data: Path | None) -> tuple[str, ...]:
     close = difflib.get_close_matches(name, (PERPLEXITY, *GROUPS, *longbench, *TASKS), n=1)
     short = [known for known in (PERPLEXITY, *TASKS, *GROUPS, *longbench) if ":" not in known]
     raise UsageError(
-        f"--tasks: expected names out of {', '.join(short)}, longbench:DATASET; got {name!r}"
-        + (f"; did you mean {close[0]}?" if close else "")
+        f"--tasks: unknown task {name!r}; known: {', '.join(short)}, longbench:DATASET"
+        + (f". Did you mean {close[0]}?" if close else "")
     )

@@ -65,7 +65,9 @@ class LoadedModel:
             If the model came without a tokenizer.
         """
         if self.tokenizer is None:
-            raise UsageError("the model has no tokenizer: pass tokenised text, --dataset ids.npy")
+            raise UsageError(
+                "the model has no tokenizer; pass token ids, --dataset ids.npy, or add its tokenizer files"
+            )
         ids: list[int] = self.tokenizer(text, verbose=False).input_ids
         return ids
 
@@ -94,13 +96,11 @@ class LoadedModel:
         """
         token: int | None = getattr(self.tokenizer, "bos_token_id", None)
         if wanted and token is None:
-            raise UsageError(
-                "--bos: the model's tokenizer has no start token (bos_token); prompts begin without: drop it"
-            )
+            raise UsageError("--bos: the model's tokenizer has no start token (bos_token); remove --bos")
         return token if wanted else None
 
     def window_tokens(self, seqlen: int | None) -> int:
-        """ResidualWindow length: as asked, else 2048 or the context.
+        """Tokens of a window: as asked, else 2048 or the context.
 
         Raises
         ------
@@ -109,8 +109,8 @@ class LoadedModel:
         """
         if seqlen is not None and seqlen > self.context:
             raise UsageError(
-                f"--seqlen {seqlen} is beyond the model's context of {self.context} tokens. "
-                f"Use --seqlen {self.context}, or stretch the context with --maxseqlen {seqlen}."
+                f"--seqlen {seqlen} is longer than the model's context of {self.context} tokens. "
+                f"Use --seqlen {self.context}, or extend the context with --maxseqlen {seqlen}."
             )
         if seqlen == 1:
             raise UsageError("--seqlen 1 leaves nothing to predict; use at least 2")

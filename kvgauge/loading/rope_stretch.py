@@ -35,7 +35,7 @@ def stretch(config: Any, max_tokens: int | None) -> None:
         return
     who = f"--maxseqlen {max_tokens}"
     if not limit or getattr(own, "alibi", False):
-        raise UsageError(f"{who}: {own.model_type} has no limit on positions to stretch; use --seqlen alone")
+        raise UsageError(f"{who}: {own.model_type} has no limit on positions; use --seqlen alone")
     factor = float(math.ceil(max_tokens / limit))
     for rope in _ropes(own, who):
         rope["rope_type"] = _LINEAR[rope["rope_type"]]
@@ -58,14 +58,14 @@ def _ropes(config: Any, who: str) -> list[dict[str, Any]]:
     )
     if not parameters or not ropes:
         raise UsageError(
-            f"{who}: {config.model_type} has no RoPE parameters that can be stretched; its positions are learned or "
+            f"{who}: {config.model_type} has no RoPE to scale: its positions are learned or "
             f"computed otherwise. Use at most its {config.max_position_embeddings} tokens"
         )
     for rope in ropes:
         if rope.get("rope_type") not in _LINEAR:
             raise UsageError(
                 f"{who}: the RoPE of {config.model_type} is scaled already, by {rope.get('rope_type')!r} to "
-                f"{config.max_position_embeddings} tokens, on which a linear factor cannot be put. Edit "
+                f"{config.max_position_embeddings} tokens, which linear scaling cannot be added to. Edit "
                 "rope_parameters in config.json, or use fewer tokens"
             )
     return ropes

@@ -1,4 +1,4 @@
-"""Recipes that `compare_recipes` has measured, to be shown beside the one of a report."""
+"""Recipes that `kvgauge compare` has measured, to be shown beside the one of a report."""
 
 import json
 import math
@@ -22,7 +22,7 @@ def compared(path: Path, result: Mapping[str, Any] | None) -> dict[str, Any]:
     Raises
     ------
     UsageError
-        If the file is not what `compare_recipes` writes.
+        If the file is not what `kvgauge compare` writes.
     """
     try:
         read = json.loads(path.read_text(encoding="utf-8"))
@@ -41,7 +41,7 @@ def compared(path: Path, result: Mapping[str, Any] | None) -> dict[str, Any]:
         raise UsageError(f"--report-compare {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(
-            f"--report-compare {path}: results.json of compare_recipes was expected; got something else ({error!r})"
+            f"--report-compare {path}: expected results.json of `kvgauge compare`; got another file ({error!r})"
         ) from error
     own = result["fp"]["perplexity"] if result else None
     same = own is not None and math.isclose(own, perplexity, rel_tol=1e-3)

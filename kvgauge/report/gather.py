@@ -108,7 +108,7 @@ def gather(run: ReportedRun) -> dict[str, Any]:
     Raises
     ------
     UsageError
-        If the file to compare with is not what `compare_recipes` writes.
+        If the file to compare with is not what `kvgauge compare` writes.
     """
     result = next(iter(run.results.values()), None)
     others = None if run.compared is None else compared(run.compared, result)

@@ -47,7 +47,7 @@ class ReportedRun:
     model, command : str
         As they were typed.
     compared : Path or None
-        What `compare_recipes` found.
+        results.json of `kvgauge compare`.
     """
 
     loaded: LoadedModel

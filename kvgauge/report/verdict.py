@@ -78,7 +78,7 @@ def _headline(result: Found, state: str) -> str:
 
 
 def _bound(result: Found) -> str:
-    """Largest loss that is still possible where the measured one is within its error of zero: wide errors are no praise."""
+    """Largest loss that remains possible where the measured one is within its error of zero."""
     most = result["loss_nats"] + _SURE * result["loss_nats_stderr"]
     if not most:
         return "It is zero on every window."

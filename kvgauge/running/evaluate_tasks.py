@@ -116,7 +116,9 @@ def run_tasks(
     from simquant.tasks import predict, score_predictions
 
     if loaded.tokenizer is None:
-        raise UsageError("--tasks needs text: the model has no tokenizer that could be loaded")
+        raise UsageError(
+            "--tasks: the model has no tokenizer that can be loaded; put its tokenizer files beside the weights"
+        )
     tasks, options = _tasks(config), _options(config, names, loaded)
     settings = evaluated.settings(config, protocol="cache")
     items = [item for name in names for item in tasks[name].items(options)]

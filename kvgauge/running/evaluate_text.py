@@ -164,7 +164,10 @@ def scored_windows(
         windows, scored = scored_windows(config, without_start(corpus, seqlen, start_token), seqlen - 1)
         return begun(windows, start_token), scored
     if config.stride > seqlen:
-        raise UsageError(f"--stride {config.stride}: windows of {seqlen} tokens would leave out what lies between them")
+        raise UsageError(
+            f"--stride {config.stride}: longer than a window of {seqlen} tokens, so that tokens between windows would be "
+            f"skipped; use at most {seqlen}"
+        )
     limit = config.limit or (_MOST_OF_C4 if isinstance(corpus.documents, LazyDocuments) else None)
     return strided_windows(corpus.documents, seqlen=seqlen, stride=config.stride, limit=limit)
 
@@ -180,5 +183,7 @@ def scoring_settings(config: ScoringConfig, scored: "ScoredTargets | None", n_da
     from simquant.evaluation.window_log import WindowLog
 
     if config.resume is not None and n_datasets > 1:
-        raise UsageError(f"--resume {config.resume}: a log is of one text; evaluate one --dataset at a time")
+        raise UsageError(
+            f"--resume {config.resume}: the log holds the windows of one text; evaluate one --dataset at a time"
+        )
     return {"scored": scored, "log": None if config.resume is None else WindowLog(config.resume)}

@@ -102,8 +102,8 @@ def load_artifact(path: Path | None, options: RecipeConfig) -> "Artifact | None"
     if path is None:
         if not given(options, ("abits", "key_bits", "value_bits", "recipe")):
             raise UsageError(
-                "name an artifact with --quantizer-path FILE, or bits for dynamic scales with --abits N. "
-                + listing_of_runs()
+                "nothing to evaluate: name an artifact with --quantizer-path FILE, or quantize without calibration "
+                "with --abits N. " + listing_of_runs()
             )
         return None
     if not path.exists():
@@ -115,8 +115,8 @@ def load_artifact(path: Path | None, options: RecipeConfig) -> "Artifact | None"
     if opened.artifact.manifest.recipe.get("name") == IMPORTED:
         flags = [flag(name) for name in _RECIPE_FLAGS if getattr(options, name) is not None]
         if flags or (hints != Hints() and not opened.notices):
-            told = ", ".join(flags) or "flags that describe quantizers"
-            raise UsageError(f"{path} was imported and holds its quantizers as they are; drop {told}")
+            told = ", ".join(flags) or "the options that describe quantizers"
+            raise UsageError(f"{path} comes from another tool and fixes its quantizers; remove {told}")
     return opened.artifact
 
 
@@ -145,9 +145,9 @@ def chosen_recipe(options: RecipeConfig, artifact: "Artifact | None", path: Path
         rows.append(f"recipe: the file has {recipe.name}, the command line {options.recipe}")
     if rows:
         raise UsageError(
-            f"{path}: the flags contradict the artifact:\n  "
+            f"{path}: the options contradict the artifact:\n  "
             + "\n  ".join(rows)
-            + "\nDrop the flags, or calibrate again with them."
+            + "\nRemove the options, or calibrate again with them."
         )
     return recipe
 

@@ -110,7 +110,7 @@ def _windows(config: CalibrateConfig, loaded: "LoadedModel") -> "tuple[Tensor, s
         windows = windows[number - 1 :: total]
         if not len(windows):
             raise UsageError(
-                f"--shard {number}/{total} of {n_windows} windows is empty; use at most {n_windows} shards"
+                f"--shard {number}/{total}: no window is left of {n_windows}; use at most {n_windows} shards"
             )
     return windows, corpus.name
 

@@ -40,7 +40,9 @@ def run_lm_eval(
     from simquant.tasks.protocol import quantized_line
 
     if loaded.tokenizer is None:
-        raise UsageError("--lm-eval needs text: the model has no tokenizer")
+        raise UsageError(
+            "--lm-eval: the model has no tokenizer that can be loaded; put its tokenizer files beside the weights"
+        )
     evaluate = _asked(config, seed)
     layers, usage = loaded.layers(), Usage(quantizers)
     speaker = partial(Respondent, model=loaded.model, tokenizer=loaded.tokenizer, context_tokens=loaded.context)
@@ -89,9 +91,7 @@ def _lm_eval(module: str = "") -> Any:
     except ModuleNotFoundError as error:
         if error.name != "lm_eval":
             raise
-        raise UsageError(
-            "--lm-eval: lm-evaluation-harness is not installed; install it: pip install lm-eval"
-        ) from error
+        raise UsageError("--lm-eval: lm-evaluation-harness is not installed; type pip install lm-eval") from error
 
 
 def _asked(config: HarnessConfig, seed: int) -> Callable[["Respondent"], dict[str, Any]]:

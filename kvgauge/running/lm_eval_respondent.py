@@ -61,7 +61,7 @@ class Respondent:
         if not 0 < n_scored <= self.context_tokens:
             raise UsageError(
                 f"lm-eval: expected a continuation of 1 to {self.context_tokens} tokens; got {n_scored} for "
-                f"{continuation!r:.80}. Stretch the context with --maxseqlen, or leave the task out."
+                f"{continuation!r:.80}. Stretch the context with --maxseqlen, or remove the task."
             )
         log_probs, greedy = self._score(whole[-self.context_tokens - 1 :], n_scored)
         return float(log_probs.sum()), greedy
@@ -88,10 +88,12 @@ class Respondent:
         Raises
         ------
         UsageError
-            If the answer is to be drawn at random.
+            If the answer is to be sampled.
         """
         if settings.get("do_sample", settings.get("temperature")):
-            raise UsageError(f"lm-eval: answers are greedy here; the task asks for {dict(settings)}. Leave it out.")
+            raise UsageError(
+                f"lm-eval: only greedy decoding is supported; the task samples, {dict(settings)}. Remove it."
+            )
         stop = settings.get("until") or ()
         item = Item(
             task="lm-eval",

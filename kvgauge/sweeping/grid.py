@@ -95,7 +95,7 @@ class Grid(Settings):
         for what, names in (("models", self.models), ("recipes", recipes), ("tasks", self.tasks)):
             twice = [name for name in names if names.count(name) > 1]
             if twice:
-                raise ValueError(f"{what}: {twice[0]} stands twice; keep one, or give it a name: of its own")
+                raise ValueError(f"{what}: {twice[0]} is there twice; keep one, or give one its own name:")
         return self
 
 
@@ -110,7 +110,7 @@ def load_grid(path: Path) -> Grid:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise GridError(f"grid {path}: cannot be read: {error.strerror}; expected a .yaml file") from error
+        raise GridError(f"grid {path}: cannot be read ({error.strerror}); expected a .yaml file") from error
     try:
         return _validated(parse_document(content, str(path)))
     except RecipeError as error:  # of the file itself: errors of recipes in it are inside
@@ -120,7 +120,7 @@ def load_grid(path: Path) -> Grid:
 def _validated(document: Document) -> Grid:
     if not isinstance(document.data, dict):
         place = mark((), document.where, document.marks)
-        raise GridError(f"grid {place}: expected entries such as recipes: [kvquant-2, kvquant-3]")
+        raise GridError(f"grid {place}: expected lines such as recipes: [kvquant-2, kvquant-3]")
     try:
         return Grid.model_validate_json(json.dumps(_spelt_out(document.data)), strict=True)
     except ValidationError as error:

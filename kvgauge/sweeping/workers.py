@@ -45,10 +45,10 @@ class Workers:
         package = _PACKAGES.get(self.backend, "joblib")
         if importlib.util.find_spec(package) is None:
             raise UsageError(
-                f"--backend {self.backend} needs the package {package}, which is not installed: pip install {package}"
+                f"--backend {self.backend}: the package {package} is not installed; type pip install {package}"
             )
         if self.scheduler and self.backend != "dask":
-            raise UsageError("--scheduler is the address of a Dask cluster; add --backend dask, or drop it")
+            raise UsageError("--scheduler: no effect without a Dask cluster; add --backend dask")
 
     @contextmanager
     def started(self) -> Iterator[None]:
@@ -80,7 +80,7 @@ class Workers:
         try:
             [error] = self._called(function, [item])
         except Exception as error:
-            return f"its worker died, perhaps for want of memory ({type(error).__name__}); use fewer --jobs"
+            return f"its worker died, perhaps out of memory ({type(error).__name__}); use fewer --jobs"
         return error
 
     def _called(self, function: Callable[[Item], object], items: Iterable[Item]) -> Iterator[str | None]:

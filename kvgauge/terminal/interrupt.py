@@ -23,7 +23,7 @@ def between_items(items: Iterable[Any]) -> Iterator[Any]:
         if asked:
             raise KeyboardInterrupt
         asked.append(number)
-        say("\nfinishing the window at hand; Ctrl-C again to stop at once")
+        say("\nfinishing the current window; press Ctrl-C again to stop at once")
 
     before = signal.signal(signal.SIGINT, note)
     try:
@@ -49,7 +49,7 @@ def remaining_windows(windows: "Tensor", statistics: "ModelStatistics", source: 
     foreign = set(done) - set(digests)
     if foreign:
         raise UsageError(
-            f"{source}: {len(foreign)} of its {len(done)} windows are not of this run. --resume goes with the same "
+            f"{source}: {len(foreign)} of its {len(done)} windows are not of this run. --resume needs the same "
             "model, --dataset, --seqlen, --bos, --seed, --nsamples and --shard"
         )
     remain = []

@@ -41,9 +41,9 @@ def output_folder(folder: Path, option: str = "--output") -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"{option} {folder}: no folder can be made there ({error.strerror}); name another") from error
+        raise UsageError(f"{option} {folder}: cannot make this folder ({error.strerror}); choose another") from error
     if not os.access(folder, os.W_OK):
-        raise UsageError(f"{option} {folder}: you may not write there; name another folder")
+        raise UsageError(f"{option} {folder}: no permission to write there; choose another folder")
     return folder
 
 
@@ -58,7 +58,7 @@ def check_outputs(output: Path, statistics: Path | None, *, force: bool) -> None
         If a suffix is neither of the two that can be written.
     """
     if statistics and statistics.resolve() == output.resolve():
-        raise UsageError(f"--save-statistics and --quantizer-path both name {output}; give each a file of its own")
+        raise UsageError(f"--save-statistics and --quantizer-path both name {output}; give each its own file")
     for path in filter(None, (output, statistics)):
         _check_writable(path, force=force)
 
@@ -68,11 +68,11 @@ def _check_writable(path: Path, *, force: bool) -> None:
 
     check_suffix(path)
     if path.is_dir():
-        raise UsageError(f"{path} is a folder; name a file")
+        raise UsageError(f"{path} is a folder; expected the name of a file")
     if path.exists() and not force:
-        raise UsageError(f"{path} exists; --force replaces it, another name keeps it")
+        raise UsageError(f"{path} exists; replace it with --force, or choose another name")
     if path.exists() and not written_by_kvgauge(path):
-        raise UsageError(f"{path} is not a file that kvgauge wrote; --force does not replace it. Choose another name")
+        raise UsageError(f"{path} was not written by kvgauge, so --force does not replace it; choose another name")
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UsageError(f"{path} cannot be written: {folder} is no folder, or none that you may write to")
+        raise UsageError(f"{path}: cannot write to {folder}: not a folder, or no permission; choose another")

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 BITS = (1, 2, 3, 4, 5, 6, 7, 8, 16)
 
+FRACTION_HELP = "fraction of values quantized; the rest are kept as 16-bit outliers (default: 0.99)"
+
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Adds the model, its device and its dtype."""
@@ -20,24 +22,24 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "model",
         nargs="?",
         metavar="MODEL",
-        help="folder or hub id of a causal language model (default: demo, the bundled one)",
+        help="folder or hub id of a causal language model (default: demo, the bundled model)",
     )
     group.add_argument(
-        "--device", help="cpu, cuda, cuda:1, ... or 'auto' for accelerate's device map (default: cuda if there)"
+        "--device", help="cpu, cuda, cuda:1, ..., or auto for accelerate's device map (default: cuda, else cpu)"
     )
     group.add_argument(
         "--dtype",
         choices=get_args(Dtype),
-        help="of the model; statistics are always float32 or wider (default: as stored)",
+        help="dtype of the model's weights; statistics are always float32 or wider (default: auto, as stored)",
     )
     group.add_argument(
         "--maxseqlen",
         type=positive,
         metavar="N",
-        help="stretch RoPE linearly to this context, as KVQuant does (default: the model's own)",
+        help="extend the context to N tokens by linear RoPE scaling, as KVQuant does (default: the model's own)",
     )
     group.add_argument("--no-flash-attn", action="store_true", help=argparse.SUPPRESS)
-    group.add_argument("--verbose", action="store_true", help="log what happens")
+    group.add_argument("--verbose", action="store_true", help="log each step")
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
@@ -48,24 +50,29 @@ def add_text_options(parser: argparse.ArgumentParser) -> None:
         "--dataset",
         "--datasets",
         metavar="NAME|FILE",
-        help="demo, wikitext2, c4, ptb, or a file: text, .jsonl, .csv, .tsv, all of them also .gz, .parquet, "
-        ".npy of token ids (default: demo for the demo model, else wikitext2)",
+        help="demo, wikitext2, c4, ptb, or a file: plain text, .jsonl, .csv, .tsv (each also as .gz), .parquet, or "
+        ".npy with token ids (default: demo for the demo model, else wikitext2)",
     )
-    group.add_argument("--field", help="field or column that holds the text of a record (default: text)")
+    group.add_argument(
+        "--field",
+        metavar="NAME",
+        help="field or column with the text in .jsonl, .csv and .parquet files (default: text)",
+    )
     group.add_argument(
         "--seqlen",
         type=positive,
         metavar="N",
-        help="tokens per window (default: 2048 or the model's context, whichever is smaller)",
+        help="tokens per window (default: 2048, or the model's context where that is shorter)",
     )
     group.add_argument(
         "--bos",
         action="store_true",
-        help="begin every window with the tokenizer's start token, which is one of its tokens, as prompts begin with "
-        "it: for models that are prompted so, and the same in calibrate and evaluate (default: windows as the text "
-        "has them, as in the published tables)",
+        help="put the tokenizer's start token (BOS) first in every window, counted in --seqlen; use it in calibrate "
+        "and evaluate alike, for models whose prompts start with BOS (default: plain text, as in the published tables)",
     )
-    group.add_argument("--seed", type=int, metavar="N", help="draws the calibration windows (default: 0)")
+    group.add_argument(
+        "--seed", type=int, metavar="N", help="random seed that picks the calibration windows (default: 0)"
+    )
 
 
 def parsed(kind: type[Configuration], args: argparse.Namespace) -> Configuration:

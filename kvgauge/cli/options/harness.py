@@ -11,10 +11,10 @@ OF_LM_EVAL = ("lm_eval_limit", "lm_eval_fewshot", "lm_eval_include")
 
 def add_lm_eval_options(parser: argparse.ArgumentParser) -> None:
     """Adds the tasks of the harness."""
-    group = parser.add_argument_group("lm-evaluation-harness (pip install lm-eval)")
-    group.add_argument("--lm-eval", metavar="TASKS", help="its tasks, such as gsm8k,wikitext")
-    group.add_argument("--lm-eval-limit", type=options.positive, metavar="N", help="documents of a task at most")
+    group = parser.add_argument_group("lm-evaluation-harness (needs: pip install lm-eval)")
+    group.add_argument("--lm-eval", metavar="A,B,...", help="tasks of the harness, such as gsm8k,wikitext")
+    group.add_argument("--lm-eval-limit", type=options.positive, metavar="N", help="use N documents of each task")
     group.add_argument(
-        "--lm-eval-fewshot", type=int, metavar="N", help="examples in a prompt (default: the task's own)"
+        "--lm-eval-fewshot", type=int, metavar="N", help="few-shot examples per prompt (default: as the task has it)"
     )
-    group.add_argument("--lm-eval-include", type=Path, metavar="FOLDER", help="more tasks, as .yaml files")
+    group.add_argument("--lm-eval-include", type=Path, metavar="FOLDER", help="folder with more tasks, as .yaml files")

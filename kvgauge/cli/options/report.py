@@ -13,33 +13,33 @@ def add_report_options(parser: argparse.ArgumentParser) -> None:
     """Adds the folder of the report, a comparison to show in it, and the windows behind its figures."""
     group = parser.add_argument_group("report")
     group.add_argument(
-        "--report", type=Path, metavar="FOLDER", help="write report.html, to be looked at, and report.json behind it"
+        "--report", type=Path, metavar="FOLDER", help="write FOLDER/report.html, and its figures as report.json"
     )
     group.add_argument(
         "--report-compare",
         type=Path,
         metavar="FILE",
-        help="results.json of compare_recipes, whose recipes are shown beside this one",
+        help="results.json of `kvgauge compare`: show its recipes beside this run",
     )
     group.add_argument(
         "--report-windows",
         type=options.positive,
         metavar="N",
-        help="windows from which the losses and errors of single layers are taken, each quantized alone: one pass for "
-        f"the keys and one for the values of every layer (default: {REPORT_WINDOWS})",
+        help="windows for the losses and errors of single layers; adds two passes per layer "
+        f"(default: {REPORT_WINDOWS})",
     )
 
 
 def check_report_options(config: ReportConfig) -> None:
-    """Finds out before the model runs what would keep the report from being written; makes its folder.
+    """Checks before the model runs that the report can be written; makes its folder.
 
     Raises
     ------
     UsageError
-        If there can be no such folder, or the file to compare with is not what `compare_recipes` writes.
+        If there can be no such folder, or the file to compare with is not what `kvgauge compare` writes.
     """
     if config.report is None:
-        refuse_given(config, ("report_compare", "report_windows"), "no report is asked for; add --report FOLDER")
+        refuse_given(config, ("report_compare", "report_windows"), "no effect without a report; add --report FOLDER")
         return
     from kvgauge.report.compared import compared
 

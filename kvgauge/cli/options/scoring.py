@@ -11,29 +11,40 @@ OF_TEXTS = ("bos", "stride", "resume", "site_losses", "clipping")
 
 def add_scoring_options(parser: argparse.ArgumentParser) -> None:
     """Adds strides, a log to go on from, and figures of single sites."""
-    group = parser.add_argument_group("scoring")
+    group = parser.add_argument_group("scoring (losses on text)")
+    group.add_argument(
+        "--limit", type=options.positive, metavar="N", help="evaluate the first N windows of the text (default: all)"
+    )
+    group.add_argument("--batch-size", type=options.positive, metavar="N", help="windows per forward pass (default: 1)")
+    group.add_argument(
+        "--normalization",
+        choices=("targets", "gptq"),
+        help="perplexity as the exponential of the mean over all predicted tokens, or as GPTQ and KVQuant compute it, "
+        "over windows (default: targets)",
+    )
     group.add_argument(
         "--stride",
         type=options.positive,
         metavar="N",
-        help="windows overlap: each begins N tokens after the one before and scores its last N targets, the tokens "
-        "before them are context (default: windows side by side, scored whole)",
+        help="sliding windows: each starts N tokens after the previous one, and only its last N tokens are scored "
+        "(default: windows do not overlap, all tokens are scored)",
     )
     group.add_argument(
         "--resume",
         type=Path,
         metavar="FILE",
-        help="keep the scores of finished windows in FILE, and do not run again those that an interrupted run of the "
-        "same evaluation has left there",
+        help="log of scored windows: written while the evaluation runs; with the log of an interrupted run, goes on "
+        "from there",
     )
     group.add_argument(
         "--site-losses",
         type=options.positive,
         metavar="N",
-        help="also quantize the keys and the values of each layer alone, on the first N windows: a pass more for each",
+        help="also quantize one layer's keys or values at a time and report each loss, on the first N windows; adds "
+        "two passes per layer",
     )
     group.add_argument(
         "--clipping",
         action="store_true",
-        help="also count the values beyond the ranges that calibration fitted, here and in the calibration text",
+        help="also report the fraction of values outside the calibrated ranges, here and in the calibration text",
     )

@@ -8,30 +8,44 @@ from kvgauge.cli.options import common as options
 
 def add_task_options(parser: argparse.ArgumentParser) -> None:
     """Adds tasks, their items, and the file of answers."""
-    group = parser.add_argument_group("tasks (answers come through the packed cache, whatever the protocol)")
+    group = parser.add_argument_group("tasks (answers are generated on the packed cache, whatever --protocol says)")
     group.add_argument(
         "--tasks",
-        metavar="NAMES",
+        metavar="A,B,...",
         help="perplexity, passkey, needle, synthetic (multi_key, multi_value, variables, common_words), gsm8k, drift, "
-        "longbench, longbench-e, longbench:hotpotqa, ..., with commas between (default: perplexity)",
+        "longbench, longbench-e or one data set as longbench:hotpotqa (default: perplexity)",
     )
-    group.add_argument("--task-limit", type=options.positive, metavar="N", help="items of a task at most")
+    group.add_argument("--task-limit", type=options.positive, metavar="N", help="ask the first N items of each task")
     group.add_argument(
-        "--task-data", type=Path, metavar="FILE|FOLDER", help="local .jsonl data: one task's file, or TASK.jsonl in it"
-    )
-    group.add_argument(
-        "--task-prompts", type=Path, metavar="FILE", help="other templates for LongBench, by data set (.yaml or .json)"
-    )
-    group.add_argument(
-        "--task-lengths", type=_lengths, metavar="N,N", help="tokens of a prompt; for the demo model words of filler"
+        "--task-data",
+        type=Path,
+        metavar="FILE|FOLDER",
+        help="local data: the .jsonl file of one task, or a folder with TASK.jsonl files",
     )
     group.add_argument(
-        "--task-depths", type=_depths, metavar="X,X", help="where passkey and needle stand, 0 first to 1 last"
+        "--task-prompts", type=Path, metavar="FILE", help="prompt templates for LongBench by data set, .yaml or .json"
     )
     group.add_argument(
-        "--predictions", type=Path, metavar="FILE", help="write answers there, and go on where an earlier run stopped"
+        "--task-lengths",
+        type=_lengths,
+        metavar="N,N,...",
+        help="prompt lengths of passkey, needle, synthetic and drift, in tokens (demo model: words of filler text)",
     )
-    group.add_argument("--score", type=Path, metavar="FILE", help="only score answers: no model is needed")
+    group.add_argument(
+        "--task-depths",
+        type=_depths,
+        metavar="X,X,...",
+        help="positions of the fact in passkey and needle, from 0 (start of the prompt) to 1 (end)",
+    )
+    group.add_argument(
+        "--predictions",
+        type=Path,
+        metavar="FILE",
+        help="write the answers to FILE; an interrupted run goes on from it",
+    )
+    group.add_argument(
+        "--score", type=Path, metavar="FILE", help="score the answers in FILE and stop; no model is loaded"
+    )
 
 
 def _lengths(text: str) -> tuple[int, ...]:

@@ -118,7 +118,10 @@ def _point(row: Found) -> Point:
 def _pareto_caption(result: Found | None, others: Found | None) -> str:
     base = "The dashed line is full precision; fewer bits and fewer nats are better. Bars are one standard error. "
     if others is None:
-        return base + "Only this run: add --report-compare results.json of compare_recipes to see it among recipes."
+        return (
+            base
+            + "Only this run: add --report-compare with the results.json of `kvgauge compare` to see it among recipes."
+        )
     known = f"Ringed: this run. The others are from {others['file']}, measured on {others['text']}"
     if others["same_text"]:
         return f"{base}{known}, with the same full-precision perplexity of {plain(others['fp_perplexity'], 5)}."

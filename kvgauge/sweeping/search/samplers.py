@@ -94,7 +94,7 @@ class OptunaSampler:
 
     def __init__(self, parameters: Mapping[str, Parameter], seed: int, at_once: int) -> None:
         if importlib.util.find_spec("optuna") is None:
-            raise UsageError("--sampler optuna needs the package optuna, which is not installed: pip install optuna")
+            raise UsageError("--sampler optuna: the package optuna is not installed; type pip install optuna")
         optuna = importlib.import_module("optuna")  # has no types where it is not installed
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))

@@ -115,7 +115,7 @@ def search(grid: Grid, n_trials: int, sampler: Sampler, runner: Runner) -> Found
     [base], [base_held_out] = chooses.run([{}]), reports.run([{}])
     for trial in (base_held_out, base):
         if trial.error:
-            raise ValueError(f"search: {wanted.recipe} as it is cannot be scored: {trial.error}")
+            raise ValueError(f"search: {wanted.recipe} cannot be scored unchanged: {trial.error}")
     trials = [base]
     while len(trials) <= n_trials and (settings := sampler.ask(n_trials + 1 - len(trials))):
         tried = chooses.run(settings)
@@ -130,11 +130,15 @@ def search(grid: Grid, n_trials: int, sampler: Sampler, runner: Runner) -> Found
 
 def _checked(grid: Grid) -> tuple[Search, int]:
     if grid.search is None:
-        raise UsageError("--search: the grid does not say what to look for; add search: {recipe: ..., parameters: ...}")
+        raise UsageError(
+            "--search: the grid has no entry search; add search: {recipe: ..., parameters: ..., budget_bits: ...}"
+        )
     if len(grid.models) != 1:
-        raise UsageError(f"--search looks at one model; the grid names {len(grid.models)}: {', '.join(grid.models)}")
+        raise UsageError(f"--search: expected one model in the grid; got {len(grid.models)}: {', '.join(grid.models)}")
     if grid.limit is None:
-        raise UsageError("--search needs limit: N, the windows that choose; as many more are held out to report on")
+        raise UsageError(
+            "--search: the grid needs limit: N, the windows that choose the setting; N more are held out for the final figure"
+        )
     return grid.search, grid.limit
 
 

@@ -38,10 +38,10 @@ class Parameter(BaseModel):
     def _possible(self) -> "Parameter":
         if self.choices is not None:
             if self.low is not None or self.high is not None:
-                raise ValueError("say either what the values are, such as [2, 3, 4], or low and high")
+                raise ValueError("expected a list of values, such as [2, 3, 4], or low and high; got both")
             return self
         if self.low is None or self.high is None:
-            raise ValueError("say what the values are, such as [2, 3, 4], or between what: {low: 0.001, high: 0.02}")
+            raise ValueError("expected a list of values, such as [2, 3, 4], or a range: {low: 0.001, high: 0.02}")
         if not (self.low < self.high and math.isfinite(self.high - self.low)):
             raise ValueError(f"low must be below high; got {self.low} and {self.high}")
         if self.log and self.low <= 0:

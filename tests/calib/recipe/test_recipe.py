@@ -391,11 +391,14 @@ def test_without_flags_nothing_changes(recipe: str) -> None:
     ("flags", "message"),
     [
         ("--perchannel k_proj --pertoken k_proj v_proj", "both name key; name each once"),
-        ("--perchannel q_proj", r"expected k_proj and/or v_proj, got 'q_proj' \(MODEL stands before"),
-        ("--include-sparse --sparsity-threshold 0.01", "share kept dense, above 0.5 and at most 1; got 0.01"),
+        ("--perchannel q_proj", r"expected k_proj or v_proj; got 'q_proj'\. Put MODEL before"),
+        (
+            "--include-sparse --sparsity-threshold 0.01",
+            "fraction of values quantized, above 0.5 and at most 1; got 0.01",
+        ),
         ("--include-sparse --sparsity-threshold 1.5", "at most 1; got 1.5"),
         ("--sparsity-threshold 0.99", "add --include-sparse"),
-        ("--perchannel", "need k_proj and/or v_proj"),
+        ("--perchannel", "need values: k_proj, v_proj or both"),
     ],
 )
 def test_contradictions_are_wrong_usage(flags: str, message: str) -> None:

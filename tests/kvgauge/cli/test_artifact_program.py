@@ -151,7 +151,10 @@ def test_convert_there_and_back(capsys: Capture, tmp_path: Path) -> None:
 
 def test_convert_replaces_only_when_forced(capsys: Capture, other: Path) -> None:
     before = other.read_bytes()
-    assert refused(capsys, 2, "convert", SAFETENSORS, other) == f"artifact: {other} exists; --force replaces it\n"
+    assert (
+        refused(capsys, 2, "convert", SAFETENSORS, other)
+        == f"artifact: {other} exists; replace it with --force, or choose another name\n"
+    )
     assert other.read_bytes() == before
     assert run(capsys, "convert", SAFETENSORS, other, "--force")[0] == 0
     assert other.read_bytes() == PICKLE.read_bytes()

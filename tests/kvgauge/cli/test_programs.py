@@ -251,7 +251,7 @@ def test_steps_longer_than_a_window_are_refused(type_in: Program, flags: str, to
 def test_a_folder_for_results_that_cannot_be_is_refused_before_anything_runs(tmp_path: Path) -> None:
     """Regression: ablate once told of a file in the folder's place as a bare system error."""
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UsageError, match=r"--output .*file: no folder can be made there \(.*\); name another"):
+    with pytest.raises(UsageError, match=r"--output .*file: cannot make this folder \(.*\); choose another"):
         output_folder(tmp_path / "file")
     assert output_folder(tmp_path / "new" / "folder").is_dir()
 
@@ -262,7 +262,7 @@ def test_force_never_replaces_what_kvgauge_did_not_write(type_in: Program, here:
     before = (here / "weights.safetensors").read_bytes()
     refused = type_in(f"{CALIBRATE} --quantizer-path weights.safetensors --force")
     assert refused.status == 2
-    assert "not a file that kvgauge wrote" in refused.err
+    assert "was not written by kvgauge" in refused.err
     assert (here / "weights.safetensors").read_bytes() == before
 
 
@@ -432,7 +432,7 @@ def test_ctrl_c_waits_for_the_window_at_hand(type_in: Program, works: Program, m
         patch.setattr(calib.capture, "capture", pressed_during)
         ran = type_in(line + " --save-statistics half.safetensors")
     assert ran.status == 130
-    assert "finishing the window at hand" in ran.err
+    assert "finishing the current window" in ran.err
     assert "1 of 4 windows are in half.safetensors" in ran.err
     assert signal.getsignal(signal.SIGINT) == before
     works(line + " --save-statistics half.safetensors --resume half.safetensors --force")
@@ -526,10 +526,13 @@ def test_windows_that_begin_as_prompts_do(works: Program, type_in: Program, here
             "differ in start_token",
         ),
         (f"{line} --bos --resume s-plain.safetensors --force --quantizer-path m.safetensors", "--bos"),
-        ("calibrate --from-statistics s-begun.safetensors --bos --quantizer-path m.safetensors", "drop --bos"),
+        (
+            "calibrate --from-statistics s-begun.safetensors --bos --quantizer-path m.safetensors",
+            "--bos has no effect with --from-statistics; remove it",
+        ),
         ("calibrate model --dataset a.txt --bos", "--bos: the model's tokenizer has no start token"),
         ("evaluate model --dataset b.txt --abits 4 --bos", "--bos: the model's tokenizer has no start token"),
-        ("evaluate chat --dataset b.txt --abits 4 --bos --tasks synthetic", "--bos: only losses on a text have it"),
+        ("evaluate chat --dataset b.txt --abits 4 --bos --tasks synthetic", "--bos: no effect without a loss on text"),
     ):
         refused = type_in(command)
         assert refused.status in (1, 2)
@@ -723,7 +726,7 @@ def test_a_linear_factor_is_multiplied() -> None:
 @pytest.mark.parametrize(
     ("config", "told"),
     [
-        (OPTConfig(max_position_embeddings=64), "opt has no RoPE parameters"),
+        (OPTConfig(max_position_embeddings=64), "opt has no RoPE to scale"),
         (GPT2Config(n_positions=64), "at most its 64 tokens"),
         (BloomConfig(), "bloom has no limit on positions"),
         (FalconConfig(alibi=True, max_position_embeddings=64), "falcon has no limit on positions"),
@@ -773,7 +776,7 @@ def test_a_converted_file_gives_the_same_figures_and_takes_no_more_flags(
     works("artifact inspect q.safetensors")
     refused = type_in(f"{EVALUATE} --quantizer-path q.safetensors --abits 4")
     assert refused.status == 2
-    assert "was imported and holds its quantizers as they are" in refused.err
+    assert "comes from another tool and fixes its quantizers" in refused.err
 
 
 def test_msmodelslim_is_evaluated_as_it_is(here: Path, works: Program) -> None:
@@ -786,7 +789,7 @@ def test_msmodelslim_is_evaluated_as_it_is(here: Path, works: Program) -> None:
 FOREIGN_WRONG = [
     ("{0} --quantizer-path ranges.pickle", 1, ["layers.0.key.pre_rope", "Add --abits N"]),
     ("{0} --quantizer-path kvquant.pickle --abits 4", 1, ["--abits 4 was asked for", "8 levels"]),
-    ("{0} --quantizer-path kvquant.pickle --recipe kvquant", 2, ["was imported", "drop --recipe"]),
+    ("{0} --quantizer-path kvquant.pickle --recipe kvquant", 2, ["from another tool", "remove --recipe"]),
     ("{0} --quantizer-path wide.pickle", 1, ["(64, 16)", "32 channels", "another model"]),
     ("artifact convert kvquant.pickle q4.safetensors", 2, ["q4.safetensors exists"]),
     ("artifact convert kvquant.pickle q.json", 1, [".safetensors or .pkl"]),
@@ -822,9 +825,9 @@ WRONG: list[tuple[str, int, list[str]]] = [
     (f"{EVALUATE} --quantizer-path q4.safetensors --recipe kvquant", 2, ["recipe: the file has default", "kvquant"]),
     (f"{EVALUATE} --abits 4 --perchannel k_proj --pertoken k_proj", 2, ["both name key"]),
     (f"{CALIBRATE} --from-statistics s.safetensors --merge s.safetensors", 2, ["--from-statistics", "exclude"]),
-    (f"{CALIBRATE} --from-statistics s.safetensors", 2, ["--from-statistics", "drop MODEL"]),
-    ("calibrate --merge s.safetensors --nsamples 8", 2, ["--merge", "drop --nsamples"]),
-    ("calibrate --from-statistics s.safetensors --save-statistics s2.pkl", 2, ["drop --save-statistics"]),
+    (f"{CALIBRATE} --from-statistics s.safetensors", 2, ["MODEL has no effect with --from-statistics; remove it"]),
+    ("calibrate --merge s.safetensors --nsamples 8", 2, ["--nsamples has no effect with --merge; remove it"]),
+    ("calibrate --from-statistics s.safetensors --save-statistics s2.pkl", 2, ["--save-statistics has no effect"]),
     (f"{CALIBRATE} --resume s.safetensors --seed 5", 2, ["windows are not of this run", "--seed"]),
     # sizes
     (f"{CALIBRATE} --seqlen 65", 2, ["--seqlen 65", "context of 64 tokens", "--seqlen 64"]),
@@ -836,8 +839,8 @@ WRONG: list[tuple[str, int, list[str]]] = [
     (f"{CALIBRATE} --jobs 0", 2, ["--jobs", "integer from 1"]),
     (f"{CALIBRATE} --abits 9", 2, ["--abits", "invalid choice"]),
     (f"{CALIBRATE} --shard 5/4", 2, ["--shard", "I from 1 to N", "5/4"]),
-    (f"{CALIBRATE} --nsamples 2 --shard 3/4", 2, ["--shard 3/4 of 2 windows is empty", "at most 2"]),
-    (f"{EVALUATE} --abits 4 --include-sparse --sparsity-threshold 0.2", 2, ["share kept dense", "0.2"]),
+    (f"{CALIBRATE} --nsamples 2 --shard 3/4", 2, ["--shard 3/4: no window is left of 2", "at most 2"]),
+    (f"{EVALUATE} --abits 4 --include-sparse --sparsity-threshold 0.2", 2, ["fraction of values quantized", "0.2"]),
     (f"{CALIBRATE} --first-few-fp16 9", 1, ["sink_tokens", "less than or equal to 8", "9"]),
     (f"{EVALUATE} --abits 4 --first-few-fp16 8 --seqlen 8", 1, ["no token was quantized", "first 8 tokens exact"]),
     # text
@@ -864,7 +867,7 @@ WRONG: list[tuple[str, int, list[str]]] = [
     (f"{CALIBRATE} --quantizer-path q.bin", 1, ["q.bin", ".safetensors or .pkl"]),
     (f"{CALIBRATE} --save-statistics s.json", 1, ["s.json", ".safetensors or .pkl"]),
     (f"{CALIBRATE} --quantizer-path folder", 1, ["folder", ".safetensors or .pkl"]),
-    (f"{CALIBRATE} --quantizer-path a.txt/q.pkl", 2, ["a.txt/q.pkl cannot be written", "a.txt is no folder"]),
+    (f"{CALIBRATE} --quantizer-path a.txt/q.pkl", 2, ["a.txt/q.pkl: cannot write to", "a.txt: not a folder"]),
     (f"{CALIBRATE} --quantizer-path q.pkl --save-statistics ./q.pkl", 2, ["both name q.pkl"]),
     # artifacts
     (f"{EVALUATE} --quantizer-path folder", 1, ["folder", "got a directory"]),

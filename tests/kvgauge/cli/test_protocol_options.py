@@ -82,17 +82,20 @@ def test_eviction_is_asked_for_under_the_names_of_scope() -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--block-tokens 4", "--block-tokens: the protocol 'full' has no window"),
-        ("--keep-smallest-norm 4", "--keep-smallest-norm: the protocol 'full' has no window"),
-        ("--protocol decode --residual-length 8 --block-tokens 4", "stands for both windows"),
-        ("--method snapkv", "--method: only a cache drops tokens, step by step; add --protocol cache"),
-        ("--protocol decode --decoding-metric slide", "--decoding-metric: only a cache drops tokens"),
+        ("--block-tokens 4", "--block-tokens: no effect with --protocol full"),
+        ("--keep-smallest-norm 4", "--keep-smallest-norm: no effect with --protocol full"),
+        ("--protocol decode --residual-length 8 --block-tokens 4", "sets both windows"),
+        ("--method snapkv", "--method: tokens are dropped only from a cache; add --protocol cache"),
+        ("--protocol decode --decoding-metric slide", "--decoding-metric: tokens are dropped only from a cache"),
         (
             "--protocol cache --pooling avgpool",
-            "nothing is dropped; add --decoding-metric, or a --method other than ALLKV",
+            "no token would ever be dropped; add --decoding-metric, or a --method other than ALLKV",
         ),
-        ("--protocol cache --method AllKV", "nothing is dropped"),
-        ("--protocol cache --method SnapKV", "has 1 tokens and 2048 may stay; use more --prefill-tokens"),
+        ("--protocol cache --method AllKV", "no token would ever be dropped"),
+        (
+            "--protocol cache --method SnapKV",
+            "has 1 tokens and 2048 may be kept, so that none is dropped; raise --prefill-tokens",
+        ),
         ("--protocol cache --method best", "method: expected one of allkv, snapkv"),
         (
             "--protocol cache --decoding-metric slide --decoding-window-size 8",
@@ -114,7 +117,7 @@ def test_a_cache_that_evicts_is_evaluated(capsys: pytest.CaptureFixture[str]) ->
     assert "among the 2 smallest so far exact" in found["protocol"]
     assert 0.5 < found["quantized_fraction"] < 1
     assert evaluate_program.main(f"{flags.replace('cache', 'decode')} {evicting}".split()) == 2
-    assert "only a cache drops tokens" in capsys.readouterr().err
+    assert "tokens are dropped only from a cache" in capsys.readouterr().err
 
 
 def test_a_recipe_says_how_its_codes_are_meant_to_be_used() -> None:

@@ -59,7 +59,7 @@ def test_windows_lie_side_by_side_unless_a_stride_is_given() -> None:
     assert torch.equal(windows, expected[0])
     assert scored is not None
     assert scored.n_scored == expected[1].n_scored
-    with pytest.raises(UsageError, match="--stride 21: windows of 20 tokens would leave out"):
+    with pytest.raises(UsageError, match="--stride 21: longer than a window of 20 tokens"):
         scored_windows(parsed("--stride", "21").scoring, TEXT, 20)
 
 
@@ -75,7 +75,7 @@ def test_a_log_is_of_one_text(tmp_path: Path) -> None:
     config = parsed("--resume", str(tmp_path / "log.jsonl")).scoring
     assert scoring_settings(config, None)["log"].path == tmp_path / "log.jsonl"
     assert scoring_settings(parsed().scoring, None, n_datasets=2) == {"scored": None, "log": None}
-    with pytest.raises(UsageError, match="a log is of one text"):
+    with pytest.raises(UsageError, match="the log holds the windows of one text"):
         scoring_settings(config, None, n_datasets=2)
 
 

@@ -347,10 +347,10 @@ def test_the_figures_are_those_of_the_two_commands(
     ("more", "status", "said"),
     [
         ("--recipes kvquant,kvqant", 1, "Did you mean kvquant?"),
-        ("--recipes kvquant,kvquant", 2, "several are called kvquant"),
-        ("--recipes kvquant --output a.txt/out", 2, "--output a.txt/out: no folder can be made there"),
+        ("--recipes kvquant,kvquant", 2, "kvquant is there twice"),
+        ("--recipes kvquant --output a.txt/out", 2, "--output a.txt/out: cannot make this folder"),
         ("--recipes sinks.yaml --seqlen 8", 2, "Use longer windows or fewer sink tokens."),
-        ("--recipes elsewhere.yaml", 2, "no recipe is left to compare: recipe elsewhere: include"),
+        ("--recipes elsewhere.yaml", 2, "none of the recipes fits this model:\n  recipe elsewhere: include"),
         ("--recipes kvquant --calibration-dataset wikitxt2", 1, "wikitext2"),
     ],
 )

@@ -430,7 +430,7 @@ def test_recipes_of_a_comparison_stand_beside_the_run(found: Found, tmp_path: Pa
 @pytest.mark.parametrize("text", ["", "[]", '{"recipes": [{"name": "a"}]}'])
 def test_another_file_is_no_comparison(tmp_path: Path, text: str) -> None:
     (tmp_path / "x.json").write_text(text)
-    with pytest.raises(UsageError, match=r"x\.json: results\.json of compare_recipes was expected"):
+    with pytest.raises(UsageError, match=r"x\.json: expected results\.json of `kvgauge compare`"):
         compared(tmp_path / "x.json", None)
     with pytest.raises(UsageError, match="missing"):
         compared(tmp_path / "missing.json", None)
@@ -439,9 +439,9 @@ def test_another_file_is_no_comparison(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
-        (["--report-compare", "r.json"], "--report-compare: no report is asked for"),
+        (["--report-compare", "r.json"], "--report-compare: no effect without a report"),
         (["--report", "out", "--report-compare", "r.json"], "r.json: "),
-        (["--report", "file/out"], "--report file/out: no folder can be made there"),
+        (["--report", "file/out"], "--report file/out: cannot make this folder"),
     ],
 )
 def test_what_cannot_become_a_report_is_refused_at_once(

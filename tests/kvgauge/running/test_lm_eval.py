@@ -129,7 +129,7 @@ def test_an_answer_ends_before_its_stop_string_or_at_its_limit(demo: LoadedModel
     assert ask(PROMPT, {"until": ".", "do_sample": False, "temperature": 1.0}) == " 12345", "nothing is drawn"
     assert len(ask(PROMPT, {"max_tokens": 2})) < len(long)
     for drawn in ({"do_sample": True}, {"temperature": 0.7}):
-        with pytest.raises(UsageError, match="answers are greedy"):
+        with pytest.raises(UsageError, match="only greedy decoding"):
             ask(PROMPT, drawn)
 
 

@@ -313,8 +313,8 @@ def test_what_is_not_installed_is_named_with_its_command(
         ("seqlen: 64\nseed: '0'", 2, "write 0"),
         ("\nprotocol: decod", 2, "Did you mean decode?"),
         ("residual_tokens: 8", 1, "use protocol: decode"),
-        ("models: [a, a]", 1, "a stands twice"),
-        ("recipes: [kvquant, kvquant]", 1, "kvquant stands twice"),
+        ("models: [a, a]", 1, "a is there twice"),
+        ("recipes: [kvquant, kvquant]", 1, "kvquant is there twice"),
         ("models: []", 1, "must not be empty"),
         ("limit: 1\nlimit: 2", 2, "occurs twice"),
         ("- kvquant", 1, "expected entries"),
@@ -478,9 +478,9 @@ def test_values_that_do_not_go_together_are_a_failed_trial(here: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "text", "status", "message"),
     [
-        (SETTINGS, "", 2, "does not say what to look for"),
+        (SETTINGS, "", 2, "the grid has no entry search"),
         (SETTINGS.replace("[model]", "[model, demo]"), SEARCH, 2, "names 2: model, demo"),
-        (SETTINGS.replace("limit: 3", "limit:"), SEARCH, 2, "needs limit: N"),
+        (SETTINGS.replace("limit: 3", "limit:"), SEARCH, 2, "the grid needs limit: N"),
         (SETTINGS.replace("limit: 3", "limit: 900"), SEARCH, 1, "half of them held out; it has"),
         (SETTINGS, SEARCH.replace("budget_bits: 5", "budget_bits: 0.5"), 1, ""),
     ],
