@@ -165,8 +165,8 @@ def scored_windows(
         return begun(windows, start_token), scored
     if config.stride > seqlen:
         raise UsageError(
-            f"--stride {config.stride}: longer than a window of {seqlen} tokens, so that tokens between windows would be "
-            f"skipped; use at most {seqlen}"
+            f"--stride {config.stride}: longer than a window of {seqlen} tokens, so that some tokens would be skipped; "
+            f"use at most {seqlen}"
         )
     limit = config.limit or (_MOST_OF_C4 if isinstance(corpus.documents, LazyDocuments) else None)
     return strided_windows(corpus.documents, seqlen=seqlen, stride=config.stride, limit=limit)

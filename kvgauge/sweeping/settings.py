@@ -79,9 +79,7 @@ class Settings(BaseModel):
     def _possible(self) -> "Settings":
         given = [name for name in OF_STEPS if getattr(self, name) is not None]
         if self.protocol == "full" and given:
-            raise ValueError(
-                f"{', '.join(given)}: no effect with protocol: full, which quantizes all tokens at once; use protocol: decode or cache"
-            )
+            raise ValueError(f"{', '.join(given)}: no effect with protocol: full; use protocol: decode or cache")
         return self
 
     def evaluation(self, model: str) -> EvaluateConfig:

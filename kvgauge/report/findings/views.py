@@ -57,7 +57,7 @@ def value_views(run: ReportedRun, layers: Sequence[AttentionLayer], sites: Seque
 
 
 def _cost(row: Mapping[str, Any]) -> tuple[float, float]:
-    """What is no number ranks first."""
+    """Cost of a site; one that is no number ranks first."""
     share, error = row["loss_share"], row["output_error"] or 0.0
     return math.inf if math.isnan(share) else share, math.inf if math.isnan(error) else error
 
@@ -65,7 +65,7 @@ def _cost(row: Mapping[str, Any]) -> tuple[float, float]:
 def _vectors(
     seen: Sequence[Any], quantizers: Mapping[Site, Quantizer], sites: Sequence[Site]
 ) -> Iterator[tuple[tuple[Site, str], Float32[Tensor, "tokens channels"]]]:
-    """What stands at each site: keys before and after rotation, values once."""
+    """Vectors of each site: keys before and after rotation, values once."""
     for inputs in seen:
         for site in (site for site in sites if site.layer == inputs.layer.layer):
             if site.tensor == "value":

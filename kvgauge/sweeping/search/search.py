@@ -136,9 +136,7 @@ def _checked(grid: Grid) -> tuple[Search, int]:
     if len(grid.models) != 1:
         raise UsageError(f"--search: expected one model in the grid; got {len(grid.models)}: {', '.join(grid.models)}")
     if grid.limit is None:
-        raise UsageError(
-            "--search: the grid needs limit: N, the windows that choose the setting; N more are held out for the final figure"
-        )
+        raise UsageError("--search: the grid needs limit: N, the windows that choose the setting; N more are held out")
     return grid.search, grid.limit
 
 
