@@ -21,9 +21,9 @@ from kvgauge.terminal.console import Parser, UsageError, run, say, set_up_loggin
 from kvgauge.terminal.outputs import output_folder
 
 LEGEND = """\
-Nats per target that are lost more when the ingredient is removed, with the standard error of the difference on the
-same windows; above zero it helps. Bits are counted per element, the mean of keys and values, exact tokens included:
-where they differ, the nats are the price or the gain of those bits too."""
+Rise of the loss in nats per token when the ingredient is removed, with its standard error over the same windows; above
+zero the ingredient helps. Bits are counted per element, the mean of keys and values, tokens in full precision included:
+where they differ, part of the rise is due to those bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +119,7 @@ def _main(argv: list[str]) -> int:
     model = config.model.name
     folder = output_folder(config.output or Path("runs") / f"ablate-{short_name(model)}-{recipe.name}")
     found = ablate(Setup(recipe, settings), model, ingredients)
-    command = shlex.join(["python", "-m", "kvgauge.cli.ablate", *argv])
+    command = shlex.join(["kvgauge", "ablate", *argv])
     results = {"command": command, "recipe": recipe.model_dump(mode="json"), **found.to_json()}
     text = json.dumps(results, indent=1, allow_nan=False) + "\n"
     title = f"{recipe.name} on {short_name(model)}: {found.full.bits['average']:.3f} bits, {found.full.protocol}"

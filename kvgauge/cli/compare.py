@@ -104,7 +104,7 @@ def _main(argv: list[str]) -> int:
         raise KeyboardInterrupt(
             f"What is finished is in {folder / 'kept'}; the same command goes on from there."
         ) from error
-    write_report(folder, {"command": shlex.join(["python", "-m", "kvgauge.cli.compare", *argv]), **about}, rows)
+    write_report(folder, {"command": shlex.join(["kvgauge", "compare", *argv]), **about}, rows)
     print((folder / "table.md").read_text(encoding="utf-8"), end="")
     say(f"{folder}: results.json, table.md, pareto.png")
     return 0

@@ -36,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
     parser = Parser("kvgauge demo", __doc__)
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="folder for the artifacts (default: runs/demo)")
     parser.add_argument("--limit", type=positive, metavar="N", help="windows to evaluate (default: 32)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 

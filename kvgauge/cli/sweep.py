@@ -1,7 +1,7 @@
 """Run every recipe on every model for every task that a grid file names; or search for the best setting of a recipe.
 
-The grid is a .yaml file with `models`, `recipes` and `tasks`, and any option of calibrate and evaluate by its name
-(`nsamples: 16`). Each cell, a recipe on a model for a task, is saved when it is finished; after an interruption the
+The grid is a .yaml file with `models`, `recipes` and `tasks`, and options of calibrate and evaluate by name, such as
+`nsamples: 16`. Each cell, a recipe on a model for a task, is saved when it is finished; after an interruption the
 same command runs the cells that are missing. Paths in the grid are relative to the current folder.
 """
 
@@ -101,7 +101,7 @@ def _main(argv: list[str]) -> int:
 
     grid = load_grid(config.grid)
     folder = output_folder(config.output or Path("runs") / f"sweep-{config.grid.stem}").resolve()
-    command = shlex.join(["python", "-m", "kvgauge.cli.sweep", *argv])
+    command = shlex.join(["kvgauge", "sweep", *argv])
     workers = Workers(jobs=config.jobs, backend=config.backend, scheduler=config.scheduler)
     try:
         with workers.started():

@@ -71,7 +71,7 @@ def add_text_options(parser: argparse.ArgumentParser) -> None:
         "and evaluate alike, for models whose prompts start with BOS (default: plain text, as in the published tables)",
     )
     group.add_argument(
-        "--seed", type=int, metavar="N", help="random seed that picks the calibration windows (default: 0)"
+        "--seed", type=int, metavar="N", help="random seed of calibration windows and task items (default: 0)"
     )
 
 

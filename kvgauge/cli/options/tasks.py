@@ -15,7 +15,7 @@ def add_task_options(parser: argparse.ArgumentParser) -> None:
         help="perplexity, passkey, needle, synthetic (multi_key, multi_value, variables, common_words), gsm8k, drift, "
         "longbench, longbench-e or one data set as longbench:hotpotqa (default: perplexity)",
     )
-    group.add_argument("--task-limit", type=options.positive, metavar="N", help="ask the first N items of each task")
+    group.add_argument("--task-limit", type=options.positive, metavar="N", help="ask at most N items of each task")
     group.add_argument(
         "--task-data",
         type=Path,
