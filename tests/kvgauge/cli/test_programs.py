@@ -783,17 +783,17 @@ def test_msmodelslim_is_evaluated_as_it_is(here: Path, works: Program) -> None:
     write_msmodelslim(here / "slim", torch.bfloat16)
     ran = works(f"{EVALUATE} --quantizer-path slim --json")
     assert ran.json["bits"]["key"] == 8
-    assert "note: slim: keys are taken after the rotation" in ran.err
+    assert "note: slim: keys are quantized after RoPE" in ran.err
 
 
 FOREIGN_WRONG = [
     ("{0} --quantizer-path ranges.pickle", 1, ["layers.0.key.pre_rope", "Add --abits N"]),
-    ("{0} --quantizer-path kvquant.pickle --abits 4", 1, ["--abits 4 was asked for", "8 levels"]),
+    ("{0} --quantizer-path kvquant.pickle --abits 4", 1, ["--abits 4 was given", "8 levels"]),
     ("{0} --quantizer-path kvquant.pickle --recipe kvquant", 2, ["from another tool", "remove --recipe"]),
     ("{0} --quantizer-path wide.pickle", 1, ["(64, 16)", "32 channels", "another model"]),
     ("artifact convert kvquant.pickle q4.safetensors", 2, ["q4.safetensors exists"]),
     ("artifact convert kvquant.pickle q.json", 1, [".safetensors or .pkl"]),
-    ("artifact convert q4.safetensors q.pkl --abits 4", 2, ["no file of another tool"]),
+    ("artifact convert q4.safetensors q.pkl --abits 4", 2, ["is an artifact, which records its bits"]),
     ("artifact convert junk.safetensors q.pkl", 1, ["neither a safetensors file nor a pickle"]),
 ]
 
@@ -824,7 +824,7 @@ WRONG: list[tuple[str, int, list[str]]] = [
     (f"{EVALUATE} --quantizer-path q4.safetensors --include-sparse", 2, ["outliers: the file has None"]),
     (f"{EVALUATE} --quantizer-path q4.safetensors --recipe kvquant", 2, ["recipe: the file has default", "kvquant"]),
     (f"{EVALUATE} --abits 4 --perchannel k_proj --pertoken k_proj", 2, ["both name key"]),
-    (f"{CALIBRATE} --from-statistics s.safetensors --merge s.safetensors", 2, ["--from-statistics", "exclude"]),
+    (f"{CALIBRATE} --from-statistics s.safetensors --merge s.safetensors", 2, ["--from-statistics and --merge", "cannot be combined"]),
     (f"{CALIBRATE} --from-statistics s.safetensors", 2, ["MODEL has no effect with --from-statistics; remove it"]),
     ("calibrate --merge s.safetensors --nsamples 8", 2, ["--nsamples has no effect with --merge; remove it"]),
     ("calibrate --from-statistics s.safetensors --save-statistics s2.pkl", 2, ["--save-statistics has no effect"]),

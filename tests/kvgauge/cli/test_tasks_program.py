@@ -100,7 +100,7 @@ def test_perplexity_and_tasks_stand_beside_each_other(type_in: Program, tmp_path
 @pytest.mark.parametrize(
     ("line", "status", "told"),
     [
-        (f"{QUICK} --tasks passkye", 2, ["perplexity, passkey, needle", "'passkye'", "did you mean passkey?"]),
+        (f"{QUICK} --tasks passkye", 2, ["perplexity, passkey, needle", "'passkye'", "Did you mean passkey?"]),
         (f"{QUICK}", 2, ["--task-limit, --task-lengths", "add --tasks"]),
         (f"{QUICK} --tasks passkey --residual-tokens 500", 1, ["passkey", "no token was quantized"]),
         (
