@@ -42,8 +42,8 @@ def simulate(
     policy : CachePolicy or None
         Number of sink tokens; None takes that of the artifact.
     layers : sequence of AttentionLayer or None
-        Result of `attention_layers(model)`, if at hand. Required inside another simulation: finding the layers runs
-        the model, and the outer quantizers would change and count those passes.
+        Result of `attention_layers(model)`; None computes it. Required inside another simulation: finding the
+        layers runs the model, and the outer quantizers would change and count those passes.
 
     Yields
     ------

@@ -121,7 +121,7 @@ def cases(channels: int, device: torch.device) -> list[Case]:
 
 
 def pack_tokens(case: Case, keys: Tensor, values: Tensor) -> PackedTokens:
-    """Both sides through the append kernels."""
+    """Packed keys and values, written by the append kernels."""
     rows = [x[0].transpose(0, 1).flatten(1) for x in (keys, values)]
     return PackedTokens(
         key_quantizer=case.keys,

@@ -48,7 +48,7 @@ def packed_cache(
         Tokens kept in full precision, and eviction. None takes the policy of the artifact's recipe; without one, only
         the artifact's sinks are kept.
     layers : sequence of AttentionLayer or None
-        Result of `attention_layers(model)`, if at hand.
+        Result of `attention_layers(model)`; None computes it.
 
     Yields
     ------

@@ -1,4 +1,4 @@
-"""A model whose `generate` runs on packed caches, and counts what they hold."""
+"""Model whose `generate` runs on packed caches and counts their bits, with running scales."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,10 +21,10 @@ from simquant.usage import StoredBytes
 
 
 class PackedModel:
-    """A model that generates on packed caches, running scales among them, and counts what they hold.
+    """Model that generates on packed caches, and counts the bits that they store.
 
-    Every text has a cache and running statistics of its own, which go with it. Prompts are read in chunks; the first
-    tokens and those that do not fill a chunk yet stay exact.
+    Every text has a cache and running scales of its own. Prompts are read in chunks (chunked prefill); sinks, and
+    tokens of a chunk that is not complete, are in full precision.
 
     Parameters
     ----------
@@ -33,9 +33,9 @@ class PackedModel:
     quantizers : Artifact or mapping from Site to Quantizer
         One for the keys and one for the values of every layer.
     sink_tokens : int
-        First tokens that stay exact.
+        First tokens of each sequence kept in full precision.
     layers : sequence of AttentionLayer or None
-        From `attention_layers(model)`, if they are known already.
+        Result of `attention_layers(model)`; None computes it.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class PackedModel:
         self.reset_compression_state()
 
     def generate(self, *args: Any, **options: Any) -> Any:
-        """Calls the model's own `generate` on a new packed cache, and returns what it returns."""
+        """Result of the model's own `generate` with a new packed cache."""
         with packed_cache(self.model, self._quantizers, policy=self._policy, layers=self._layers) as new_cache:
             cache = new_cache()
             result = self.model.generate(*args, **{**self._prefill, **options, **cache_argument(self.model, cache)})
@@ -63,22 +63,24 @@ class PackedModel:
         return result
 
     def get_compression_stats(self) -> dict[str, float]:
-        """Counted over the texts since the last reset, as their caches were at the end.
+        """Statistics of the caches of all texts since the last reset, taken at the end of each text.
 
         Returns
         -------
         dict
-            avg_key_bits and avg_value_bits per element, exact tokens and scales included; outlier_ratio, the share of
-            a chunk's scales that belong to promoted channels; compression_ratio against the model's dtype.
+            avg_key_bits and avg_value_bits per element, full-precision tokens and scales included; outlier_ratio, the
+            share of a chunk's scales that belong to promoted channels; compression_ratio against the model's dtype.
 
         Raises
         ------
         CacheStateError
-            If there was no text.
+            If no text has been generated.
         """
         both = self._stored["key"] + self._stored["value"]
         if not both.n_elements:
-            raise CacheStateError("get_compression_stats: no text has been generated since the last reset")
+            raise CacheStateError(
+                "get_compression_stats: expected texts since the last reset; got none. Call generate first"
+            )
         return {
             "avg_key_bits": self._stored["key"].bits,
             "avg_value_bits": self._stored["value"].bits,
@@ -87,7 +89,7 @@ class PackedModel:
         }
 
     def reset_compression_state(self) -> None:
-        """Begins to count anew."""
+        """Sets all counts to zero."""
         self._stored = {"key": StoredBytes(), "value": StoredBytes()}
         self._n_promoted = self._n_scales = 0
 

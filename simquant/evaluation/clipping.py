@@ -50,7 +50,7 @@ def clipped_shares(
     sink_tokens : int or None
         First tokens of each window, not counted; None takes the number of the artifact.
     layers : sequence of AttentionLayer or None
-        Result of `attention_layers(model)`, if at hand.
+        Result of `attention_layers(model)`; None computes it.
     """
     layers = attention_layers(model) if layers is None else layers
     check_coverage(quantizers, layers)

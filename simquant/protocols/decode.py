@@ -62,7 +62,7 @@ def decode_exact(
     Raises
     ------
     MismatchError
-        As `packed_cache`; and if the model is called with padding or with a filled cache.
+        If the quantizers do not fit (see `packed_cache`), or the model is called with padding or with a filled cache.
     """
     layers = attention_layers(model) if layers is None else layers
     policy = policy or default_policy(quantizers)

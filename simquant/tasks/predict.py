@@ -73,7 +73,7 @@ def predict(
         If fewer than 16 bits were asked for, and no token of a task was quantized.
     """
     # Everything that can be wrong is checked before the first answer: ids, lengths of prompts, and old answers.
-    speakers = _Speakers(model, tokenizer, quantizers, policy or default_policy(quantizers), chunking)
+    models = _Models(model, tokenizer, quantizers, policy or default_policy(quantizers), chunking)
     by_task: dict[str, dict[str, Item]] = {}
     for item in items:
         if by_task.setdefault(item.task, {}).setdefault(item.id, item) is not item:
@@ -82,18 +82,18 @@ def predict(
         prompt_tokens(model, tokenizer, item)  # raises for a prompt that is too long, before any answer
     done = {(p.task, p.id, p.side): p for p in _continued(path)}
     for prediction in done.values():
-        _check_same(path, prediction, speakers.protocols, by_task.get(prediction.task, {}).get(prediction.id))
+        _check_same(path, prediction, models.protocols, by_task.get(prediction.task, {}).get(prediction.id))
     with evaluating(model):
         for task, own in by_task.items():
             for side in _SIDES:
                 for item in progress([item for item in own.values() if (task, item.id, side) not in done]):
-                    prediction = done[task, item.id, side] = speakers.ask(item, side)
+                    prediction = done[task, item.id, side] = models.ask(item, side)
                     append_prediction(path, prediction)
                 if side == "quantized":
                     check_quantized(task, [done[task, id, side] for id in own])
 
 
-class _Speakers:
+class _Models:
     """The model in full precision, and with a quantized cache."""
 
     def __init__(

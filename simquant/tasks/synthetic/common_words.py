@@ -18,7 +18,7 @@ from simquant.tasks.task import Task
 
 _COMMON = 3
 _RARE = 2
-"""Of every five words of the list three are the common ones, and two are others in turn."""
+"""Numbers of common and of other words among every five words of the list."""
 _LEAST = 10
 """Minimum words of a list: in shorter ones other words may be as frequent."""
 _OPENING = "Below is a list of words, some of which come again and again."

@@ -539,7 +539,7 @@ def test_the_state_is_reset(tiny_llama: LlamaForCausalLM) -> None:
     model = compressed(tiny_llama)
     generate(model, IDS)
     model.reset_compression_state()
-    with pytest.raises(CacheStateError, match="no text has been generated"):
+    with pytest.raises(CacheStateError, match="expected texts since the last reset; got none"):
         model.get_compression_stats()
 
 
