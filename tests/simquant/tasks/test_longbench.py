@@ -9,8 +9,7 @@ import datasets
 import pytest
 
 from simquant.tasks import TASKS, Item, TaskError, TaskOptions
-from simquant.tasks.longbench.longbench import LongBench
-from simquant.tasks.longbench.tasks import longbench_group, longbench_tasks
+from simquant.tasks.longbench.tasks import LongBench, longbench_group, longbench_tasks
 
 # Of the paper's table 1, and of the extended sets.
 ENGLISH = [
