@@ -824,7 +824,11 @@ WRONG: list[tuple[str, int, list[str]]] = [
     (f"{EVALUATE} --quantizer-path q4.safetensors --include-sparse", 2, ["outliers: the file has None"]),
     (f"{EVALUATE} --quantizer-path q4.safetensors --recipe kvquant", 2, ["recipe: the file has default", "kvquant"]),
     (f"{EVALUATE} --abits 4 --perchannel k_proj --pertoken k_proj", 2, ["both name key"]),
-    (f"{CALIBRATE} --from-statistics s.safetensors --merge s.safetensors", 2, ["--from-statistics and --merge", "cannot be combined"]),
+    (
+        f"{CALIBRATE} --from-statistics s.safetensors --merge s.safetensors",
+        2,
+        ["--from-statistics and --merge", "cannot be combined"],
+    ),
     (f"{CALIBRATE} --from-statistics s.safetensors", 2, ["MODEL has no effect with --from-statistics; remove it"]),
     ("calibrate --merge s.safetensors --nsamples 8", 2, ["--nsamples has no effect with --merge; remove it"]),
     ("calibrate --from-statistics s.safetensors --save-statistics s2.pkl", 2, ["--save-statistics has no effect"]),
@@ -876,7 +880,7 @@ WRONG: list[tuple[str, int, list[str]]] = [
     (f"{EVALUATE} --quantizer-path s.safetensors", 1, ["format kvgauge.artifact", "kvgauge.statistics"]),
     (f"{EVALUATE} --quantizer-path model/model.safetensors", 1, ["without kvgauge metadata", "model weights"]),
     (f"{EVALUATE} --quantizer-path nowhere.safetensors", 2, ["no such file", "none under runs/", "calibrate MODEL"]),
-    (f"{EVALUATE} --quantizer-path partial.safetensors", 1, ["only some layers", "layers.1.key", "layers.1.value"]),
+    (f"{EVALUATE} --quantizer-path partial.safetensors", 1, ["for every layer", "layers.1.key", "layers.1.value"]),
     (
         "evaluate other --dataset b.txt --quantizer-path q4.safetensors",
         1,
