@@ -41,6 +41,8 @@ class Artifact(Mapping[Site, Quantizer]):
     ngrams: Tensor | None = None
 
     def __post_init__(self) -> None:
+        # Sorted: the order of sites is that of the cache, whatever the order of the fits, so that equal artifacts have
+        # equal bytes.
         labelled = {site: self.quantizers[site].at(site) for site in sorted(self.quantizers)}
         object.__setattr__(self, "quantizers", labelled)
         if {site: quantizer.spec for site, quantizer in labelled.items()} != dict(self.manifest.specs):
@@ -82,6 +84,7 @@ class Artifact(Mapping[Site, Quantizer]):
             source = self.manifest.recipe.get("source", "an unknown tool")
             _LOG.warning("artifact: imported from %s, without the fingerprint of a model to compare with", source)
             return
+        # A key that only one side has counts as a difference, except the tokenizer, which a caller may not have loaded.
         keys = {*wanted, *fingerprint} - ({"tokenizer"} - (set(wanted) & set(fingerprint)))
         different = [key for key in sorted(keys) if wanted.get(key) != fingerprint.get(key)]
         if different:
@@ -152,6 +155,7 @@ def from_stored(stored: Stored) -> Artifact:
         If manifest or arrays are missing or inconsistent.
     """
     manifest = Manifest.from_json(stored.header)
+    # Copies: arrays of a pickle are views of the read-only bytes of the file.
     tensors = {name: torch.from_numpy(np.array(array)) for name, array in stored.arrays.items()}
     ngrams = tensors.pop(_SKETCH, None)
     by_site: dict[str, dict[str, Tensor]] = {}

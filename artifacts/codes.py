@@ -100,6 +100,7 @@ class Codes:
         ValueError
             If a part before the last one ends within a group of tokens, or their groups differ.
         """
+        # Empty parts carry no tokens but may have other spans; keep one only if all are empty.
         first, *others = [part for part in parts if part.shape[0]] or parts[:1]
         if not others:
             return first
@@ -141,6 +142,7 @@ class Codes:
             return runs.repeat_interleave(self.tensors["counts"].long())
         if span.entries is not None:
             return runs.repeat_interleave(span.entries)
+        # entries is None: chunks of different lengths follow one another, and only the quantizer knows where each ends.
         if runs.any():
             raise ValueError(
                 f"Codes: cannot drop {int((~kept).sum())} of {len(kept)} tokens: {name} does not say where the entries "

@@ -112,6 +112,8 @@ def _range(tensors: dict[str, Array], tables: list[Array], spec: QuantSpec) -> l
     if "offset" not in tensors:  # symmetric: one code less, zero in the middle
         largest = float((scale * (2 ** (spec.bits - 1) - 1)).max())
         return [-largest, largest]
+    # Ends of the code range in units of the scale: first and last level of each table, or 0 and 2^bits - 1 of a uniform
+    # quantizer; a table serves a run of neighbouring channels.
     offset = tensors["offset"].astype(np.float64)
     runs = len(scale) // max(1, len(tables))
     ends = [(float(table[0]), float(table[-1])) for table in tables] or [(0.0, 2.0**spec.bits - 1)] * len(scale)

@@ -117,6 +117,7 @@ def tool_version() -> str:
 
 
 def _check_types(record: Manifest | CorpusRecord) -> None:
+    # isinstance accepts a union such as `int | None`, but of `Mapping[str, Any]` only its origin, Mapping.
     for f in fields(record):
         wanted: Any = f.type if isinstance(f.type, UnionType) else get_origin(f.type) or f.type
         value = getattr(record, f.name)

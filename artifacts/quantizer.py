@@ -199,6 +199,7 @@ class Quantizer(ABC):
     @final
     def holding(self, **same: Any) -> "Quantizer":
         """The same quantizer with some fields replaced by equal content, without validation."""
+        # Skips __init__ and __post_init__: validation reads values, which would synchronise with a GPU.
         other = object.__new__(type(self))
         other.__dict__.update({field.name: getattr(self, field.name) for field in fields(self)} | same)
         return other

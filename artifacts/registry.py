@@ -70,6 +70,7 @@ def build(spec: QuantSpec, tensors: Mapping[str, Tensor], site: Site) -> Quantiz
             f"{site}: unknown kind of quantizer {spec.kind!r}; this version has {', '.join(KINDS)}."
             + (f" Nearest: {near[0]}." if near else "")
         )
+    # Tensors of a wrapped quantizer are named inner.NAME, at any depth inner.inner.NAME: strip one level per call.
     own = {name: tensor for name, tensor in tensors.items() if "." not in name}
     inner = {name.removeprefix("inner."): tensor for name, tensor in tensors.items() if "." in name}
     try:

@@ -63,6 +63,7 @@ class Stored:
     @property
     def digest(self) -> str:
         """SHA-256 over format, header and every array's name, dtype, shape and bytes."""
+        # Each array is preceded by its name, dtype and shape, so that no two contents give the same bytes to hash.
         sha = hashlib.sha256(canonical_json({"format": self.format, "header": self.header}).encode())
         for name in sorted(self.arrays):
             array = self.arrays[name]
@@ -189,6 +190,7 @@ def _parse(path: Path, data: bytes) -> tuple[str, dict[str, Array]]:
 def _to_safetensors(text: str, arrays: Mapping[str, Array]) -> bytes:
     from safetensors.numpy import save
 
+    # One metadata key: safetensors writes several in the order of a hash map, and equal content gave different bytes.
     return save({name: np.asarray(array, order="C") for name, array in arrays.items()}, {_METADATA_KEY: text})
 
 

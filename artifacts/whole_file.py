@@ -18,6 +18,7 @@ def write_whole(path: Path, data: bytes) -> None:
         If the folder takes no new file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    # A sibling, as a rename is atomic within one file system only; O_EXCL with a random name never follows a link.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)

@@ -184,6 +184,7 @@ def check_memory(statistics: ModelStatistics, device: torch.device) -> None:
     MemoryError
         If it exceeds the free memory.
     """
+    # Checked before the run: statistics have a fixed size that depends on the model's shape and the tier alone.
     needed = statistics.estimated_bytes()
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     _LOG.info("statistics (%s) take %s; %s are free", statistics.tier, gigabytes(needed), gigabytes(free))
@@ -218,6 +219,7 @@ def add_windows(
     """
     check_vocabulary(windows, text_config(model).vocab_size, statistics.origin.corpus)
     batches: Iterable[Any] = progress(list(single_windows(windows)))
+    # After an error or an interrupt the sketch of the text must cover the windows that are in the statistics, no more.
     before = len(statistics.windows)
     try:
         with evaluating(model):

@@ -146,6 +146,7 @@ def _gradient_check(name: str) -> Callable[[nn.Module, Any, Any], None]:
     def check(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not isinstance(output, Tensor) or not output.is_floating_point() or output.requires_grad:
             return
+        # Equal leading axes: a layer that maps each token. A router or a mask may well have an output without gradient.
         if any(isinstance(x, Tensor) and x.requires_grad and x.shape[:-1] == output.shape[:-1] for x in args):
             raise UnsupportedModelError(
                 f"{name}: squared gradients need differentiable modules; {type(module).__name__} gives its input no "
@@ -201,6 +202,7 @@ def _summed_loss(output: Any, input_ids: Tensor, mask: Tensor | None) -> Float[T
     targets = input_ids[:, 1:]
     if mask is not None:
         targets = targets.masked_fill(~(mask[:, 1:] & mask[:, :-1]), _NO_TARGET)
+    # The logits of position t predict token t + 1. In bfloat16 the log-sum-exp over a vocabulary loses the small terms.
     wide = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
     return nn.functional.cross_entropy(
         wide.flatten(0, 1), targets.flatten().to(wide.device), reduction="sum", ignore_index=_NO_TARGET
@@ -243,6 +245,7 @@ def token_batch(
     input_ids: Int64[Tensor, "windows tokens"], mask: Bool[Tensor, "windows tokens"] | None, first_window: int
 ) -> TokenBatch:
     """Positions and windows of the real tokens of a batch."""
+    # Positions count real tokens only, so that they do not depend on the side or the amount of padding.
     real = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
     positions = (real.cumsum(dim=1) - 1)[real]
     windows = torch.arange(first_window, first_window + len(input_ids))[:, None].expand_as(input_ids)[real]

@@ -42,6 +42,7 @@ def check_levels(who: str, levels: Tensor, bits: int, channels: int) -> None:
     ValueError
         If shape, dtype, order or values are otherwise.
     """
+    # At most 2^(bits-1) levels would fit codes of one bit less: such a table has the wrong code width.
     n_tables, n_levels = levels.shape if levels.ndim == 2 else (0, 0)
     if channels % max(1, n_tables) or not 2 ** (bits - 1) < n_levels <= 2**bits or levels.dtype != torch.float16:
         raise ValueError(

@@ -94,6 +94,7 @@ def answered_each_step(model: nn.Module) -> Iterator[None]:
 
     def abandon(*_: object) -> None:
         """Drops the pending checks after an error, which is raised as it is."""
+        # torch skips ordinary forward hooks when the model raises, so `end` has not run; `always_call` hooks still do.
         if open_blocks:
             _PENDING.set(None)
             open_blocks.clear()

@@ -46,6 +46,7 @@ class Span:
         """
         if self.tokens == 1:
             return kept
+        # Fill the last run up with its last token, so that a shorter run counts as kept or dropped as a whole.
         whole = kept.new_zeros(self.n_runs(len(kept)) * self.tokens)
         whole[: len(kept)] = kept
         whole[len(kept) :] = kept[-1:]

@@ -45,6 +45,7 @@ class _Entry:
         self.shape = tuple(getattr(upper, "shape", ()))
         self.upper, self.lower = tables.numbers(site, "upper", upper), tables.numbers(site, "lower", lower)
         self.table = self._table(more, hints)
+        # Behind the two ends: the levels, then Q-Norm's scale and offset where the file has them.
         n_known = 1 + 2 * _is_norm(more) if self.table is not None else 0
         self.n_left_out = 0 if hints.normal_float else len(more) - n_known
 
@@ -78,6 +79,8 @@ def _is_norm(more: list[Any]) -> bool:
 
 
 def _channels(site: Site, parsed: dict[Site, _Entry]) -> int:
+    # Ranges per token do not tell the number of channels: take it from the site, its layer, or any other site. Keys
+    # and values of a layer have the same shape.
     own = parsed[site]
     same_layer = [e for s, e in parsed.items() if s.layer == site.layer and not e.per_token]
     for entry in [own, *same_layer, *parsed.values()]:

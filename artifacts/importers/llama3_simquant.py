@@ -61,6 +61,7 @@ def _quantizer(site: Site, entry: Any, channels: int, hints: Hints) -> Quantizer
             return tables.dynamic(site, channels, None, hints)
         return tables.static(site, low, high, None, hints)
     table = Table(site, tables.numbers(site, "levels", levels), hints)
+    # Levels are in units of the activations: a codebook with scale 1 and offset 0 decodes to the levels themselves.
     ones, zeros = torch.ones(channels), torch.zeros(channels)
     inner = Codebook(channels=channels, bits=table.bits, scale=ones, offset=zeros, **table.fields)
     if hints.outlier_fraction is None:

@@ -105,6 +105,7 @@ def _static_inner(site: Site, low: Tensor, high: Tensor, table: "Table | None", 
         scale = torch.where(scale > 0, scale, _NARROWEST)
         return Codebook(channels=channels, bits=table.bits, scale=scale, offset=offset, **table.fields)
     bits = hints.bits_of_range(str(site))
+    # Min-max: 2^b codes divide a range into 2^b - 1 steps.
     scale = ((high.float() - low.float()) / (2**bits - 1)).clamp_min(_NARROWEST)
     return Affine(channels=channels, bits=bits, scale=scale, offset=low.float())
 

@@ -99,6 +99,7 @@ def _survey(model: nn.Module) -> list[AttentionLayer | LayerReport]:
         return []
     evidence = probe(model, [module for modules in mixers.values() for module in modules.values()])
     config = text_config(model)
+    # Layers without any module that takes a cache are known from the configuration only.
     n_layers = max(max(mixers) + 1, getattr(config, "decoder_layers", getattr(config, "num_hidden_layers", 0)))
     return [_judge(layer, mixers.get(layer, {}), evidence) for layer in range(n_layers)]
 

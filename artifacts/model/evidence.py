@@ -184,6 +184,7 @@ def _unchanged(heads: Tensor, value: Tensor, source: str) -> list[int]:
 
 def _copies(chosen: Mapping[Role, Sequence[int]]) -> int:
     """Number of times each head is cached, equal for keys and values."""
+    # Grouped-query heads may be repeated before the cache (Falcon): 0, 0, 1, 1 are two heads, two copies each.
     copies = len(chosen["key"]) // len(set(chosen["key"]))
     for role, heads in chosen.items():
         if list(heads) != [head for head in dict.fromkeys(heads) for _ in range(copies)]:
@@ -226,6 +227,7 @@ def _check_norm_before_rope(seen: Evidence, key: Tensor) -> None:
     before, after = projection(seen.module, "key"), norm(seen.module, "key")
     if before not in seen.sent or after not in seen.sent:
         return
+    # The norm gets the projection's noise unchanged if it comes first, and rotated noise if RoPE comes before it.
     left, arrived = _heads(before, seen.sent[before], key).x, _heads(after, seen.received[after], key).x
     if not torch.equal(left[:, nearest(arrived, left)], arrived):
         raise UnsupportedLayer(

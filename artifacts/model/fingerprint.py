@@ -49,6 +49,7 @@ def vocabulary_digest(vocabulary: Mapping[str, int]) -> str:
     """SHA-256 of the pieces of a tokenizer and their ids."""
     sha = hashlib.sha256()
     for piece, number in sorted(vocabulary.items(), key=lambda item: (item[1], item[0])):
+        # A vocabulary may contain lone surrogates, which strict UTF-8 cannot encode.
         sha.update(f"{number} {piece}\n".encode("utf-8", "surrogatepass"))
     return sha.hexdigest()
 
@@ -70,6 +71,7 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def _sample(weight: Tensor) -> Any:
+    # Equally spaced, so that a change anywhere in a row or column of a large matrix is likely to be seen.
     step = max(1, weight.numel() // _SAMPLED_WEIGHTS)
     return weight.detach().flatten()[::step].double().cpu().numpy()
 

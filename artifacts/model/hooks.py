@@ -55,6 +55,7 @@ class Hook:
             part = part.flatten(-2)
         if self.columns is None:
             return part
+        # A fused projection holds other tensors too, and the output may be saved for a backward pass: write to a copy.
         whole = output.clone()
         widths = [columns.stop - columns.start for columns in self.columns]
         for columns, piece in zip(self.columns, part.split(widths, dim=-1), strict=True):
@@ -250,6 +251,7 @@ def _register(layer: AttentionLayer, site: Site, handler: Handler) -> Iterator[R
 
 def _on_cached_key(layer: AttentionLayer, site: Site, handler: Handler) -> RemovableHandle:
     def replace(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        # Copies of a head are adjacent in the cache: every `copies`-th head is one key head.
         replacement = _handled(site, handler, key[:, :: layer.copies])
         return (key if replacement is None else replacement.repeat_interleave(layer.copies, dim=1)), value
 
@@ -265,6 +267,7 @@ def _on_hook(hook: Hook, site: Site, handler: Handler) -> RemovableHandle:
 
 
 def _observe_rotated_query(layer: AttentionLayer, site: Site, handler: Handler) -> Iterator[RemovableHandle]:
+    # Queries are rotated within the forward of the module, out of reach of hooks: rotate a copy by the call's tables.
     position_embeddings: list[Tensor] = []
 
     def note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 def to_rows(x: Float[Tensor, "batch heads tokens head_dim"]) -> Float[Tensor, "rows channels"]:
     """Tokens of a batch as rows, heads side by side; a view where strides allow it."""
+    # Channel c of head h becomes column h * head_dim + c: the order in which projections return channels.
     batch, heads, tokens, head_dim = x.shape
     return x.transpose(1, 2).reshape(batch * tokens, heads * head_dim)
 

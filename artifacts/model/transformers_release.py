@@ -88,6 +88,7 @@ def exchange_cache(
     """Positional and named arguments of a call, with the cache (or None) replaced."""
     (args, kwargs), name = arguments, cache_keyword(module)
     assert name is not None, "modules that take no cache are never asked"
+    # Models pass the cache by position or by name: replace it in the same place, or the callee gets it twice.
     place = parameters(module).index(name)
     if place < len(args):
         return (*args[:place], exchange(args[place]), *args[place + 1 :]), kwargs

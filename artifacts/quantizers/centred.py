@@ -44,6 +44,7 @@ class Centred(AbstractTransform):
 
     def invert(self, z: Float32[Tensor, "tokens channels"]) -> Float32[Tensor, "tokens channels"]:
         """z + restored."""
+        # With restored = mean the transform is exactly undone up to rounding; a bias correction differs on purpose.
         return z + (self.mean if self.restored is None else self.restored)
 
     def deviation(self, x: Float[Tensor, "tokens channels"]) -> Float[Tensor, "tokens channels"]:

@@ -87,6 +87,7 @@ class EntropyCoded(Quantizer):
     def _encode(self, x: Float[Tensor, "tokens channels"], context: Context) -> Codes:
         answer_now()  # report NaN before the coder sees indices made of it; the coder waits for the device anyway
         groups = self._indices(x.float()).cpu().split(self.group_tokens, dim=1) if len(x) else ()
+        # One stream per group, so that a cache can evict or read a group without decoding the ones before it.
         streams = [self._coder.encode(group.numpy()) for group in groups]
         counts = torch.tensor([len(words) for words in streams], dtype=torch.int32)
         words = torch.from_numpy(np.concatenate([np.zeros(0, np.uint32), *streams]).view(np.int32))
@@ -121,12 +122,14 @@ class EntropyCoded(Quantizer):
         return ((places < 0) | (places >= self.n_indices[:, None])).T
 
     def _indices(self, x: Float32[Tensor, "tokens channels"]) -> Int32[Tensor, "channels tokens"]:
+        # Indices beyond 2^20 saturate, as the escape code has a limited length.
         return ((x - self.offset) / self.step).T.round().clamp(-LARGEST_INDEX, LARGEST_INDEX).int()
 
     def _shift(self, indices: Int32[Tensor, "channels tokens"]) -> Float32[Tensor, "#channels #tokens"]:
         """Centroid shift of each index; zero for an escaped index."""
         if self.shifts is None:
             return torch.zeros(1, 1, device=indices.device)
+        # Tables are concatenated: entry = start of the channel's table + index - first index of that table.
         places = indices - self.first[:, None]
         known = (places >= 0) & (places < self.n_indices[:, None])
         starts = (self.n_indices.long().cumsum(0) - self.n_indices)[:, None]

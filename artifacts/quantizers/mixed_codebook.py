@@ -92,6 +92,8 @@ class MixedCodebook(Quantizer):
     @functools.cached_property
     def _boundaries(self) -> tuple[Tensor, list[int], Float32[Tensor, "channels boundaries"]]:
         """Channels sorted by table length (longest first), number of channels with a j-th midpoint, and midpoints."""
+        # Ragged tables become one rectangle by repeating the last level of each; `counts` excludes the repeats, whose
+        # midpoints would be counted as boundaries.
         lengths = self.n_levels.long()
         order = lengths.argsort(descending=True, stable=True)
         rank = torch.arange(int(lengths.max()), device=order.device)

@@ -99,6 +99,7 @@ class Normalised(AbstractWrapper):
     def _divide(
         self, x: Float32[Tensor, "tokens channels"], scale: Float16[Tensor, "tokens groups"]
     ) -> Float32[Tensor, "tokens channels"]:
+        # A group whose norm rounds to zero in float16 is divided by the smallest number and decoded to zeros.
         return x / self._per_channel(scale.clamp_min(_SMALLEST_HALF))
 
     def _per_channel(self, scale: Float16[Tensor, "tokens groups"]) -> Float32[Tensor, "tokens channels"]:

@@ -95,5 +95,6 @@ class Rotated(AbstractTransform):
 def _product(
     x: Float32[Tensor, "tokens channels"], matrix: Float32[Tensor, "groups width width"]
 ) -> Float32[Tensor, "tokens channels"]:
+    # Products of numbers on the grid are exact in float64, so one rounding to float32 gives the same bits in any batch.
     groups = x.unflatten(1, tuple(matrix.shape[:2])).transpose(0, 1)
     return (on_grid(groups).double() @ matrix.double()).transpose(0, 1).flatten(1).float()

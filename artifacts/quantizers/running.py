@@ -32,6 +32,7 @@ def encode_from(
     """
     if isinstance(quantizer, Streaming):
         return quantizer.encode_from(x, state)
+    # Wrappers call `_encode` of what they wrap: replace the innermost quantizer by one that records the new state.
     states = [state]
     return _going_on(quantizer, states).encode(x), states[-1]
 

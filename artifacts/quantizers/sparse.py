@@ -41,6 +41,7 @@ class AbstractSparse(AbstractWrapper):
             "indices": channels.to(_index_dtype(self.channels - 1)),
             "values": self._stored_values(x[rows, channels]),
         }
+        # Clamped, not zeroed: a zero could widen the range of a token whose other values are far from zero.
         dense = self.inner._encode(move_to_edge(wide, mask), context)
         spans = dict.fromkeys(("indices", "values"), self._span)
         return Codes(tensors=tensors, shape=(x.shape[0], x.shape[1]), dtype=x.dtype, spans=spans, inner=dense)
@@ -50,6 +51,7 @@ class AbstractSparse(AbstractWrapper):
         assert codes.inner is not None
         x = self.inner._decode(codes.inner, context).clone()
         indices = codes.tensors["indices"].long()
+        # Entries are sorted by token, so the counts tell the row of each, as in the row pointers of CSR.
         rows = torch.arange(codes.shape[0], device=x.device).repeat_interleave(self._counts(codes))
         x[rows, indices] = codes.tensors["values"].to(x.dtype)
         return x
@@ -200,6 +202,7 @@ def move_to_edge(
     x: Float32[Tensor, "*rows values"], mask: Bool[Tensor, "*rows values"]
 ) -> Float32[Tensor, "*rows values"]:
     """Rows with masked values clamped to the range of the unmasked ones; zeros where all are masked."""
+    # min(max(x, low), high) with the range of the unmasked values leaves these as they are.
     low = x.masked_fill(mask, torch.inf).amin(dim=-1, keepdim=True)
     high = x.masked_fill(mask, -torch.inf).amax(dim=-1, keepdim=True)
     moved = torch.minimum(torch.maximum(x, low), high)
@@ -257,6 +260,7 @@ class CompactSparse(AbstractWrapper):
         mask = self.mask(wide)
         channels = mask.nonzero(as_tuple=True)[1].view(len(x), self._outliers)
         dense = self.inner._encode(move_to_edge(self._heads(wide), self._heads(mask)).flatten(1), context)
+        # The residual, not the value: it is smaller, and its float8 error shrinks with it.
         missed = (wide - self.inner._decode(dense, context)).gather(1, channels)
         tensors = {
             "indices": pack(channels % self.head_dim, self._index_bits),

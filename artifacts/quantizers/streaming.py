@@ -148,6 +148,7 @@ class Streaming(Quantizer):
 
     def _absmax(self, x: Float32[Tensor, "tokens channels"]) -> Float32[Tensor, "chunks groups"]:
         n_chunks = -(-len(x) // self.chunk_tokens)
+        # Padding the last chunk with zeros changes no maximum of magnitudes.
         whole = torch.nn.functional.pad(x.abs(), (0, 0, 0, n_chunks * self.chunk_tokens - len(x)))
         return whole.view(n_chunks, self.chunk_tokens, self._n_groups, self._width).amax(dim=(1, 3))
 
@@ -163,6 +164,7 @@ class Streaming(Quantizer):
 
     def _scale(self, absmax: Tensor, running: Tensor, promoted: Tensor) -> Float16[Tensor, "chunks groups"]:
         ordinary, high = (2 ** (bits - 1) - 1 for bits in (self.bits, self.high_bits))
+        # A promoted channel takes the absmax of its own chunk, so that nothing of it saturates.
         scale = torch.where(promoted, absmax / high, running / ordinary)
         return round_outward(scale, up=True, who=self.label, positive=True)
 
@@ -210,6 +212,7 @@ class Streaming(Quantizer):
 
 
 def _pack_steps(x: Tensor, scale: Float32[Tensor, " channels"], bits: int) -> UInt8[Tensor, " bytes"]:
+    # Two's complement range -2^(b-1) .. 2^(b-1) - 1, stored with an offset of 2^(b-1).
     half = 2 ** (bits - 1)
     codes = (x / scale).round_().clamp_(-half, half - 1) + half
     return pack(codes.to(torch.uint8).reshape(1, -1), bits)[0]

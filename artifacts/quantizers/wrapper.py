@@ -36,6 +36,7 @@ class AbstractWrapper(Quantizer):
     @final
     def wrapping(self, inner: Quantizer) -> "AbstractWrapper":
         """The same wrapper around another quantizer, with the cached results of its own fields."""
+        # A copy keeps cached properties, such as the inverse of a basis; only `inner` needs to be validated again.
         other = copy(self)
         other.__dict__["inner"] = inner
         other.__dict__.pop("_moved", None)  # those hold what was wrapped before

@@ -210,6 +210,7 @@ class CodebookEstimator(Estimator):
         self, statistics: SiteStatistics, ranges: Ranges, scale_offset: tuple[Tensor, Tensor]
     ) -> tuple[Histogram, int]:
         """Histogram of each codebook, and the number of channels from the token reservoir."""
+        # [-1, 1] has a mean level distance of 2 / n; wider bins than a quarter of it would decide the boundaries.
         step = 2 / (self._n_levels * _FINEST_LEVEL_BINS)
         values, n_coarse = normal_values(statistics, ranges, scale_offset, step, fisher=self.needs_fisher)
         channels, shape = len(ranges.low), statistics.shape
@@ -229,11 +230,14 @@ class CodebookEstimator(Estimator):
                     "are none for values. Use weights: scale2 or none."
                 )
             weights = statistics.query_energy
+        # x - x' = s (a - a'): an error in units of x weighs s^2, the factor that KVQuant's equation 7 has and its code
+        # leaves out.
         return weights * scale.double().square() if self.weights.endswith("scale2") else weights
 
 
 def _spread(statistics: SiteStatistics) -> tuple[Tensor, Tensor]:
     """Standard deviation and mean of each channel; deviation 1 for a constant."""
+    # Var x = E[x^2] - E[x]^2, from the diagonal of the second moments of each head.
     mean = statistics.moments.mean()
     deviation = (statistics.moments.second().diagonal(dim1=1, dim2=2).flatten() - mean.square()).clamp_min(0).sqrt()
     return torch.where(deviation > 0, deviation, 1.0).float().cpu(), mean.float().cpu()

@@ -32,12 +32,15 @@ class CompactSparseEstimator(WrappingEstimator):
     def fit(self, statistics: SiteStatistics) -> Fit:
         """Inner fit on the reservoir with clamped outliers, and the unit of residuals from their largest error."""
         shape, rows = statistics.shape, statistics.rows
+        # The mask depends on the inner quantizer's outlier score, and its fit on the mask: fit once to all values for
+        # the mask, then again to the clamped values.
         first = self._around(self.inner.fit(statistics).quantizer, shape, 1.0)
         rest = move_to_edge(rows, first.mask(rows))
         mapped = statistics.mapped(rest, statistics.row_gradients if statistics.fisher else None)
         mapped.query_energy, mapped.query_metric = statistics.query_energy, statistics.query_metric
         inner = self.fit_inner(mapped)
         largest = float((rows - inner.quantizer.simulate(rest)).abs().max())
+        # Absmax scaling of the residuals, with room for larger ones than the reservoir has.
         unit = _HEADROOM * largest / largest_float8("e4m3") if largest > 0 else 1.0
         return Fit(self._around(inner.quantizer, shape, unit), inner.source)
 

@@ -53,6 +53,7 @@ class EntropyCodedEstimator(Estimator):
     def fit(self, statistics: SiteStatistics) -> Fit:
         """Step, offsets and frequency tables from the token reservoir."""
         rows = statistics.rows.cpu()
+        # Centred at the mean, so that the most frequent index is near zero and tables are short.
         offset = rows.double().mean(dim=0).float()
         group_tokens = self.group_tokens or min(256, max(64, _GROUP_ELEMENTS // rows.shape[1]))
         counted = with_rate(rows - offset, self._index_bits(statistics.shape, group_tokens))

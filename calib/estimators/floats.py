@@ -39,6 +39,7 @@ class Float8Estimator(Estimator):
         if width is None:
             return Fit(self.dynamic(shape), EXACT)
         magnitudes = _magnitudes(statistics)
+        # Absmax: scale = max |x| / 448 (e4m3) maps the extreme to the last finite code, per tensor, head or channel.
         largest = magnitudes.view(-1, width).amax(dim=1).repeat_interleave(width)
         scale = _scale(largest, largest_float8(self.format))
         if self.scale == "channel":  # a constant c with the scale |c| becomes +-1, exact in float8

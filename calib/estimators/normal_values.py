@@ -98,6 +98,7 @@ def or_middle(histogram: Histogram) -> Histogram:
 def pooled(histogram: Histogram, pooling: float) -> Histogram:
     """Histograms with a fraction of the average shape added to each; constant channels get the average."""
     centers, weights = histogram
+    # Shrinkage of a histogram towards the mean of the normalised shapes, with `pooling` times its own mass as prior.
     mass = weights.sum(dim=1, keepdim=True)
     shape = (weights / mass.clamp_min(_TINY)).sum(dim=0) / (mass > 0).sum().clamp_min(1)
     shape[len(shape) // 2] += float(shape.sum() == 0)

@@ -123,6 +123,7 @@ def held_out_shrinkage(
     weights : Float64[Tensor, "channels"]
         Weight of a squared error in each channel.
     """
+    # Hold-out instead of cross-validation: the reservoir has thousands of tokens, and one number is chosen from 13.
     half, stride = len(x) // 2, -(-x.shape[1] // _JUDGED_CHANNELS)
     if half < 2:
         return NOTHING
@@ -230,6 +231,7 @@ class PredictedEstimator(WrappingEstimator):
             expansion=None if expansion is None else _half(expansion),
         )
         unbiased = predicted.predict(sources.context)
+        # Least squares of centred data: bias = mean(x) - mean(u) A, here with A as stored in float16 and on the grid.
         bias = (rows - unbiased).mean(dim=0)
         return replace(predicted, bias=bias), bias + unbiased
 

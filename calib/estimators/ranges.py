@@ -58,6 +58,7 @@ def channel_ranges(statistics: SiteStatistics, outlier_fraction: float, dtype: T
     dtype : {'float32', 'float16'}
         Precision to which the ends are rounded first.
     """
+    # Exact order statistics as far as the tails are deep (512 per side), else the histogram.
     tail = outlier_fraction / 2
     exact = statistics.tails.covers(tail)
     low, high = (statistics.tails if exact else statistics.histogram).quantiles(tail)
@@ -78,5 +79,7 @@ def constant_step(low: Float32[Tensor, " channels"]) -> Float32[Tensor, " channe
 
     Offsets of a few such steps, and sums with them, are exact in float32, so any code can represent the constant.
     """
+    # frexp: |low| = m * 2^e with 1/2 <= m < 1 and 24 bits of m, so the last bit is 2^(e - 24); 2^-126 is the least
+    # normal number.
     last_bit = torch.ldexp(torch.ones_like(low), (torch.frexp(low).exponent - 24).clamp_min(-126))
     return torch.where(low == 0, torch.ones_like(low), last_bit)

@@ -121,6 +121,7 @@ class RotatedEstimator(WrappingEstimator):
         if statistics.token_weights is None:
             raise ValueError(f"{statistics.shape.site}: tokens: score is for values only; use tokens: alike")
         groups = 1 if self.scope == "layer" else statistics.shape.heads
+        # C_V = sum_t w_t (v_t - m)(v_t - m)^T with w_t = k_t^T C_K k_t normalised (OSCAR, arXiv 2605.17757).
         weights = statistics.token_weights.double() / statistics.token_weights.double().sum()
         rows = statistics.rows.double()
         centred: Tensor = (rows - weights @ rows).unflatten(1, (groups, -1)).transpose(0, 1)

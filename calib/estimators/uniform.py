@@ -126,6 +126,7 @@ class UniformEstimator(Estimator):
         clipped = outer if self.range != "percentile" else self._percentiles(statistics, fraction)
         ranges, source = clipped.union(self._width(statistics.shape)), clipped.source
         if self.range in ("mse", "attention"):
+            # Outliers are stored apart and do not enter the error: clamp them, as the wrapper does before encoding.
             rows = torch.minimum(torch.maximum(statistics.rows, outer.low), outer.high)
             weights = self._weights(statistics)
             width = self._width(statistics.shape)
@@ -178,6 +179,7 @@ class UniformEstimator(Estimator):
         return channel_ranges(statistics, outlier_fraction + self.clip_fraction, self.threshold_dtype)
 
     def _weights(self, statistics: SiteStatistics) -> Float32[Tensor, "rows channels"]:
+        # First-order effect on attention: E[q^2] per key channel, expected squared logit per value token.
         weights = torch.ones_like(statistics.rows)
         if self.range == "attention" and statistics.query_energy is not None:
             weights = weights * statistics.query_energy.float()
@@ -186,6 +188,8 @@ class UniformEstimator(Estimator):
         return weights
 
     def _grid(self, ranges: Ranges) -> Affine:
+        # x = offset + scale * code with scale = (high - low) / (2^bits - 1); symmetric: scale = absmax / (2^(bits-1) -
+        # 1). Constants get a step of which they are a multiple, so that they are reproduced exactly.
         low, high, steps = ranges.low, ranges.high, 2**self.bits - 1
         channels = len(low)
         if self.symmetric:

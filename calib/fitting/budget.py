@@ -114,6 +114,7 @@ def fit_budget(
             fits[link.site] = (link.fit if is_last else link.fit.priced()).kept()
             weights[link.site], distortion = _weight_and_distortion(link, proxy)
             loss += weights[link.site] * distortion
+        # Round 0 has equal bits and serves to measure curves only, so that round 1 always replaces it.
         if loss < least or number == 1:
             best, least = fits, loss
         if is_last:
@@ -169,6 +170,7 @@ def _weight_and_distortion(link: Link, proxy: Proxy) -> tuple[float, float]:
     distortion = float((z - decoded).square().sum(dim=1).mean())
     if proxy == "fisher":
         return 1.0, distortion
+    # Relative distortion has no units, so that sites whose errors are of logits of different scales can be added.
     variance = float(z.var(dim=0, correction=0).sum())
     return 1 / variance if variance else 0.0, distortion
 

@@ -74,6 +74,7 @@ class Chain:
         for site in progress(order):
             names, own = estimators[site].sources(site, estimators), self.site(site)
             own.sources = self.sources(site, {name: decoded[name] for name in names}) if names else None
+            # Statistics are cached over rounds: dropping the sources releases the tokens of other sites.
             fit, own.sources = estimators[site].fit(own), None
             if fit.shrinkage is not None:
                 self._shrinkages[site] = fit.shrinkage
@@ -113,5 +114,6 @@ class Chain:
 
     def _covariance(self, a: Site, b: Site) -> Float64[Tensor, "_ _"]:
         left, right = self.site(a).layer_moments, self.site(b).layer_moments
+        # Cov(a, b) = E[a b^T] - E[a] E[b]^T.
         second = left.second()[0].cpu() if a == b else self.statistics.cross_second(a, b, self.sink_tokens)
         return second - left.mean().cpu()[:, None] * right.mean().cpu()

@@ -105,6 +105,7 @@ def _fits(
     statistics: ModelStatistics, recipe: Recipe, estimators: Mapping[Site, Estimator], how: tuple[int, Progress]
 ) -> dict[Site, Fit]:
     jobs, progress = how
+    # Independent sites run in parallel. A chain is sequential: a predictor is fitted to dequantized earlier sites.
     is_chain = any(estimator.sources(site, estimators) for site, estimator in estimators.items())
     if recipe.target_bits is None and not is_chain:
         with torch_threads(1):

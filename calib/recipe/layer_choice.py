@@ -57,6 +57,7 @@ def check(recipe: Recipe, shapes: Sequence[SiteShape]) -> dict[Site, Estimator]:
     """
     estimators = resolve(recipe, shapes)
     for shape in (shape for shape in shapes if shape.site in estimators):
+        # Layers of one shape become one key of the cache of `_check`.
         alike = replace(shape, site=replace(shape.site, layer=0), module="")
         try:
             _check(estimators[shape.site], alike)

@@ -114,6 +114,7 @@ def _recipe(processors: list[_Processor]) -> dict[str, Any]:
     first = processors[0]
     entry = {"method": "uniform", "bits": 8, "per": "channel", "symmetric": first.qconfig.symmetric}
     includes = [list(processor.include) or ["*"] for processor in processors]
+    # A plan lists processors with patterns; a recipe has one entry per tensor, so later processors become overrides.
     overrides = [
         {"sites": include, **{tensor: {"symmetric": later.qconfig.symmetric} for tensor in ("key", "value")}}
         for later, include in zip(processors[1:], includes[1:], strict=True)

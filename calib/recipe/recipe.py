@@ -117,6 +117,7 @@ class Recipe(BaseModel):
     @model_validator(mode="after")
     def _possible(self) -> "Recipe":
         """Validates overrides together with the entries that they change, and the methods for target_bits."""
+        # Through JSON, as for a file: strict validation then accepts lists for tuples and nothing else.
         entries = [{tensor: self._entry(tensor, [one]) for tensor in one.tensors} for one in self.overrides]
         _OVERRIDES.validate_json(json.dumps({"overrides": entries}), strict=True)
         for tensor in ("key", "value"):

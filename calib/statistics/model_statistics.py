@@ -85,6 +85,7 @@ class ModelStatistics:
         check_vectors("values", vectors, self.sites, batch.windows)
         check_vectors("gradients", gradients, weighted, batch.windows)
         self.is_whole = False
+        # First positions enter no sums: a fit adds those that its sink_tokens includes, see `from_position`.
         is_first = batch.positions < FIRST_POSITIONS
         rows = self.sample.choose(batch.token_priorities(), batch.positions)
         first_rows = self.first.choose(batch.window_priorities()[is_first], batch.positions[is_first])
@@ -127,6 +128,7 @@ class ModelStatistics:
         different = sorted(set(self.sites) ^ set(other.sites))
         if different:
             raise MismatchError(f"merge: {different[0]} is in one shard only; were keys taken at different stages?")
+        # Windows are known by their content: a shard that is merged twice would double its weight unnoticed.
         twice = set(self.windows) & set(other.windows)
         if twice:
             raise MismatchError(
@@ -189,6 +191,7 @@ class ModelStatistics:
         first = self.first.positions >= sink_tokens
         left, right = (self.sites[site].first_rows[first].double() for site in (a, b))
         n_tokens = int(self.sites[a].moments.n_tokens) + len(left)
+        # Both sites keep the same sampled tokens, so that row i of `left` and of `right` are one token.
         return (self.cross[a, b].products.cpu() + left.mT @ right) / max(1, n_tokens)
 
     def _add_readers(self, chosen: SiteStatistics, sink_tokens: int) -> None:
@@ -211,6 +214,7 @@ class ModelStatistics:
     @property
     def corpus(self) -> CorpusRecord:
         """Record of the calibration text, for the manifest."""
+        # Sorted, so that the digest does not depend on the order of windows or shards.
         digest = Stored(format="windows", header={"windows": sorted(self.windows)}, arrays={}).digest
         return CorpusRecord(
             name=self.origin.corpus,

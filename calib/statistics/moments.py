@@ -36,6 +36,8 @@ class Moments(Statistic):
         """Accumulates tokens, which must be finite."""
         adopt_device(self, x.device)
         self.n_tokens += x.shape[0]
+        # float64: covariances E[x y] - E[x] E[y] cancel where the means of channels are large. Products
+        # of two float32 numbers are exact in it, so that only sums are rounded.
         for part in x.split(_BLOCK_TOKENS):
             wide = part.double()
             grouped = wide.unflatten(1, (self.groups, self.products.shape[1])).transpose(0, 1)

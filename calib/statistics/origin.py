@@ -57,5 +57,6 @@ class Origin:
         """Provenance of merged statistics: names of all texts, and the seed if both have the same."""
         if (self.corpus, self.seed) == (other.corpus, other.seed):
             return self
+        # Names are sets joined by "+", so that merging is associative and commutative.
         names = sorted({*self.corpus.split("+"), *other.corpus.split("+")})
         return replace(self, corpus="+".join(names), seed=self.seed if self.seed == other.seed else None)

@@ -76,6 +76,7 @@ def rotary_pairs(kv_heads: int, head_dim: int, rotary_dim: int, *, interleaved: 
     interleaved : bool
         Pairs (0, 1), (2, 3), ... instead of (0, half), (1, half + 1), ...
     """
+    # Halves as in Llama's rotate_half, neighbours as in the original RoPE (arXiv 2104.09864) and GPT-J.
     half = rotary_dim // 2
     first = torch.arange(0, rotary_dim, 2) if interleaved else torch.arange(half)
     heads = torch.arange(kv_heads)[:, None] * head_dim

@@ -239,6 +239,7 @@ class SiteStatistics:
         gradients : Float32[Tensor, "rows channels"] or None
             Gradients with respect to the transformed tokens; None for statistics without gradients.
         """
+        # Transformed channels have no rotary pairs. Query metric and energy are left for the wrapper to transform.
         found = SiteStatistics(replace(self.shape, rotary_dim=0), self.tier, fisher=gradients is not None)
         found._unread = {name: _Unread(rows, gradients) for name in found.statistics}
         found.samples["rows"] = rows
@@ -311,6 +312,7 @@ class SiteStatistics:
         statistic = self.statistics[name]
         if name not in FISHER:
             statistic.update(x)
+        # Weights of values are the diagonal Fisher information g^2 (arXiv 2401.18079, equation 7).
         elif gradients is not None and isinstance(statistic, ChannelHistogram | TokenHistogram):
             statistic.update(x, gradients.double().square())
         elif gradients is not None:

@@ -32,6 +32,7 @@ class Tails(Statistic):
         """Accumulates tokens, which must be finite."""
         adopt_device(self, x.device)
         self.n_tokens += x.shape[0]
+        # Sorting a chunk once serves both ends; merging with sorted extremes is then linear in the depth.
         ordered = _ascending(x.float())
         self._keep(ordered, ordered)
 

@@ -37,6 +37,8 @@ class TokenBatch:
         return self._priorities(torch.zeros_like(self.positions))
 
     def _priorities(self, positions: Int64[Tensor, " tokens"]) -> Int64[Tensor, " tokens"]:
+        # From content and position, not from a counter: the same tokens get the same priorities in any order of windows
+        # and in any shard, so that merged reservoirs equal the reservoir of one run.
         found = torch.empty_like(positions)
         for number, digest in zip(self.windows.unique(), self.digests, strict=True):
             here = self.windows == number

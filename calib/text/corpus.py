@@ -160,6 +160,7 @@ def _stream(name: str, text: str, tokenizer: Tokenizer) -> Corpus:
 def _digest(documents: Iterable[Int64[Tensor, "_"]], source: str = "") -> str:
     digest = hashlib.sha256(source.encode())
     for document in documents:
+        # The length first, so that the same tokens in other documents have another digest.
         digest.update(len(document).to_bytes(8, "little"))
         digest.update(document.numpy().astype("<i8").tobytes())
     return digest.hexdigest()
@@ -171,6 +172,7 @@ def _of_hub(name: str, split: Split, tokenizer: Tokenizer) -> Corpus:
     rows = hub_rows(name, part)
     if dataset.separator is not None:
         return _stream(name, dataset.separator.join(rows), tokenizer)
+    # Tokenising all of C4 for a digest takes far longer than a run: identify it by revision, size and eight documents.
     documents = LazyDocuments(rows, tokenizer)
     source = f"{dataset.repository}@{dataset.revision}:{part}:{len(documents)}"
     return Corpus(name=name, documents=documents, digest=_digest(islice(documents, 8), source))

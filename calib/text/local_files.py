@@ -87,6 +87,7 @@ def check_not_binary(path: Path, first_bytes: bytes) -> None:
 def undecodable(path: Path, data: bytes, error: UnicodeDecodeError) -> CorpusError:
     """Error for bytes that are not UTF-8: binary data, or text in another encoding."""
     where = f"got byte 0x{data[error.start]:02x} at offset {error.start}"
+    # UTF-16 has zero bytes, as binary data does, but starts with a byte order mark.
     is_utf16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")
     control = sum(data.count(byte) for byte in range(32) if byte not in b"\t\n\r\f\x1b")
     binary = b"\0" in data or control > _CONTROL_SHARE * len(data) or _inner_suffix(path) in _SUFFIXES

@@ -67,6 +67,7 @@ def sample_windows(
     rng = random.Random(seed)
     too_short: dict[int, int] = {}
     windows = []
+    # KVQuant's `get_wikitext2` and `get_c4`: random.Random(seed), start = randint(0, n - seqlen - 1), both inclusive.
     for _ in range(n_windows):
         document = _draw_document(corpus, seqlen, rng, too_short)
         start = rng.randint(0, len(document) - seqlen - 1)
@@ -269,6 +270,7 @@ def overlap_fraction(
     """
     # A proportion p of m samples has the standard error sqrt(p (1 - p) / m), largest at p = 1/2.
     hashes, kept = _ngram_hashes(windows, ngram_tokens), sketch.numpy()
+    # A full sketch is complete only up to its largest hash: judge the n-grams in that range.
     if len(kept) >= capacity:
         hashes = hashes[hashes <= kept[-1]]
     return float(np.isin(hashes, kept).mean()) if len(hashes) else float("nan")

@@ -467,12 +467,12 @@ FOREIGN: dict[str, tuple[Callable[[Path], object], type[ArtifactError], str]] = 
     "wrong-size": (
         plain_pickle(header_text(), [("a", "float32", (2,), b"0123")]),
         CorruptArtifactError,
-        "kvgauge wrote",
+        "not one written by kvgauge",
     ),
     "huge-shape": (
         plain_pickle(header_text(), [("a", "uint8", (2**70,), b"0")]),
         CorruptArtifactError,
-        "kvgauge wrote",
+        "not one written by kvgauge",
     ),
     "not-json": (plain_pickle("{", []), CorruptArtifactError, "header is not the JSON object"),
     "json-list": (plain_pickle("[]", []), CorruptArtifactError, "header is not the JSON object"),

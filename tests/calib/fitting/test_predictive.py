@@ -504,7 +504,7 @@ def test_an_artifact_is_the_same_after_saving(name: str, statistics: ModelStatis
 def test_moments_between_sites_are_missed_by_name(model: LlamaForCausalLM, windows: Tensor) -> None:
     basic = new_statistics(model, attention_layers(model))
     add_windows(model, attention_layers(model), basic, windows[:1])
-    with pytest.raises(ValueError, match=r"tier basic\) lack\. Calibrate again with --statistics full"):
+    with pytest.raises(ValueError, match=r"tier basic lack\. Calibrate again with --statistics full"):
         fit(basic, load_recipe("predictive"))
 
 

@@ -649,7 +649,7 @@ def test_tokens_that_come_before_a_choice_is_read_are_refused(tiny_llama: LlamaF
     chosen = statistics.site(site, 1)
     add_windows(tiny_llama, attention_layers(tiny_llama), statistics, windows_of(3)[2:])
     for _ in range(2):
-        with pytest.raises(ValueError, match=f"{site}: tokens were added .* choose them again"):
+        with pytest.raises(ValueError, match=f"{site}: tokens were added .* select the positions again"):
             chosen.tails  # noqa: B018
     assert statistics.site(site, 1).tails.n_tokens > chosen.moments.n_tokens
 
