@@ -62,6 +62,7 @@ class StoredBytes:
 
     @classmethod
     def _of(cls, store: TokenStore) -> "StoredBytes":
+        # Codes remember the dtype that they were encoded from; tokens in full precision still have it.
         itemsize = next((codes.dtype.itemsize for codes in store.blocks), 0)
         n_channels = store.quantizer.channels
         return cls(
@@ -125,6 +126,7 @@ class Usage:
         self.sites[site].n_encoded += store.n_encoded
         self.sites[site].encoded_bytes += store.encoded_bytes
         self.sites[site].replaced_bytes += StoredBytes.of([store]).plain_bytes - store.exact_bytes
+        # Tokens with small key norms are part of n_exact; their unread codes are part of encoded_bytes.
         self.sites[site].n_small += store.n_small
         self.add_exact(site, store.n_exact, store.exact_bytes)
 

@@ -71,6 +71,7 @@ def compare_first_fits() -> list[str]:
 
     The fit is a tiny one of the recipe that needs most of the compiled functions.
     """
+    # An empty cache folder of numba makes the first process compile, the second one load what it left.
     with tempfile.TemporaryDirectory() as folder:
         before, os.environ["NUMBA_CACHE_DIR"] = os.environ.get("NUMBA_CACHE_DIR"), folder
         try:

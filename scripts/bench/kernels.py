@@ -150,6 +150,7 @@ def device_seconds(call: Callable[[], object], repeats: int = 20) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
+    # Overwriting more memory than the L2 cache holds makes each run read its operands from device memory.
     flushed = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda")
     taken: list[float] = []
     for _ in range(repeats):

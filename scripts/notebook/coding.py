@@ -46,6 +46,7 @@ def explained_variance(x: Float[Tensor, "tokens channels"], predicted: Float[Ten
 def component_variances(x: Float[Tensor, "tokens channels"], width: int) -> Float64[Tensor, " channels"]:
     """Variances in the eigenbasis of each group of `width` channels, the largest first; width 1 keeps the channels."""
     centred = (x - x.mean(dim=0)).double().unflatten(1, (-1, width)).transpose(0, 1)
+    # Eigenvalues of each group's covariance are the variances of its principal components.
     variances: Tensor = torch.linalg.eigvalsh(centred.mT @ centred / len(x)).flatten()
     return variances.clamp_min(0).sort(descending=True).values
 

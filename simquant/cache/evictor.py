@@ -33,8 +33,8 @@ def attention_received(
     # H2O's accumulated attention, and SnapKV's over its observation window: s_j = sum_i exp(q_i k_j - L_i), with L_i
     # the log-sum-exp of row i. L_i needs all keys, so that blocks are decoded twice (first L, then the weights) and
     # the matrix of queries x tokens is never in memory.
-    grouped = (widened(query) * scoring.scaling).unflatten(0, (kv_heads, -1))
-    total = _log_total(grouped, blocks, scoring)
+    grouped = (widened(query) * scoring.scaling).unflatten(0, (kv_heads, -1))  # [kv_heads, group, queries, head_dim]
+    total = _log_total(grouped, blocks, scoring)  # [kv_heads, group, queries, 1]
     received = []
     for key, visible in blocks():
         parts = zip(*(x.split(_part(grouped, key), dim=2) for x in (grouped, total)), strict=True)

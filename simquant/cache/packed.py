@@ -114,6 +114,7 @@ class _Session:
 
     def before(self, layer: AttentionLayer) -> Callable[..., None]:
         """Pre-forward hook of an attention module: notes the cache in use, padding and rotary tables of the step."""
+        # The first parameter of an attention module's forward is the hidden states, whatever a model calls it.
         first, *_ = parameters(layer.module)
 
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:

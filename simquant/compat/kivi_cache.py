@@ -84,6 +84,7 @@ class KIVICache(PackedCache):
         dropped. `effective_bits` per element and `memory_ratio`, over the bytes in the model's dtype, count every beam
         in full; `size_bytes` counts tensors that beams share once.
         """
+        # Lengths are those of sites with fewer than 16 bits; if all are in full precision, every token is residual.
         stores = [store for layer in self.layers for _, store in layer.store.stores()]
         lossy = [store for store in stores if store.quantizer.spec.bits < 16]
         longest = max(lossy or stores, key=lambda store: store.n_encoded + store.n_exact, default=None)

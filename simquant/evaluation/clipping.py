@@ -92,6 +92,7 @@ def drift_warning(
 
 
 def _limit(site: Site, calibrated: Mapping[Site, float] | None, chance: float) -> float:
+    # Without the calibration text the share that the fit left outside is unknown: allow ten times what recipes ask for.
     if calibrated is None:
         return max(_LARGEST_UNKNOWN_SHARE, _RISE * chance)
     return max(_LEAST_SHARE, _RISE * (calibrated.get(site, 0.0) + chance))

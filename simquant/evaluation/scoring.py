@@ -186,6 +186,7 @@ def _weighted_difference(
     # in a or b is not lost, since it is in their log-sum-exp as well.
     a, b = fp.float(), quantized.float()
     p = (a - a.amax(dim=-1, keepdim=True)).exp_()
+    # p is left unnormalised: dividing the sum by sum p once costs less than normalising every term.
     terms = (a - b).mul_(p).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
     return _sum(terms) / _sum(p)
 
@@ -196,6 +197,7 @@ def _first(x: Float32[Tensor, "windows targets vocab"]) -> Int64[Tensor, "window
 
 
 def _sum(x: Float32[Tensor, "windows targets vocab"]) -> Float64[Tensor, "windows targets"]:
+    # Blocks of 512 terms are summed in float32, the sums of blocks and the rest in float64.
     whole = x.shape[-1] // _SUMMED * _SUMMED
     blocks = x[..., :whole].unflatten(-1, (whole // _SUMMED, _SUMMED)).sum(dim=-1)
     total: Tensor = blocks.sum(dim=-1, dtype=torch.float64) + x[..., whole:].sum(dim=-1, dtype=torch.float64)

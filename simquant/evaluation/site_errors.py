@@ -69,7 +69,7 @@ def attention_errors(
     layer = inputs.layer
     query = inputs.rotated(inputs.query)[0].float().unflatten(0, (layer.kv_heads, -1))
     cached = (inputs.rotated(inputs.key), inputs.value, *inputs.decoded(quantizers, sink_tokens))
-    wide = [x.float().transpose(0, 1) for x in cached]
+    wide = [x.float().transpose(0, 1) for x in cached]  # [kv_heads, 1, tokens, head_dim], against groups of queries
     n_tokens = query.shape[2]
     # Causal: the queries of a block see no key beyond its end, so that later keys are cut off.
     block = max(1, _LOGITS // (layer.q_heads * n_tokens))
@@ -89,6 +89,8 @@ def _errors(
     key, value, stored_key, stored_value = cached
     visible = _visible(query.shape[2], key.shape[2], layer.sliding_window).to(query.device)
     logits, error = query @ key.mT, query @ (key - stored_key).mT
+    # Logits are linear in the key: those of the stored keys are q k - q (k - k'), so that small errors are not lost in
+    # the difference of two large logits.
     weights, stored_weights = (_weights(x, visible, layer) for x in (logits, logits - error))
     exact = weights @ value
     # Softmax ignores a constant added to a query's logits, so that their energy is taken about the query's mean.

@@ -70,12 +70,13 @@ def two_sided_attention(
     decoded_key, decoded_value, visible = choice
     kv_heads, n_queries = key.shape[0], query.shape[1]
     # Grouped-query attention: the query heads of a KV head are stacked along the queries, for one product per KV head.
+    # [kv_heads, group * queries, head_dim]
     grouped = (widened(query) * scoring.scaling).reshape(kv_heads, -1, query.shape[2])
     # A row of softmax(q K^T) V needs one score and one value per token. Both score matrices are computed, the band mask
     # picks each entry, and the weights split in two by the mask of the values: w V = (w m) V_decoded + (w (1 - m)) V.
     # KIVI computes the same split for one decode step, over its quantized and its full-precision part (2402.02750).
     new, old = (scoring.scores(grouped, k).unflatten(1, (-1, n_queries)) for k in (key, old_key))
-    scores = torch.where(decoded_key, old, new).masked_fill(~visible, -torch.inf)
+    scores = torch.where(decoded_key, old, new).masked_fill(~visible, -torch.inf)  # [kv_heads, group, queries, tokens]
     weights = _softmax(scores, scoring.sink_logits)
     old, new = (weights * decoded_value).flatten(1, 2), (weights * ~decoded_value).flatten(1, 2)
     mixed = (old @ old_value + new @ value).view(query.shape)

@@ -97,9 +97,9 @@ class BlockAttention:
     def _add(
         self, part: slice, key: Callable[[], Tensor], value: Callable[[], Tensor], visible: Bool[Tensor, "part tokens"]
     ) -> None:
-        query = self._query[:, :, part]
+        query = self._query[:, :, part]  # [kv_heads, group, queries, head_dim]
         scores = self._scoring.scores(query.flatten(1, 2), widened(key())).unflatten(1, query.shape[1:3])
-        scores.masked_fill_(~visible, -torch.inf)
+        scores.masked_fill_(~visible, -torch.inf)  # [kv_heads, group, queries, tokens]
         # Online softmax: m' = max(m, max s), l' = l e^(m - m') + sum e^(s - m'), o' = o e^(m - m') + e^(s - m') V; the
         # output is o / l after the last block. Only one block of scores is in memory (arXiv:1805.02867, algorithm 3).
         largest = torch.maximum(self._largest[:, :, part], scores.amax(dim=-1))

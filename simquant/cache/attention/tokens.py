@@ -72,6 +72,7 @@ class Tokens:
         real = torch.ones(batch, n_tokens, dtype=torch.bool) if self._real is None else self._real
         before = torch.full((batch,), self.n_past) if self._before is None else self._before
         self._check_window(sink_tokens)
+        # The position of a real token is the number of real tokens up to it, those in the cache included.
         encoded = real & (before[:, None] + real.cumsum(dim=1) > sink_tokens)
         return None if encoded.all() else encoded
 
@@ -123,7 +124,7 @@ def _read(
     # In a causal mask token i sees column i: the diagonal of the new columns is false for padding alone, whatever a
     # sliding window hides. The first real query sees all real tokens of the cache before it, within its window.
     rows = (mask if mask.ndim == 4 else mask.unsqueeze(1)).expand(batch, -1, n_tokens, -1)
-    real = _seen(rows[:, :, new, first + new], hides)
+    real = _seen(rows[:, :, new, first + new], hides)  # the diagonal of the new columns
     before = _seen(rows[every, :, real.int().argmax(dim=1).cpu(), :first], hides).sum(dim=1)
     return real, before
 

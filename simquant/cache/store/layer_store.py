@@ -205,6 +205,8 @@ class LayerStore:
 
     def _padding(self, sequence: CachedSequence, real: Bool[Tensor, " tokens"]) -> int:
         """Number of new columns before the sequence's first token."""
+        # Padding is not stored: columns of the batch are mapped to tokens of a sequence by one offset, which needs all
+        # padding before the first token.
         n_padding = len(real) - int(real.sum())
         if n_padding and (sequence.key.n_tokens or not real[n_padding:].all()):
             raise MismatchError(
@@ -218,6 +220,8 @@ class LayerStore:
 
     def _forget(self) -> None:
         """Drops blocks that a sliding window has passed by more than a block, so that a block can still be cropped."""
+        # Memory of a sliding-window layer is bounded. The extra block leaves room to crop as many tokens, as assisted
+        # generation does after rejected candidates.
         if self.layer.sliding_window is None or self.sources:  # other layers may be predicted from the tokens
             return
         for _, store in self.stores():

@@ -40,12 +40,13 @@ class RotaryTables:
             index = self.of_layer[layer.layer] = seen.index(True) if True in seen else len(seen)
         if index < len(seen) and seen[index]:
             return
-        new = _same_rows_once(torch.stack(layer.tables(position_embeddings)))
+        new = _same_rows_once(torch.stack(layer.tables(position_embeddings)))  # [2, rows, tokens, rotary_dim]
         if index == len(seen):
             self._tables.append(new)
             self._seen.append(weakref.ref(position_embeddings[0]))
             return
         held = self._tables[index][:, :, :n_columns]
+        # One shared row becomes a row per sequence with the first step whose positions differ between sequences.
         rows = max(held.shape[1], new.shape[1])
         self._tables[index] = torch.cat([x.expand(-1, rows, -1, -1) for x in (held, new)], dim=2)
         self._seen[index] = weakref.ref(position_embeddings[0])

@@ -206,6 +206,7 @@ class TokenStore:
         if self._state is not None:
             parts = zip(blocks, kept.split(self.block_tokens), strict=True)
             return [codes.select(own) for codes, own in parts if own.any()]
+        # Cut into blocks again, so that each is decoded in one call and groups of tokens stay inside a block.
         codes = Codes.cat(blocks).select(kept)
         block = torch.arange(codes.shape[0], device=kept.device) // self.block_tokens
         return [codes.select(block == index) for index in range(-(-codes.shape[0] // self.block_tokens))]
