@@ -143,7 +143,7 @@ def load(path: str | Path) -> Artifact:
         try:
             return from_stored(stored)
         except RecursionError as error:
-            raise CorruptArtifactError("its quantizers are wrapped in one another too deep") from error
+            raise CorruptArtifactError("expected a few nested quantizers; got hundreds") from error
 
 
 def from_stored(stored: Stored) -> Artifact:

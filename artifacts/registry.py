@@ -77,7 +77,7 @@ def build(spec: QuantSpec, tensors: Mapping[str, Tensor], site: Site) -> Quantiz
         kind: Callable[..., Quantizer] = KINDS[spec.kind]
         wrapped = {} if spec.inner is None else {"inner": build(spec.inner, inner, site)}
         if spec.inner is None and inner:
-            raise ValueError(f"{spec.kind}: it wraps no quantizer; got tensors {sorted(inner)} of one")
+            raise ValueError(f"{spec.kind}: it has no wrapped quantizer; got tensors {sorted(inner)} of one")
         return kind(**spec.options, **own, **wrapped, site=site)
     except ArtifactError:
         raise

@@ -147,7 +147,9 @@ def read(path: Path, expected_format: str, expected_version: int = FORMAT_VERSIO
     if foreign:
         raise CorruptArtifactError(f"{path}: arrays must be of dtype {', '.join(_DTYPES)}; got {', '.join(foreign)}")
     if not isinstance(stored.header, dict) or stored.digest != digest:
-        raise CorruptArtifactError(f"{path}: the content does not match its digest; the file was altered or damaged")
+        raise CorruptArtifactError(
+            f"{path}: the content does not match its digest; the file was altered or damaged. Copy it again"
+        )
     return stored
 
 
@@ -172,7 +174,7 @@ def _read_bytes(path: Path) -> bytes:
     if data.startswith(_LFS_POINTER):
         raise CorruptArtifactError(f"{path}: this is a git-lfs pointer, not the file itself. Run: git lfs pull")
     if not data:
-        raise CorruptArtifactError(f"{path}: the file is empty")
+        raise CorruptArtifactError(f"{path}: the file is empty. Write or download it again")
     return data
 
 
@@ -184,7 +186,7 @@ def _parse(path: Path, data: bytes) -> tuple[str, dict[str, Array]]:
         return _from_pickle(path, data)
     if data[:2] == b"PK":
         raise CorruptArtifactError(f"{path}: this is a zip archive such as torch.save writes, not a kvgauge file")
-    raise CorruptArtifactError(f"{path}: neither a safetensors file nor a pickle (first bytes {data[:8]!r})")
+    raise CorruptArtifactError(f"{path}: expected a safetensors file or a pickle; got first bytes {data[:8]!r}")
 
 
 def _to_safetensors(text: str, arrays: Mapping[str, Array]) -> bytes:
@@ -202,7 +204,9 @@ def _from_safetensors(path: Path, data: bytes) -> tuple[str, dict[str, Array]]:
         arrays = load(data)
         header = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
     except (SafetensorError, ValueError, KeyError) as error:
-        raise CorruptArtifactError(f"{path}: not a whole safetensors file ({error})") from error
+        raise CorruptArtifactError(
+            f"{path}: damaged or incomplete safetensors file ({error}). Copy or download it again"
+        ) from error
     text = (header.get("__metadata__") or {}).get(_METADATA_KEY)
     if text is None:
         raise CorruptArtifactError(
@@ -250,7 +254,7 @@ def _check_instructions(data: bytes) -> None:
         if instruction.name not in _INSTRUCTIONS:
             raise ArtifactError(f"it uses the instruction {instruction.name}")
     if position != len(data) - 1:
-        raise ValueError("bytes after the end")
+        raise ValueError("data follows its end")
 
 
 def _from_pickle(path: Path, data: bytes) -> tuple[str, dict[str, Array]]:
@@ -263,11 +267,13 @@ def _from_pickle(path: Path, data: bytes) -> tuple[str, dict[str, Array]]:
             "For a pickle of another tool use: artifact convert FILE q.safetensors"
         ) from error
     except Exception as error:  # a damaged pickle can raise anything
-        raise CorruptArtifactError(f"{path}: not a whole pickle ({type(error).__name__}: {error!s:.100})") from error
+        raise CorruptArtifactError(
+            f"{path}: damaged or incomplete pickle ({type(error).__name__}: {error!s:.100}). Copy or download it again"
+        ) from error
     try:
         rows, text = content["arrays"], content[_METADATA_KEY]
         if not isinstance(text, str) or not isinstance(rows, list):
-            raise TypeError("header or arrays of another type")
+            raise TypeError("expected a text header and a list of arrays")
         return text, {row[0]: _to_array(*row) for row in rows}
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, RecursionError) as error:
         raise CorruptArtifactError(f"{path}: a pickle, but not one written by kvgauge ({error!s:.100})") from error

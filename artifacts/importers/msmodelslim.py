@@ -93,7 +93,7 @@ def _description(path: Path) -> dict[str, object]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError, OSError) as error:
-        raise CorruptArtifactError(f"{file}: not JSON ({error!s:.80})") from error
+        raise CorruptArtifactError(f"{file}: expected JSON; got {error!s:.80}") from error
     if not isinstance(found, dict):
         raise CorruptArtifactError(f"{file}: expected an object; got {type(found).__name__}")
     kind = found.get("kv_cache_type", found.get("kv_quant_type", "C8"))
@@ -111,7 +111,9 @@ def _tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
                     if name.endswith((".kv_cache_scale", ".kv_cache_offset")):
                         found[name.rpartition("_")[2]][name] = opened.get_tensor(name).float().reshape(-1)
         except (SafetensorError, OSError, ValueError) as error:
-            raise CorruptArtifactError(f"{file}: not a whole safetensors file ({error!s:.80})") from error
+            raise CorruptArtifactError(
+                f"{file}: damaged or incomplete safetensors file ({error!s:.80}). Copy it again"
+            ) from error
     return found["scale"], found["offset"]
 
 

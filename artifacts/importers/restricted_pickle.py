@@ -37,7 +37,9 @@ def read_pickle(path: Path, data: bytes) -> Any:
     except CorruptArtifactError as error:
         raise CorruptArtifactError(f"{path}: {error}") from error
     except Exception as error:  # a damaged pickle can raise anything
-        raise CorruptArtifactError(f"{path}: not a whole pickle ({type(error).__name__}: {error!s:.100})") from error
+        raise CorruptArtifactError(
+            f"{path}: damaged or incomplete pickle ({type(error).__name__}: {error!s:.100}). Copy or download it again"
+        ) from error
 
 
 def _check_instructions(data: bytes) -> None:
@@ -50,7 +52,7 @@ def _check_instructions(data: bytes) -> None:
         if "PUT" in instruction.name and (argument or 0) > len(data):
             raise CorruptArtifactError(f"expected at most one memo entry a byte; got {argument} in {len(data)} bytes")
     if position != len(data) - 1:
-        raise CorruptArtifactError("bytes after the end")
+        raise CorruptArtifactError("data follows the end of the pickle")
 
 
 class _Dtype:

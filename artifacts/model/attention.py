@@ -167,7 +167,7 @@ def _check_projects_keys(seen: Evidence) -> None:
     if seen.cached:
         children = ", ".join(name for name, _ in seen.module.named_children())
         raise UnsupportedLayer(
-            f"no child is named as a projection of keys (k_proj, key, qkv_proj, c_attn); got {children}"
+            f"expected a child named as a projection of keys (k_proj, key, qkv_proj, c_attn); got {children}"
         )
     raise UnsupportedLayer(seen.failure or why_nothing_cached(seen))
 

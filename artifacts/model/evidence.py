@@ -138,7 +138,7 @@ def _cached(seen: Evidence) -> tuple[Tensor, Tensor]:
             f"expected one cache.update with key and value, both batch kv_heads tokens head_dim; got {shapes}"
         )
     if not seen.handed:
-        raise UnsupportedLayer("the model hands it no cache: it encodes whole texts, and never generates")
+        raise UnsupportedLayer("the model gives it no cache: it is an encoder, which never generates")
     return key, value
 
 
@@ -178,7 +178,7 @@ def _heads(child: str, output: Tensor, key: Tensor) -> Heads:
 def _unchanged(heads: Tensor, value: Tensor, source: str) -> list[int]:
     chosen = nearest(value, heads)
     if not torch.equal(heads[:, chosen], value):
-        raise UnsupportedLayer(f"the cached value is not what {source} returns")
+        raise UnsupportedLayer(f"the cached value must be the output of {source}; it is not")
     return chosen
 
 
@@ -286,7 +286,10 @@ def _cos_sin(position_embeddings: object) -> tuple[Tensor, ...]:
             return ()
         case [Tensor(ndim=3) as cos, Tensor(ndim=3) as sin] if cos.is_floating_point():
             return cos, sin
-    raise UnsupportedLayer("position_embeddings is not a pair (cos, sin) of tensors batch tokens rotary_dim")
+    raise UnsupportedLayer(
+        "position_embeddings must be a pair (cos, sin) of tensors batch tokens rotary_dim; got "
+        f"{type(position_embeddings).__name__}"
+    )
 
 
 def _agree(cached: Tensor, expected: Tensor, x: Tensor) -> bool:

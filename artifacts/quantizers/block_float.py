@@ -64,7 +64,7 @@ class BlockFloat(Quantizer):
             raise ValueError(f"{self.kind}: format must be 'mxfp4' or 'nvfp4'; got {self.format!r:.60}")
         if (self.tensor_scale is None) != (self.format == "mxfp4"):
             given = "none" if self.tensor_scale is None else "one"
-            raise ValueError(f"{self.kind}: nvfp4 has a tensor_scale and mxfp4 none; {self.format} was given {given}")
+            raise ValueError(f"{self.kind}: nvfp4 needs a tensor_scale and mxfp4 none; got {given} for {self.format}")
         if self.tensor_scale is not None:
             check_vector(self.kind, "tensor_scale", self.tensor_scale, 1, positive=True)
             for factor in (_LEAST_BLOCK_SCALE, LARGEST_PER_TENSOR_SCALE):

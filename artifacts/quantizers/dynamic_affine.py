@@ -64,9 +64,11 @@ class DynamicAffine(Quantizer):
         if self.group_size is not None:
             check_group(self.kind, self.group_size, self.channels if self.per == "token" else None)
         if self.group_size is not None and self.per == "tensor":
-            raise ValueError(f"{self.kind}: one scale for everything has no groups; use per token or per channel")
+            raise ValueError(
+                f"{self.kind}: group_size needs per 'token' or 'channel'; got {self.group_size} with per 'tensor'"
+            )
         if self.symmetric and self.whole_zero_point:
-            raise ValueError(f"{self.kind}: a symmetric range has no zero point to round")
+            raise ValueError(f"{self.kind}: a symmetric range has no zero point to round; drop whole_zero_point")
         if self.clip_ratio is not None and not 0 < self.clip_ratio < 1:
             raise ValueError(f"{self.kind}: clip_ratio must be above 0 and below 1; got {self.clip_ratio!r}")
 

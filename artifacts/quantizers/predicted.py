@@ -130,7 +130,7 @@ class Predicted(AbstractWrapper):
             raise MismatchError(
                 f"{self.label}: it is predicted from {', '.join(map(str, self.sources))}: expected their decoded "
                 f"vectors of the same {n_tokens} tokens, {len(self.weight)} channels in all; got shapes {shapes}. "
-                "Encode and decode the sites in order, and hand over the sources."
+                "Encode and decode the sites in order, and pass the sources as context."
             )
 
 

@@ -113,13 +113,13 @@ class CodebookEstimator(Estimator):
     @model_validator(mode="after")
     def _possible(self) -> "CodebookEstimator":
         if self.per == "token" and self.tables != "site":
-            raise ValueError("a range per token goes with one table per site; use tables: site, or per: channel")
+            raise ValueError("a range per token needs one table per site; use tables: site, or per: channel")
         if self.per == "token" and self.weights.startswith("query"):
-            raise ValueError("query weights belong to key channels; with per: token use weights: scale2 or none")
+            raise ValueError("query weights are per key channel; with per: token use weights: scale2 or none")
         if self.per == "token" and self.levels in ("gaussian", "laplace"):
-            raise ValueError(f"{self.levels} levels go with mean and deviation; with per: token use normal_float")
+            raise ValueError(f"{self.levels} levels need mean and deviation; with per: token use normal_float")
         if self.per == "unit" and self.levels not in ("gaussian", "laplace"):
-            raise ValueError("per: unit leaves values as they are; use levels: gaussian or laplace")
+            raise ValueError("per: unit does not normalise values; use levels: gaussian or laplace")
         if self.n_levels is not None and not 2 ** (self.bits - 1) < self.n_levels <= 2**self.bits:
             needed = (self.n_levels - 1).bit_length()
             raise ValueError(f"{self.n_levels} levels need {needed} bits; use bits: {needed}, or drop n_levels")
@@ -226,8 +226,8 @@ class CodebookEstimator(Estimator):
         if self.weights.startswith("query"):
             if statistics.query_energy is None:
                 raise ValueError(
-                    f"{statistics.shape.site}: weights: {self.weights} needs the queries that read this site; there "
-                    "are none for values. Use weights: scale2 or none."
+                    f"{statistics.shape.site}: weights: {self.weights} needs a key site with queries; got none. Use "
+                    "weights: scale2 or none."
                 )
             weights = statistics.query_energy
         # x - x' = s (a - a'): an error in units of x weighs s^2, the factor that KVQuant's equation 7 has and its code

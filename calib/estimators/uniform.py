@@ -108,13 +108,12 @@ class UniformEstimator(Estimator):
             raise ValueError(f"per: {self.per} has no groups; use per: token (of channels) or per: channel (of tokens)")
         if self.static and (self.per == "token" or self.group_size):
             raise ValueError(
-                "a static scale of single tokens cannot be fitted, they are not known yet; drop static: true, or use "
-                "per: channel without group_size"
+                "scales of tokens or groups cannot be static; drop static: true, or use per: channel without group_size"
             )
         if self._is_dynamic and self.range == "percentile":
-            raise ValueError("percentiles are of static ranges; for a dynamic one use clip_ratio, or range: mse")
+            raise ValueError("percentiles need static ranges; for a dynamic one use clip_ratio, or range: mse")
         if not self._is_dynamic and self.clip_ratio != 1:
-            raise ValueError("clip_ratio is of dynamic ranges; for a static one use range: percentile or mse")
+            raise ValueError("clip_ratio needs dynamic ranges; for a static one use range: percentile or mse")
         return self
 
     def fit(self, statistics: SiteStatistics) -> Fit:

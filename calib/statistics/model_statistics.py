@@ -119,7 +119,9 @@ class ModelStatistics:
         """
         self.origin.check_same(other.origin)
         if self.tier != other.tier:
-            raise MismatchError(f"merge: the shards differ in tier: {self.tier} and {other.tier}")
+            raise MismatchError(
+                f"merge: the shards differ in tier: {self.tier} and {other.tier}. Calibrate all with one --statistics"
+            )
         if self.fisher != other.fisher:
             raise MismatchError(
                 f"merge: the shards differ in fisher: {self.fisher} and {other.fisher}. Calibrate every shard with "
@@ -127,7 +129,7 @@ class ModelStatistics:
             )
         different = sorted(set(self.sites) ^ set(other.sites))
         if different:
-            raise MismatchError(f"merge: {different[0]} is in one shard only; were keys taken at different stages?")
+            raise MismatchError(f"merge: {different[0]} is in one shard only. Calibrate all shards with one --stage")
         # Windows are known by their content: a shard that is merged twice would double its weight unnoticed.
         twice = set(self.windows) & set(other.windows)
         if twice:

@@ -39,7 +39,7 @@ def _parse_line(line: str, field: str, where: str) -> str:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise CorpusError(f"{where}: expected a JSON object; got {error}; mend or remove the line") from error
+        raise CorpusError(f"{where}: expected a JSON object; got {error}; correct or remove the line") from error
     text = record.get(field) if isinstance(record, dict) else None
     if not isinstance(text, str):
         got = f"{type(text).__name__} {text!r:.60}" if isinstance(record, dict) and field in record else f"{line:.100}"
@@ -61,7 +61,8 @@ def csv_text(path: Path, text: str, field: str, delimiter: str) -> str:
         columns = rows.fieldnames or []
         texts = [(rows.line_num, None if None in row else row[field]) for row in rows] if field in columns else []
     except csv.Error as error:
-        raise CorpusError(f"{path}, after line {rows.line_num}: expected a table; got {error}; mend it") from error
+        where = f"{path}, after line {rows.line_num}"
+        raise CorpusError(f"{where}: expected a table; got {error}; correct the line") from error
     finally:
         csv.field_size_limit(before)
     if field not in columns:

@@ -44,8 +44,8 @@ REFUSED = {
     "nanochat": ({}, r"layers\.0 \(model\.layers\.0\.self_attn\): a norm follows the rotary embedding"),
     "hunyuan_v1_dense": ({"head_dim": 8}, r"layers\.0 .*: a norm follows the rotary embedding"),
     "qwen3_next": ({**LINEAR, **EXPERTS}, r"layers\.1 \(model\.layers\.1\.linear_attn\): Qwen3NextGatedDeltaNet has"),
-    "llama4_text": ({**LLAMA4, "head_dim": 8}, r"layers\.0 .*: position_embeddings is not a pair"),
-    "olmo": ({"clip_qkv": 8.0}, r"layers\.0 .*: the cached value is not what v_proj returns"),
+    "llama4_text": ({**LLAMA4, "head_dim": 8}, r"layers\.0 .*: position_embeddings must be a pair"),
+    "olmo": ({"clip_qkv": 8.0}, r"layers\.0 .*: the cached value must be the output of v_proj"),
     "gemma4_text": (SHARED, r"layers\.1 .*: projects queries but no keys: it reads the keys and values of another"),
 }
 PARTS = {"qwen3_next": {1}, "gemma4_text": {1}, "olmo_hybrid": {0}, "minimax": {0}}

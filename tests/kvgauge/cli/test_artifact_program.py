@@ -100,7 +100,7 @@ def test_validate(capsys: Capture) -> None:
 @pytest.mark.parametrize("command", [("validate",), ("inspect",), ("inspect", "--json"), ("diff", PICKLE)])
 def test_damaged_files_are_refused(capsys: Capture, damaged: Path, command: tuple[object, ...]) -> None:
     assert refused(capsys, 1, *command, damaged) == (
-        f"artifact: {damaged}: the content does not match its digest; the file was altered or damaged\n"
+        f"artifact: {damaged}: the content does not match its digest; the file was altered or damaged. Copy it again\n"
     )
 
 

@@ -794,7 +794,7 @@ FOREIGN_WRONG = [
     ("artifact convert kvquant.pickle q4.safetensors", 2, ["q4.safetensors exists"]),
     ("artifact convert kvquant.pickle q.json", 1, [".safetensors or .pkl"]),
     ("artifact convert q4.safetensors q.pkl --abits 4", 2, ["is an artifact, which records its bits"]),
-    ("artifact convert junk.safetensors q.pkl", 1, ["neither a safetensors file nor a pickle"]),
+    ("artifact convert junk.safetensors q.pkl", 1, ["expected a safetensors file or a pickle"]),
 ]
 
 
@@ -876,7 +876,7 @@ WRONG: list[tuple[str, int, list[str]]] = [
     # artifacts
     (f"{EVALUATE} --quantizer-path folder", 1, ["folder", "got a directory"]),
     (f"{EVALUATE} --quantizer-path pointer.safetensors", 1, ["git-lfs pointer", "git lfs pull"]),
-    (f"{EVALUATE} --quantizer-path junk.safetensors", 1, ["neither a safetensors file nor a pickle"]),
+    (f"{EVALUATE} --quantizer-path junk.safetensors", 1, ["expected a safetensors file or a pickle"]),
     (f"{EVALUATE} --quantizer-path s.safetensors", 1, ["format kvgauge.artifact", "kvgauge.statistics"]),
     (f"{EVALUATE} --quantizer-path model/model.safetensors", 1, ["without kvgauge metadata", "model weights"]),
     (f"{EVALUATE} --quantizer-path nowhere.safetensors", 2, ["no such file", "none under runs/", "calibrate MODEL"]),
