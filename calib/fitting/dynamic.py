@@ -60,5 +60,5 @@ def dynamic(
         try:
             quantizers[site] = estimator.dynamic(shapes[site])
         except ValueError as error:
-            raise RecipeError(f"recipe {chosen.name} needs calibration: {site}: {error}") from error
+            raise RecipeError(f"recipe {chosen.name} without calibration: {site}: {error}") from error
     return quantizers
