@@ -9,10 +9,10 @@ from typing import Any
 
 from artifacts.manifest import tool_version
 from kvgauge.comparing.compared_recipe import LEGEND, ComparedRecipe, table
-from kvgauge.comparing.pareto import Point, save_pareto
 from kvgauge.configuration.model import short_name
 from kvgauge.running.machine import hardware
 from kvgauge.terminal.outputs import replace_text
+from kvgauge.terminal.pareto import Point, save_pareto
 
 
 def write_report(folder: Path, about: dict[str, Any], rows: Sequence[ComparedRecipe]) -> None:

@@ -50,11 +50,7 @@ def run_text(config: EvaluateConfig, loaded: "LoadedModel", evaluated: "Evaluate
     corpus = loaded.corpus(dataset, "evaluation", text.field)
     windows, scored = scored_windows(scoring, corpus, loaded.window_tokens(text.seqlen), start_token)
     check_vocabulary(windows, text_config(loaded.model).vocab_size, corpus.name)
-    if evaluated.artifact is not None:
-        warn_of_overlap(evaluated.artifact, windows)
-        _warn_of_other_start(evaluated.artifact, start_token)
-    elif config.protocol.protocol == "full":
-        _warn_of_later_tokens(evaluated.quantizers)
+    _warn(config, evaluated, windows, start_token)
     settings = evaluated.settings(config)
     _check_steps(config.protocol, windows.shape[1])
     result = evaluate(
@@ -70,14 +66,20 @@ def run_text(config: EvaluateConfig, loaded: "LoadedModel", evaluated: "Evaluate
     if config.json:
         tell(result)
     else:
-        print(
-            f"{config.model.name} on {corpus.name}"
-            + ("" if start_token is None else f", windows begun with token {start_token}")
-            + (f", {config.quantizer_path}" if config.quantizer_path else ", dynamic scales")
-        )
+        begun = "" if start_token is None else f", windows begun with token {start_token}"
+        print(f"{config.model.name} on {corpus.name}{begun}, {config.quantizer_path or 'dynamic scales'}")
         print(result.table())
-    begun = {} if start_token is None else {"start_token": start_token}
-    return result.to_json() | begun | site_figures(config, loaded, evaluated.quantizers, windows, settings)
+    start = {} if start_token is None else {"start_token": start_token}
+    return result.to_json() | start | site_figures(config, loaded, evaluated.quantizers, windows, settings)
+
+
+def _warn(config: EvaluateConfig, evaluated: "Evaluated", windows: "Tensor", start_token: int | None) -> None:
+    """Says what makes the loss look smaller or larger than it is."""
+    if evaluated.artifact is not None:
+        warn_of_overlap(evaluated.artifact, windows)
+        _warn_of_other_start(evaluated.artifact, start_token)
+    elif config.protocol.protocol == "full":
+        _warn_of_later_tokens(evaluated.quantizers)
 
 
 def tell(result: "EvalResult") -> None:

@@ -9,12 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from kvgauge.comparing.pareto import Point, save_pareto
 from kvgauge.configuration.tasks import PERPLEXITY
 from kvgauge.sweeping.cell import Cell, readable
 from kvgauge.sweeping.run import Outcome
 from kvgauge.sweeping.tasks import TASKS
 from kvgauge.terminal.outputs import replace_text
+from kvgauge.terminal.pareto import Point, save_pareto
 from kvgauge.terminal.text_table import text_table
 
 Row = dict[str, Any]

@@ -1,1 +1,1 @@
-"""Terminal output, and files that programs write."""
+"""Terminal output, and the files, tables and plots that programs write."""

@@ -1,6 +1,7 @@
 """Options of the command line that say which tokens a cache drops, under the names of SCOPE and KIVI-SCOPE."""
 
 import argparse
+from typing import Any
 
 from kvgauge.cli.options import common as options
 
@@ -35,6 +36,10 @@ def add_eviction_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--kernel-size", type=options.positive, metavar="N", help="tokens in a smoothing window (default: 5)"
     )
+    _add_decoding_options(group)
+
+
+def _add_decoding_options(group: Any) -> None:
     group.add_argument(
         "--decoding-metric",
         metavar="NAME",

@@ -1,6 +1,7 @@
 """Options of the command line that edit a recipe."""
 
 import argparse
+from typing import Any
 
 from kvgauge.cli.options.common import BITS, FRACTION_HELP
 
@@ -27,6 +28,10 @@ def add_recipe_options(parser: argparse.ArgumentParser, default_recipe: str) -> 
         help="bit budget: mean bits over all layers' keys and values; a recipe with bit allocation spends it where the "
         "loss is largest",
     )
+    _add_method_options(group)
+
+
+def _add_method_options(group: Any) -> None:
     group.add_argument(
         "--nuq",
         action=argparse.BooleanOptionalAction,

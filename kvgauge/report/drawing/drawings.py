@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from kvgauge.comparing.pareto import Point, label_points, plot_pareto
 from kvgauge.report.drawing.numbers import context, size
+from kvgauge.terminal.pareto import Point, label_points, plot_pareto
 
 Row = Mapping[str, Any]
 WHISKER = 2

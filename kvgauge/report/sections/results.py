@@ -5,12 +5,12 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
-from kvgauge.comparing.pareto import Point
 from kvgauge.report.drawing import drawings
 from kvgauge.report.drawing.markup import Markup, Row, element, figure, paragraphs, section, table
 from kvgauge.report.drawing.numbers import percent, plain, size, with_error
 from kvgauge.report.drawing.picture import picture
 from kvgauge.report.sections import tasks as task_sections
+from kvgauge.terminal.pareto import Point
 
 Found = Mapping[str, Any]
 

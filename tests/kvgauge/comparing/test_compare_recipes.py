@@ -26,7 +26,7 @@ from kvgauge.cli import calibrate as calibrate_program
 from kvgauge.cli import compare as compare_recipes
 from kvgauge.cli import evaluate as evaluate_program
 from kvgauge.comparing import comparison
-from kvgauge.comparing.pareto import Point, label_points, pareto_front, plot_pareto, save_pareto
+from kvgauge.terminal.pareto import Point, label_points, pareto_front, plot_pareto, save_pareto
 from simquant import CachePolicy, evaluate, simulate
 from simquant.evaluate import evaluate_each
 from simquant.evaluation import evaluation_run, site_errors
