@@ -14,10 +14,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint docs notebooks claims clean
+.PHONY: help setup demo test lint docs results results-check results-run notebooks clean
 
 help:  ## print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP)  ## make the virtual environment and install everything, pinned; quick when nothing changed
 
@@ -56,8 +56,16 @@ notebooks: $(STAMP)  ## execute every notebook from top to bottom
 		python -m jupyter execute --timeout=300 "$$notebook"; \
 	done
 
-claims: $(STAMP)  ## reproduce the figures of the README that need no download, GPU, idle machine or hours
-	$(BIN)/python -m scripts.claims
+results: $(STAMP)  ## fill the tables of README and docs/ from docs/results/, and draw the plots
+	$(BIN)/python -m scripts.results render
+
+results-check: $(STAMP)  ## say where a page differs from docs/results/
+	$(BIN)/python -m scripts.results check
+
+# NAME is a file in docs/results/ without its suffix; without one, what takes minutes and needs no data is run.
+NAME ?=
+results-run: $(STAMP)  ## run the commands behind figures again; say which moved
+	$(BIN)/python -m scripts.results run $(NAME)
 
 clean:  ## remove the virtual environments, caches and builds; keep runs/
 	rm -rf .venv .venv-* build dist site .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

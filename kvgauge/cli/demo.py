@@ -52,9 +52,19 @@ def _main(argv: list[str]) -> int:
         report = _call(evaluate, "--quantizer-path", file, "--limit", config.limit, "--json")
         results.append(json.loads(report))
     print(table(BITS, results))
+    _write(config.output / "results.json", ["kvgauge", "demo", *argv], results)
     print(f"\nin {time.monotonic() - started:.0f} s. What was fitted lies in {config.output}; look into it with")
     print(f"  artifact inspect {shlex.quote(str(files[BITS[0]]))}")
     return 0
+
+
+def _write(path: Path, command: list[str], results: list[dict[str, Any]]) -> None:
+    from kvgauge.running.machine import hardware, versions
+    from kvgauge.terminal.outputs import replace_text
+
+    rows = [{"name": f"{bits} bits", **result} for bits, result in zip(BITS, results, strict=True)]
+    found = {"command": shlex.join(command), "hardware": hardware(), "versions": versions(), "rows": rows}
+    replace_text(path, json.dumps(found, indent=1, allow_nan=False) + "\n")
 
 
 def table(bits: tuple[int, ...], results: list[dict[str, Any]]) -> str:

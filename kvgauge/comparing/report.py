@@ -1,16 +1,13 @@
 """Results of a comparison: `results.json`, `table.md` and `pareto.png`."""
 
 import json
-import platform
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from artifacts.manifest import tool_version
 from kvgauge.comparing.compared_recipe import LEGEND, ComparedRecipe, table
 from kvgauge.configuration.model import short_name
-from kvgauge.running.machine import hardware
+from kvgauge.running.machine import hardware, versions
 from kvgauge.terminal.outputs import replace_text
 from kvgauge.terminal.pareto import Point, save_pareto
 
@@ -28,7 +25,7 @@ def write_report(folder: Path, about: dict[str, Any], rows: Sequence[ComparedRec
     rows : Sequence[ComparedRecipe]
         In the order of the table.
     """
-    machine = {"hardware": hardware(), "versions": _versions()}
+    machine = {"hardware": hardware(), "versions": versions()}
     results = {**about, **machine, "recipes": [row.to_json() for row in rows]}
     replace_text(folder / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
     replace_text(folder / "table.md", _markdown(about, rows))
@@ -55,7 +52,3 @@ def _title(about: dict[str, Any]) -> str:
         f"{evaluation['text']} (perplexity {about['perplexity']:.4f}), calibrated on {calibration['n_windows']} of "
         f"{calibration['text']}"
     )
-
-
-def _versions() -> dict[str, str]:
-    return {"kvgauge": tool_version(), "python": platform.python_version(), "transformers": version("transformers")}

@@ -2,9 +2,12 @@
 
 import os
 import platform
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
+
+from artifacts.manifest import tool_version
 
 
 def hardware() -> str:
@@ -14,6 +17,11 @@ def hardware() -> str:
     if torch.cuda.is_available():
         parts.append(torch.cuda.get_device_name())
     return ", ".join(parts)
+
+
+def versions() -> dict[str, str]:
+    """Releases that figures were taken with."""
+    return {"kvgauge": tool_version(), "python": platform.python_version(), "transformers": version("transformers")}
 
 
 def _cpu_name() -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -41,7 +42,7 @@ class Point:
 
 
 def save_pareto(points: Sequence[Point], title: str, path: Path) -> None:
-    """Writes the picture as PNG; recipes without a finite loss are named above it."""
+    """Writes the picture, the same bytes for the same points; recipes without a finite loss are named above it."""
     shown = [point for point in points if math.isfinite(point.nats)]
     hidden = ", ".join(point.name for point in points if point not in shown)
     figure = Figure(figsize=(11, 7), layout="constrained")
@@ -53,7 +54,8 @@ def save_pareto(points: Sequence[Point], title: str, path: Path) -> None:
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # labels are placed by pixels, which must not move any more
     label_points(shown, axes)
-    figure.savefig(path, dpi=figure.dpi)
+    with rc_context({"svg.hashsalt": "kvgauge"}):  # names of marks inside an SVG, else random
+        figure.savefig(path, dpi=figure.dpi, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def pareto_front(points: Sequence[Point]) -> list[Point]:

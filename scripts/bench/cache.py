@@ -26,9 +26,8 @@ from artifacts.quantizers.mixed_codebook import MixedCodebook, mean_bits
 from artifacts.quantizers.predicted import Predicted
 from artifacts.quantizers.rotated import Rotated
 from artifacts.sites import Site
-from kvgauge.running.machine import hardware
 from kvgauge.terminal.console import say
-from scripts.bench.ratio import HEADER, row, seconds
+from scripts.bench.ratio import Measured, add_json_option, report, seconds
 from simquant import CachePolicy, cache_argument, packed_cache
 
 LEVELS = (24, 12, 8, 5, 3, 2, 1, 1)
@@ -109,16 +108,16 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m scripts.bench.cache", description=__doc__)
     parser.add_argument("--tokens", type=int, default=8192, help="tokens of context (default: 8192)")
     parser.add_argument("--repeats", type=int, default=10, help="steps that are timed (default: 10)")
+    add_json_option(parser)
     args = parser.parse_args(argv)
-    print(hardware(), HEADER, sep="\n")
     in_a_basis = rows_in_a_basis(min(args.tokens, MOST_TOKENS), args.repeats)
-    for line in chain(rows(args.tokens, args.repeats), in_a_basis):
-        print(line, flush=True)
+    what = ("one or two layers in the attention shapes of Llama-3-8B", "random keys and values")
+    report(chain(rows(args.tokens, args.repeats), in_a_basis), args.json, "cache", argv, what)
     return 0
 
 
 @torch.no_grad()
-def rows(tokens: int, repeats: int) -> list[str]:
+def rows(tokens: int, repeats: int) -> list[Measured]:
     """Memory against 16 bits an element, and seconds per step against the caches of transformers, all in float32."""
     model = model_of(layers=1)
     # The cache is filled directly: a forward pass over the context would take far longer than the timed steps.
@@ -132,17 +131,17 @@ def rows(tokens: int, repeats: int) -> list[str]:
         ours = seconds(lambda: step(model, packed), repeats)
     what = f"{tokens} tokens, {BITS} bits"
     found = [
-        row(f"{what}: memory / 16 bits", size, 2 * key.numel() * 2, at_most=1 / 4.5, unit="B"),
-        row(f"{what}: step / dynamic cache", ours, baselines["dynamic"], at_most=1.5),
+        Measured(f"{what}: memory / 16 bits", size, 2 * key.numel() * 2, at_most=1 / 4.5, unit="B"),
+        Measured(f"{what}: step / dynamic cache", ours, baselines["dynamic"], at_most=1.5),
     ]
     if "quantized" not in baselines:
         say("no quantized cache of transformers: pip install '.[bench]'")
         return found
-    return [*found, row(f"{what}: step / quantized cache (quanto)", ours, baselines["quantized"], at_least=5)]
+    return [*found, Measured(f"{what}: step / quantized cache (quanto)", ours, baselines["quantized"], at_least=5)]
 
 
 @torch.no_grad()
-def rows_in_a_basis(tokens: int, repeats: int) -> Iterator[str]:
+def rows_in_a_basis(tokens: int, repeats: int) -> Iterator[Measured]:
     """Memory and time per step of two layers after a prompt, which also brings the rotary tables for pre-RoPE keys."""
     model = model_of(LAYERS)
     prompt = torch.arange(tokens)[None] % model.config.vocab_size
@@ -156,10 +155,10 @@ def rows_in_a_basis(tokens: int, repeats: int) -> Iterator[str]:
             model(prompt, **cache_argument(model, packed))
             size = sum(tensor.nbytes for layer in packed.layers for tensor in layer.store.tensors())
             ours = seconds(partial(step, model, packed), repeats)
-        yield row(f"{what}: memory / 16 bits", size, exact, unit="B")
+        yield Measured(f"{what}: memory / 16 bits", size, exact, unit="B")
         static = sum(quantizer.static_bytes for quantizer in own.values())
-        yield row(f"{what}: static bytes / 16 bits", static, exact, unit="B")
-        yield row(f"{what}: step / dynamic cache", ours, baseline)
+        yield Measured(f"{what}: static bytes / 16 bits", static, exact, unit="B")
+        yield Measured(f"{what}: step / dynamic cache", ours, baseline)
 
 
 def other_caches(model: LlamaForCausalLM) -> dict[str, Cache]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
+from pathlib import Path
 
 import torch
 from jaxtyping import Int64
@@ -23,8 +24,7 @@ from calib.calibration import add_windows, new_statistics
 from calib.statistics.site_statistics import Tier
 from kvgauge.configuration.model import ModelConfig
 from kvgauge.loading.models import load_model
-from kvgauge.running.machine import hardware
-from scripts.bench.ratio import HEADER, company_row, row, seconds
+from scripts.bench.ratio import Measured, add_json_option, company_row, report, seconds
 
 VOCAB = 1024
 """Vocabulary, small on purpose: a large output matrix would slow the bare forward passes down."""
@@ -63,31 +63,36 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=2048, help="tokens of a window (default: 2048)")
     parser.add_argument("--windows", type=int, default=4, help="windows; four times as many for memory (default: 4)")
     parser.add_argument("--model", help="a real model, and nothing else, on windows of random tokens")
+    add_json_option(parser)
     args = parser.parse_args(argv)
-    print(hardware(), HEADER, sep="\n")
+    text = f"{args.windows} windows of {args.tokens} random tokens"
     if args.model:
-        for line in compare_real(args.model, args.tokens, args.windows):
-            print(line, flush=True)
+        rows = compare_real(args.model, args.tokens, args.windows)
+        report(rows, args.json, "calibrate", argv, (Path(args.model).name, text))
         return 0
     job = Job(args.heads, args.tokens, args.windows)
-    for line in compare_times(job):
-        print(line, flush=True)
-    print(compare_memory(job), flush=True)
+    report(compare_random(job), args.json, "calibrate", argv, ("two layers in the shapes of Llama-3-8B", text))
     return 0
 
 
-def compare_times(job: Job) -> list[str]:
+def compare_random(job: Job) -> Iterator[Measured]:
+    """Rows for a model of random weights: time, then memory."""
+    yield from compare_times(job)
+    yield compare_memory(job)
+
+
+def compare_times(job: Job) -> list[Measured]:
     """Rows for both tiers against the bare forward passes, each the best of two runs."""
     model, windows = two_layers(job), random_windows(job)
     baseline = seconds(forward_passes(model, windows), repeats=2)
     rows = []
     for tier, limit in LIMITS.items():
         ours = seconds(gathering(model, windows, tier), repeats=2)
-        rows.append(row(f"{len(windows)} windows, {tier} / bare", ours, baseline, at_most=limit))
+        rows.append(Measured(f"{len(windows)} windows, {tier} / bare", ours, baseline, at_most=limit))
     return rows
 
 
-def compare_real(name: str, tokens: int, windows: int) -> Iterator[str]:
+def compare_real(name: str, tokens: int, windows: int) -> Iterator[Measured]:
     """Rows for `basic` against forward passes, and `full` with Fisher against forward and backward passes."""
     model = load_model(ModelConfig(model=name, device="cpu", dtype="float32")).model
     generator = torch.Generator().manual_seed(0)
@@ -100,7 +105,7 @@ def compare_real(name: str, tokens: int, windows: int) -> Iterator[str]:
         gather = gathering(model, ids, tier, fisher=fisher)
         label = f"{name.rstrip('/').rsplit('/', 1)[-1]}, {windows} windows, {what}"
         ours, baseline = seconds(gather, repeats=2), seconds(bare, repeats=2)
-        yield row(label, ours, baseline, at_most=REAL_LIMITS[tier])
+        yield Measured(label, ours, baseline, at_most=REAL_LIMITS[tier])
         yield company_row(label, gather, ours)
 
 
@@ -126,13 +131,13 @@ def backward_passes(model: nn.Module, windows: Int64[Tensor, "windows tokens"]) 
     return run
 
 
-def compare_memory(job: Job) -> str:
+def compare_memory(job: Job) -> Measured:
     """Row for the peak memory of a process that takes four times as many windows."""
     many = Job(job.heads, job.tokens, 4 * job.windows)
     # Peak memory is that of a process: each job runs in a new one. Fixed memory means a ratio of one.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as processes:
         ours, baseline = processes.map(peak_gibibytes, (many, job))
-    return row(f"peak memory, {many.windows} / {job.windows} windows", ours, baseline, at_most=1.05, unit="GiB")
+    return Measured(f"peak memory, {many.windows} / {job.windows} windows", ours, baseline, at_most=1.05, unit="GiB")
 
 
 def peak_gibibytes(job: Job) -> float:

@@ -9,6 +9,7 @@ import argparse
 import os
 import resource
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
@@ -24,8 +25,7 @@ from calib.estimators import CodebookEstimator
 from calib.solvers.lloyd import kmeans_lloyd
 from calib.statistics.channel_histogram import ChannelHistogram
 from calib.statistics.site_statistics import SiteShape, SiteStatistics, Tier
-from kvgauge.running.machine import hardware
-from scripts.bench.ratio import HEADER, company_row, row, seconds
+from scripts.bench.ratio import Measured, add_json_option, company_row, report, seconds
 from scripts.bench.synthetic import model_statistics, site_values
 
 MODELS = {"SmolLM2-135M": (30, 3, 64), "Llama-3-8B": (32, 8, 128)}
@@ -54,19 +54,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, help="layers (default: the model's)")
     parser.add_argument("--recipes", nargs="+", choices=recipes, default=recipes, help="of models (default: all)")
     parser.add_argument("--jobs", type=int, help="sites fitted at a time (default: the cores)")
+    add_json_option(parser)
     args = parser.parse_args(argv)
-    print(hardware(), HEADER, sep="\n")
-    for line in [*compare_with_sklearn(args.tokens, args.heads or 8), *compare_first_fits()]:
-        print(line, flush=True)
-    for model, (layers, heads, head_dim) in ((name, MODELS[name]) for name in args.models):
-        shape = (args.layers or layers, args.heads or heads, head_dim)
-        for recipe in (name for name in LIMITS[model] if name in args.recipes):
-            for line in fit_model(recipe, LIMITS[model][recipe], args.tokens, shape, args.jobs):
-                print(line, flush=True)
+    what = (f"shapes of {' and '.join(args.models)}", f"{args.tokens} synthetic tokens")
+    report(compare(args), args.json, "fit", argv, what)
     return 0
 
 
-def compare_first_fits() -> list[str]:
+def compare(args: argparse.Namespace) -> Iterator[Measured]:
+    """All rows that are asked for."""
+    yield from compare_with_sklearn(args.tokens, args.heads or 8)
+    yield from compare_first_fits()
+    for model, (layers, heads, head_dim) in ((name, MODELS[name]) for name in args.models):
+        shape = (args.layers or layers, args.heads or heads, head_dim)
+        for recipe in (name for name in LIMITS[model] if name in args.recipes):
+            yield from fit_model(recipe, LIMITS[model][recipe], args.tokens, shape, args.jobs)
+
+
+def compare_first_fits() -> list[Measured]:
     """Rows for the extra time of a process's first fit over the second, without and with compiled code on disk.
 
     The fit is a tiny one of the recipe that needs most of the compiled functions.
@@ -80,8 +85,8 @@ def compare_first_fits() -> list[str]:
             del os.environ["NUMBA_CACHE_DIR"]
             os.environ |= {} if before is None else {"NUMBA_CACHE_DIR": before}
     return [
-        row("compiling at the first fit, nothing on disk", cold, FIRST_FIT_SECONDS),
-        row("compiling at the first fit, kept on disk / limit", warm, FIRST_FIT_SECONDS, at_most=1),
+        Measured("compiling at the first fit, nothing on disk", cold, FIRST_FIT_SECONDS),
+        Measured("compiling at the first fit, kept on disk / limit", warm, FIRST_FIT_SECONDS, at_most=1),
     ]
 
 
@@ -101,7 +106,7 @@ def _first_less_second() -> float:
     return first - second
 
 
-def compare_with_sklearn(tokens: int, heads: int) -> list[str]:
+def compare_with_sklearn(tokens: int, heads: int) -> list[Measured]:
     """Rows for one 16-level codebook shared by all channels of a site: time, without and with the histogram, and error.
 
     Both minimise the unweighted error of the same values, each channel normalised to [-1, 1]. Scikit-learn is called as
@@ -125,13 +130,13 @@ def compare_with_sklearn(tokens: int, heads: int) -> list[str]:
     errors = [squared_error(values, levels) for levels in (quantizer.levels, rival[0])]
     what = f"16 levels for {values.numel() / 1e6:.3g} M values"
     return [
-        row(f"{what}, from statistics / sklearn", ours, baseline, at_least=100),
-        row(f"{what}, with their histogram / sklearn", both, baseline, at_least=30),
-        row(f"{what}, mean squared error / sklearn", *errors, at_most=1, unit=""),
+        Measured(f"{what}, from statistics / sklearn", ours, baseline, at_least=100),
+        Measured(f"{what}, with their histogram / sklearn", both, baseline, at_least=30),
+        Measured(f"{what}, mean squared error / sklearn", errors[0], errors[1], at_most=1, unit=""),
     ]
 
 
-def fit_model(name: str, limit: float, tokens: int, shape: tuple[int, int, int], jobs: int | None) -> list[str]:
+def fit_model(name: str, limit: float, tokens: int, shape: tuple[int, int, int], jobs: int | None) -> list[Measured]:
     """Rows for all key and value sites of a model with a shipped recipe: against its limit, and beside a busy process.
 
     Peak memory is that of the whole process so far, so that a limit that holds, holds for each recipe.
@@ -144,8 +149,8 @@ def fit_model(name: str, limit: float, tokens: int, shape: tuple[int, int, int],
     what = f"{len(found.pop())} sites of {heads * head_dim} channels, recipe {name}"
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return [
-        row(f"{what} / limit", idle, limit, at_most=1),
-        row(f"{what}, peak memory / limit", peak / 2**30, LARGEST_BYTES / 2**30, at_most=1, unit="GiB"),
+        Measured(f"{what} / limit", idle, limit, at_most=1),
+        Measured(f"{what}, peak memory / limit", peak / 2**30, LARGEST_BYTES / 2**30, at_most=1, unit="GiB"),
         company_row(what, lambda: fit(statistics, recipe, jobs=jobs), idle),
     ]
 

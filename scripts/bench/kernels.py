@@ -22,8 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from artifacts.quantizer import Quantizer
 from artifacts.quantizers.affine import Affine
 from artifacts.quantizers.dynamic_affine import DynamicAffine
-from kvgauge.running.machine import hardware
-from scripts.bench.ratio import HEADER, row
+from scripts.bench.ratio import Measured, add_json_option, report
 from simquant.kernels import PackedTokens, PlainTokens, append, decode_attention
 
 PEAK_GBS = {"H200": 4800, "H100 PCIe": 2000, "H100 NVL": 3900, "H100": 3350, "A100": 2039, "L40S": 864, "4090": 1008}
@@ -51,15 +50,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--group", type=int, default=4, help="query heads of a KV head (default: 4)")
     parser.add_argument("--splits", type=int, help="parts of the sequence, 1 to 64 (default: what fills the device)")
     parser.add_argument("--peak-gbs", type=float, help="memory bandwidth in GB/s (default: by the device's name)")
+    add_json_option(parser)
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         return refuse("a CUDA device is needed and none was found; run it where there is one, with kvgauge[triton]")
     peak = args.peak_gbs or known_peak(torch.cuda.get_device_name())
     if peak is None:
         return refuse(f"no bandwidth is known for {torch.cuda.get_device_name()}; give --peak-gbs")
-    print(hardware(), HEADER, sep="\n")
-    for line in compare(args.tokens, args.kv_heads, args.group, args.splits, peak):
-        print(line, flush=True)
+    rows = compare(args.tokens, args.kv_heads, args.group, args.splits, peak)
+    what = ("one layer in the shapes of Llama-3-8B", f"{args.tokens} random tokens")
+    report(rows, args.json, "kernels", argv, what)
     return 0
 
 
@@ -81,7 +81,7 @@ def known_peak(name: str) -> float | None:
 
 
 @torch.no_grad()
-def compare(tokens: int, kv_heads: int, group: int, splits: int | None, peak_gbs: float) -> list[str]:
+def compare(tokens: int, kv_heads: int, group: int, splits: int | None, peak_gbs: float) -> list[Measured]:
     """Rows of every case against both baselines, with the share of the roofline that each reaches."""
     torch.manual_seed(0)
     device = torch.device("cuda")
@@ -91,7 +91,7 @@ def compare(tokens: int, kv_heads: int, group: int, splits: int | None, peak_gbs
     sdpa = device_seconds(lambda: scaled_dot_product_attention(q[:, :, None], keys, values, enable_gqa=True))
     split = device_seconds(lambda: decode_attention(q, exact=plain, splits=splits))
     plain_bytes = keys.nbytes + values.nbytes
-    lines = [row(f"bfloat16: split kernel / SDPA {roofline(plain_bytes, split, peak_gbs)}", split, sdpa)]
+    lines = [Measured(f"bfloat16: split kernel / SDPA {roofline(plain_bytes, split, peak_gbs)}", split, sdpa)]
     for case in cases(kv_heads * _HEAD_DIM, device):
         packed = pack_tokens(case, keys, values)
         ours = device_seconds(lambda packed=packed: decode_attention(q, packed, splits=splits))  # type: ignore[misc]
@@ -99,7 +99,7 @@ def compare(tokens: int, kv_heads: int, group: int, splits: int | None, peak_gbs
         bits = 8 * n_bytes / (2 * tokens * kv_heads * _HEAD_DIM)
         what = f"{case.name}, {bits:.2f} bits {roofline(n_bytes, ours, peak_gbs)}"
         lines += [
-            row(f"{what} / {name}", ours, baseline, at_least=case.at_least)
+            Measured(f"{what} / {name}", ours, baseline, at_least=case.at_least)
             for name, baseline in (("SDPA", sdpa), ("split", split))
         ]
     return lines

@@ -21,7 +21,9 @@ from calib.estimators.estimator import trial_statistics
 from calib.statistics.site_statistics import SiteShape
 from kvgauge.running.machine import hardware
 from scripts.bench.cache import HEAD_DIM, KV_HEADS, model_of, quantizers, step
-from scripts.bench.ratio import seconds
+from scripts.bench.ratio import add_json_option, as_typed, seconds
+from scripts.results.record import now, record
+from scripts.results.schema import Figures
 from simquant import load_cache, packed_cache, save_cache
 
 CHANNELS = KV_HEADS * HEAD_DIM
@@ -34,17 +36,23 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m scripts.bench.saved_cache", description=__doc__)
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of context (default: 4096)")
     parser.add_argument("--repeats", type=int, default=3, help="times that everything is timed (default: 3)")
+    add_json_option(parser)
     args = parser.parse_args(argv)
     print(hardware(), HEADER, sep="\n")
     with tempfile.TemporaryDirectory() as folder:
-        for line in rows(args.tokens, args.repeats, Path(folder)):
-            print(line, flush=True)
+        found = figures(args.tokens, args.repeats, Path(folder))
+    for name, own in found.items():
+        print(line(name, own), flush=True)
+    if args.json is not None:
+        conditions = now("one layer in the attention shapes of Llama-3-8B, bfloat16", f"{args.tokens} random tokens")
+        command = as_typed("saved_cache", argv)
+        record(args.json, "saved_cache", "Saved caches", [command], conditions, found)
     return 0
 
 
 @torch.no_grad()
-def rows(tokens: int, repeats: int, folder: Path) -> list[str]:
-    """Rows of a table, one for each kind of cache, that of transformers first."""
+def figures(tokens: int, repeats: int, folder: Path) -> dict[str, Figures]:
+    """Figures of each kind of cache, that of transformers first."""
     model = model_of(layers=1).bfloat16()
     x = activations(tokens)
     key, value = x.view(2, 1, tokens, KV_HEADS, HEAD_DIM).transpose(2, 3).bfloat16()
@@ -52,10 +60,21 @@ def rows(tokens: int, repeats: int, folder: Path) -> list[str]:
     for name, own in {"KIVI, 2 bits": quantizers(), "entropy coded, 1 bit": entropy_coded(x)}.items():
         found[name] = packed(model, own, (key, value), folder / "packed.safetensors", repeats)
     baseline = found["bfloat16, torch.save"][0]
-    return [
-        f"{name:<34} {size:>12} {size / baseline:>7.3f} {tokens / save:>8.0f} t/s {tokens / load:>8.0f} t/s"
+    return {
+        name: {
+            "bytes": size,
+            "share": size / baseline,
+            "save_tokens_per_second": tokens / save,
+            "load_tokens_per_second": tokens / load,
+        }
         for name, (size, save, load) in found.items()
-    ]
+    }
+
+
+def line(name: str, own: Figures) -> str:
+    """Below `HEADER`."""
+    speeds = (f"{own[key]:>8.0f} t/s" for key in ("save_tokens_per_second", "load_tokens_per_second"))
+    return " ".join([f"{name:<34} {own['bytes']:>12} {own['share']:>7.3f}", *speeds])
 
 
 def plain(model: LlamaForCausalLM, key: Tensor, value: Tensor, path: Path, repeats: int) -> tuple[int, float, float]:

@@ -16,14 +16,16 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from artifacts.model.attention import attention_layers
 from calib import calibrate, fit, load_recipe, shipped_recipes
 from calib.recipe.recipe import Recipe
-from kvgauge.running.machine import hardware
-from scripts.bench.ratio import HEADER, row, seconds
+from scripts.bench.ratio import Measured, add_json_option, report, seconds
 from scripts.bench.synthetic import model_statistics, site_values
 from simquant import evaluate, perplexity, simulate
 from simquant.evaluation.scoring import window_logits
 
 BATCH = 8
 """Windows per forward pass."""
+
+SITE_SECONDS = 0.15
+"""What a shipped recipe may take for the vectors of a site."""
 
 OUTLIERS = {"fraction": 0.01}
 """Fraction of the values stored as outliers."""
@@ -37,21 +39,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--windows", type=int, default=16, help="windows of 512 tokens (default: 16)")
     parser.add_argument("--vocab", type=int, help="adds a small model with so many tokens, such as 262144")
     parser.add_argument("--model", help="adds a model of transformers, from this folder")
+    add_json_option(parser)
     args = parser.parse_args(argv)
-    print(hardware(), HEADER, sep="\n")
-    for lines in (
-        quantize_sites(args.tokens, args.heads),
-        simulate_recipes(args.tokens, args.heads),
-        evaluate_model(args.windows),
-        evaluate_wholly(args),
-    ):
-        for line in lines:
-            print(line, flush=True)
+    what = ("one layer in the shapes of Llama-3-8B, and small models", "synthetic vectors, random tokens")
+    report(compare(args), args.json, "simulate", argv, what)
     return 0
 
 
+def compare(args: argparse.Namespace) -> Iterator[Measured]:
+    """All rows."""
+    yield from quantize_sites(args.tokens, args.heads)
+    yield from simulate_recipes(args.tokens, args.heads)
+    yield from evaluate_model(args.windows)
+    yield from evaluate_wholly(args)
+
+
 @torch.no_grad()
-def quantize_sites(tokens: int, heads: int) -> list[str]:
+def quantize_sites(tokens: int, heads: int) -> list[Measured]:
     """Rows for keys and values of one layer: 3 bits, 1 % outliers, through codes and back."""
     statistics = model_statistics(tokens, heads, layers=1)
     quantizers = fit(statistics, recipe(outliers=OUTLIERS))
@@ -68,26 +72,27 @@ def quantize_sites(tokens: int, heads: int) -> list[str]:
     ours, baseline = (seconds(call, repeats=5) for call in (simulated, plain))
     what = f"keys and values of {tokens} x {heads * 128}, 3 bits, 1 % outliers"
     return [
-        row(f"{what} / limit", ours, 0.1, at_most=1),
-        row(f"{what} / all distances", ours, baseline),
+        Measured(f"{what} / limit", ours, 0.1, at_most=1),
+        Measured(f"{what} / all distances", ours, baseline),
     ]
 
 
 @torch.no_grad()
-def simulate_recipes(tokens: int, heads: int) -> Iterator[str]:
+def simulate_recipes(tokens: int, heads: int) -> Iterator[Measured]:
     """Rows for the shipped recipes: the slower of a key and a value site, through codes and back.
 
     Recipes that predict sites from others are left out: they are for stored caches, not for those read at each step.
     """
     x = site_values(tokens, heads * 128, seed=7)
-    baseline = seconds(lambda: nearest_by_distance(x, n_levels=8), repeats=3)
+    what = f"{tokens} x {heads * 128}"
+    plain = seconds(lambda: nearest_by_distance(x, n_levels=8), repeats=3)
+    yield Measured(f"{what}, all distances / limit", plain, SITE_SECONDS)
     for stage in ("pre_rope", "post_rope"):
         statistics = model_statistics(tokens, heads, layers=1, stage=stage)
         for recipe in (load_recipe(name) for name in shipped_recipes()):
             if recipe.stage == stage and not recipe.needs_full:
                 slowest = max(seconds(partial(q.simulate, x), repeats=3) for q in fit(statistics, recipe).values())
-                limit = f"{tokens} x {heads * 128}, {recipe.name} / 0.15 s; all distances {baseline:.3f} s"
-                yield row(limit, slowest, 0.15, at_most=1)
+                yield Measured(f"{what}, {recipe.name} / limit", slowest, SITE_SECONDS, at_most=1)
 
 
 def nearest_by_distance(x: Float[Tensor, "tokens channels"], n_levels: int) -> Float[Tensor, "tokens channels"]:
@@ -101,17 +106,17 @@ def nearest_by_distance(x: Float[Tensor, "tokens channels"], n_levels: int) -> F
     return torch.where((x < low) | (x > high), x, levels[nearest] * half + middle)
 
 
-def evaluate_model(n_windows: int) -> list[str]:
+def evaluate_model(n_windows: int) -> list[Measured]:
     """Rows for the perplexity of a small model with a quantized cache, against full precision."""
     model, windows = story_model(), story_windows(n_windows)
     recipes = {"3 bits": recipe(), "3 bits, 1 % outliers": recipe(outliers=OUTLIERS)}
     return [
-        row(f"evaluation, {name} / exact", *evaluation_seconds(model, windows, chosen), at_most=1.3)
+        Measured(f"evaluation, {name} / exact", *evaluation_seconds(model, windows, chosen), at_most=1.3)
         for name, chosen in recipes.items()
     ]
 
 
-def evaluate_wholly(args: argparse.Namespace) -> Iterator[str]:
+def evaluate_wholly(args: argparse.Namespace) -> Iterator[Measured]:
     """Rows for whole evaluations of larger models, with KL, on one window, against two full-precision passes."""
     if args.vocab:
         yield wholly(f"vocabulary of {args.vocab}", vocabulary_model(args.vocab), args.tokens)
@@ -121,7 +126,7 @@ def evaluate_wholly(args: argparse.Namespace) -> Iterator[str]:
 
 
 @torch.no_grad()
-def wholly(what: str, model: PreTrainedModel, tokens: int) -> str:
+def wholly(what: str, model: PreTrainedModel, tokens: int) -> Measured:
     """Row of one model."""
     vocab = model.config.vocab_size
     windows = torch.randint(vocab, (2, tokens), generator=torch.Generator().manual_seed(0))
@@ -129,7 +134,7 @@ def wholly(what: str, model: PreTrainedModel, tokens: int) -> str:
     quantizers = calibrate(model, windows[:1], recipe())
     evaluated = seconds(partial(evaluate, model, windows[1:], quantizers), repeats=2)
     exact = seconds(partial(window_logits, model, windows[1:]), repeats=2)
-    return row(f"{what}, {tokens} tokens: evaluation / 2 passes", evaluated, 2 * exact, at_most=1.2)
+    return Measured(f"{what}, {tokens} tokens: evaluation / 2 passes", evaluated, 2 * exact, at_most=1.2)
 
 
 def evaluation_seconds(

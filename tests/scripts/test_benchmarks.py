@@ -18,9 +18,10 @@ from scripts.bench import calibrate as bench_calibrate
 from scripts.bench import fit as bench_fit
 from scripts.bench import simulate as bench_simulate
 from scripts.bench.cache import eigen, predictive
-from scripts.bench.ratio import HEADER, company, company_row, row, seconds
+from scripts.bench.ratio import HEADER, Measured, company, company_row, seconds
 from scripts.bench.synthetic import model_statistics
-from scripts.claims.tables import find_tables
+from scripts.results.schema import load
+from scripts.results.tables import results_text
 
 
 @pytest.mark.parametrize(
@@ -34,7 +35,7 @@ from scripts.claims.tables import find_tables
     ],
 )
 def test_a_row_compares_in_the_direction_of_its_target(target: dict[str, float], ratio: str, verdict: str) -> None:
-    line = row("fit", 0.5, 2.0, **target)
+    line = str(Measured("fit", 0.5, 2.0, **target))
     assert line.split()[:6] == ["fit", "0.5", "s", "2", "s", ratio]
     assert line.endswith(verdict)
     assert line.index(verdict) == HEADER.index("target")
@@ -61,7 +62,7 @@ def test_company_keeps_a_core_busy_and_leaves_with_the_block() -> None:
 
 
 def test_work_in_company_is_compared_with_the_idle_machine() -> None:
-    line = company_row("nap", lambda: time.sleep(0.02), idle=1.0)
+    line = str(company_row("nap", lambda: time.sleep(0.02), idle=1.0))
     assert line.startswith("nap, in company / idle ")
     assert line.endswith("at most 2.5: ok")
 
@@ -117,6 +118,7 @@ def test_bench_simulate_prints_a_row_for_every_target(capsys: pytest.CaptureFixt
     assert [line.rsplit("  ", 1)[1].partition(":")[0] for line in lines[2:]] == [
         "at most 1",
         "none",
+        "none",
         *["at most 1"] * sum(not load_recipe(name).needs_full for name in shipped_recipes()),
         "at most 1.3",
         "at most 1.3",
@@ -124,29 +126,33 @@ def test_bench_simulate_prints_a_row_for_every_target(capsys: pytest.CaptureFixt
 
 
 def test_a_whole_evaluation_is_timed_against_two_passes() -> None:
-    line = bench_simulate.wholly("tiny", random_llama(), 64)
+    line = str(bench_simulate.wholly("tiny", random_llama(), 64))
     assert line.startswith("tiny, 64 tokens: evaluation / 2 passes")
     assert "at most 1.2" in line
 
 
-def test_bench_cache_prints_a_row_for_every_target_and_every_cost(capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench_cache.main(["--tokens", "64", "--repeats", "1"]) == 0
+def test_bench_cache_keeps_a_row_for_every_target_and_every_cost(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "bench.json"
+    assert bench_cache.main(["--tokens", "64", "--repeats", "1", "--json", str(file)]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "quanto" not in line]
     assert lines[:2] == [hardware(), HEADER]
-    (table,) = find_tables("\n".join(lines))
-    assert [target.partition(":")[0] for *_, target in table.rows] == [
-        "at most 0.222222",
-        "at most 1.5",
-        *["none"] * 6,
-    ]
-    for name, rows in (("eigen", table.rows[2:5]), ("predictive", table.rows[5:])):
+    kept = load(file)
+    rows = [row for row in kept.rows if "quanto" not in row.name]
+    assert [line[:58].rstrip() for line in lines[2:]] == [row.name for row in rows]
+    assert [row.figures.get("at_most") for row in rows] == [1 / 4.5, 1.5, *6 * [None]]
+    for name, own in (("eigen", rows[2:5]), ("predictive", rows[5:])):
         what = f"64 tokens, 2 layers, {name}: "
-        assert [own for own, *_ in rows] == [
+        assert [row.name for row in own] == [
             f"{what}memory / 16 bits",
             f"{what}static bytes / 16 bits",
             f"{what}step / dynamic cache",
         ]
-        assert float(rows[0][-2]) == pytest.approx(2 / 16, rel=0.03)
+        assert own[0].figures["ratio"] == pytest.approx(2 / 16, rel=0.03)
+    assert kept.commands == ("python -m scripts.bench.cache --tokens 64 --repeats 1",)
+    assert hardware() in kept.conditions.machine
+    assert all(f"| {row.name} | " in results_text(kept) for row in rows)
 
 
 @pytest.mark.parametrize("make", [eigen, predictive], ids=lambda make: make.__name__)

@@ -92,3 +92,6 @@ def test_the_demo_prints_a_table_and_where_its_files_are(
     assert "artifact inspect runs/demo/nuq4.safetensors" in ran.out
     assert ran.err.count("$ calibrate") == ran.err.count("$ evaluate") == 3
     assert (tmp_path / "runs/demo/nuq2.safetensors").exists()
+    rows = json.loads((tmp_path / "runs/demo/results.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["4 bits", "3 bits", "2 bits"]
+    assert demo.table(demo.BITS, rows) in ran.out

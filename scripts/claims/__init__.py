@@ -1,1 +1,0 @@
-"""The figures of the README and the commands that reproduce them."""
