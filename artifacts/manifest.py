@@ -47,7 +47,7 @@ class CorpusRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Everything in an artifact that is not a tensor.
+    """Provenance and specifications: all of an artifact but its tensors.
 
     Parameters
     ----------

@@ -7,6 +7,7 @@ from typing import Literal
 
 Stage = Literal["pre_rope", "post_rope"]
 
+# Predictors use the key of the same layer for a value, never the reverse: keys come first.
 _ORDER = {"key": 0, "value": 1, "query": 2}
 _PATTERN = re.compile(r"layers\.(0|[1-9][0-9]{0,5})\.(key|value|query)(?:\.(pre_rope|post_rope))?")
 
@@ -14,7 +15,7 @@ _PATTERN = re.compile(r"layers\.(0|[1-9][0-9]{0,5})\.(key|value|query)(?:\.(pre_
 @functools.total_ordering
 @dataclass(frozen=True)
 class Site:
-    """One place in a model: a layer's keys, values or queries, before or after rotation.
+    """Place in a model: a layer's keys, values or queries, before or after rotation.
 
     Sites sort by layer, then key, value, query: the order in which a cache fills.
 

@@ -13,7 +13,7 @@ _FORMAT_BITS: Mapping[object, Option] = {"e4m3": 8, "e5m2": 8, "mxfp4": 4, "nvfp
 
 @dataclass(frozen=True, kw_only=True)
 class QuantSpec:
-    """Everything needed to rebuild a quantizer except its tensors, as plain JSON both ways.
+    """Specification of a quantizer: all that is needed to rebuild it but its tensors, as JSON both ways.
 
     Parameters
     ----------
@@ -84,6 +84,7 @@ class QuantSpec:
         """
         if self.inner is not None:
             return self.inner.bits
+        # Kinds without `bits` store 16-bit values (identity), except floating-point formats, whose width is their name.
         bits = _FORMAT_BITS.get(self.options.get("format"), self.options.get("bits", 16))
         if isinstance(bits, bool | str) or not 0 <= bits <= 16:
             raise ValueError(f"{self.kind}: bits must be a number from 0 to 16; got {bits!r:.60}")

@@ -253,6 +253,7 @@ def _check_instructions(data: bytes) -> None:
         position = at or 0
         if instruction.name not in _INSTRUCTIONS:
             raise ArtifactError(f"it uses the instruction {instruction.name}")
+    # `genops` and `load` stop at STOP: data behind it would go unnoticed, and equal content have several files.
     if position != len(data) - 1:
         raise ValueError("data follows its end")
 

@@ -181,6 +181,8 @@ def _real_rows(x: Float[Tensor, "batch heads tokens head_dim"], mask: Tensor | N
 @contextmanager
 def _without_weight_gradients(model: nn.Module) -> Iterator[None]:
     """Turns off gradients of the weights inside the context, which saves their memory and time."""
+    # Gradients at keys and values need the graph from there on only; those of weights would take as much memory as the
+    # weights themselves.
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     for weight in trained:
         weight.requires_grad_(False)

@@ -52,6 +52,8 @@ class MixedRadix:
         for (digit, word), channel in zip(places, coded, strict=True):
             radices[digit, word] = n_levels[channel]
         widths = torch.tensor([width for _, _, width in words], dtype=torch.int64)
+        # Words follow one another without gaps: a word of up to 56 bits may start at any bit of a byte, so that it
+        # touches at most 8 bytes.
         first_bit = widths.cumsum(0) - widths
         self._layout = {
             "coded": torch.tensor(coded, dtype=torch.int64),

@@ -45,6 +45,7 @@ def read_pickle(path: Path, data: bytes) -> Any:
 def _check_instructions(data: bytes) -> None:
     """Rejects instructions that refer to objects outside the file or claim more memo entries than it has bytes."""
     position = -1
+    # A memo index is 4 bytes: without the check a few bytes make the unpickler allocate a table of gigabytes.
     for instruction, argument, at in pickletools.genops(data):
         position = at or 0
         if instruction.name in _FORBIDDEN:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Heads:
-    """All heads of one output, in the order of its columns: keys, values, queries, or several of these.
+    """Heads of one output, in the order of its columns: keys, values, queries, or several of these.
 
     Parameters
     ----------

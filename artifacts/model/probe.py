@@ -80,6 +80,7 @@ def _stand_in(seen: Evidence, child: str, noise: torch.Generator) -> Callable[[n
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         if not isinstance(output, Tensor):
             return output
+        # Copies: a module may change its input or output in place afterwards, as fused kernels and clipping do.
         seen.received[child] = args[0].clone()
         seen.sent[child] = (_NOISE_SCALE * torch.randn(output.shape, generator=noise)).to(output)
         return seen.sent[child].clone()

@@ -78,7 +78,8 @@ def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:
     >>> def reply(model, cache, ids):
     ...     return model.generate(ids, **cache_argument(model, cache))
     """
-    keywords = map(cache_keyword, model.modules())  # a wrapper, such as PEFT's, may take anything: what it wraps counts
+    # A wrapper such as PEFT's takes *args and **kwargs: the first module inside with a cache parameter decides.
+    keywords = map(cache_keyword, model.modules())
     return {next(filter(None, keywords), _KEYWORDS[0]): cache}
 
 

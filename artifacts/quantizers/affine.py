@@ -20,7 +20,7 @@ from artifacts.quantizer import RANGE_SLACK, Context, Quantizer
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Affine(Quantizer):
-    """One static scale per channel: x ~ offset + scale * code, code in 0 .. 2^bits - 1.
+    """Uniform quantizer with a static scale per channel: x ~ offset + scale * code, code in 0 .. 2^bits - 1.
 
     Parameters
     ----------

@@ -67,6 +67,7 @@ class BlockFloat(Quantizer):
             raise ValueError(f"{self.kind}: nvfp4 needs a tensor_scale and mxfp4 none; got {given} for {self.format}")
         if self.tensor_scale is not None:
             check_vector(self.kind, "tensor_scale", self.tensor_scale, 1, positive=True)
+            # Neither the scale of the smallest block nor the largest magnitude may vanish or overflow in float32.
             for factor in (_LEAST_BLOCK_SCALE, LARGEST_PER_TENSOR_SCALE):
                 check_vector(self.kind, f"tensor_scale * {factor:g}", self.tensor_scale * factor, 1, positive=True)
 

@@ -133,6 +133,7 @@ def codes_of(
         boundaries = (wide[:, 1:] + wide[:, :-1]) / 2
     if len(boundaries) > 1:
         boundaries = _per_channel(boundaries, a.shape[1])
+    # Few boundaries: one vectorised comparison per boundary beats a binary search per value.
     if boundaries.shape[1] < _FEW_LEVELS:
         codes = torch.zeros(a.shape, dtype=torch.uint8, device=a.device)
         for boundary in boundaries.unbind(dim=1):

@@ -133,6 +133,7 @@ def from_float8(codes: UInt8[Tensor, "tokens values"], format: Float8Format) -> 
 
 def largest_of_blocks(x: Float32[Tensor, "tokens channels"], size: int) -> Float32[Tensor, "tokens blocks"]:
     """Largest magnitude of each `size` consecutive channels; the last block of a token may be shorter."""
+    # Zeros at the end of a short last block change no maximum of magnitudes.
     blocks: Tensor = pad(x.abs(), (0, -x.shape[1] % size)).unflatten(1, (-1, size))
     return blocks.amax(dim=2)
 

@@ -54,6 +54,7 @@ class Hadamard(AbstractTransform):
 
     def invert(self, z: Float32[Tensor, "tokens channels"]) -> Float32[Tensor, "tokens channels"]:
         """The transform of each block, which is its own inverse, then signs."""
+        # z = (x * s) H with H symmetric and orthonormal and s = 1 / s, hence x = (z H) * s.
         x = hadamard(z, self.group_size)
         return x if self.signs is None else x * self.signs
 

@@ -55,6 +55,7 @@ class Normalised(AbstractWrapper):
 
     def _encode(self, x: Float[Tensor, "tokens channels"], context: Context) -> Codes:
         wide = x.float()
+        # Divide by the norm as stored in float16, the number that decoding multiplies by: its rounding cancels.
         scale = self._half(self._sizes(wide))
         dense = self.inner._encode(self._divide(wide, scale), context)
         if self.correct:

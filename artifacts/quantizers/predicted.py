@@ -148,4 +148,5 @@ def _check_matrix(name: str, matrix: Float[Tensor, "..."], columns: int) -> None
 def _product(
     x: Float32[Tensor, "tokens terms"], matrix: Float32[Tensor, "terms channels"]
 ) -> Float32[Tensor, "tokens channels"]:
+    # Exact in float64 on the grid, so that a token has the same prediction, and the same codes, in any batch.
     return (on_grid(x).double() @ matrix.double()).float()

@@ -68,6 +68,7 @@ class AbstractSparse(AbstractWrapper):
         return codes.tensors["counts"].long()
 
     def _stored_values(self, values: Float[Tensor, " outliers"]) -> Float[Tensor, " outliers"]:
+        # A bfloat16 model keeps its own 16 bits, whose range float16 does not have; float32 is rounded to float16.
         stored = values if values.element_size() == 2 else values.half()
         expect_finite(
             stored,
@@ -258,6 +259,8 @@ class CompactSparse(AbstractWrapper):
     def _encode(self, x: Float[Tensor, "tokens channels"], context: Context) -> Codes:
         wide = x.float()
         mask = self.mask(wide)
+        # A fixed number per head makes indices rectangular, in ascending order: no counts, and an index within the head
+        # instead of one over all channels.
         channels = mask.nonzero(as_tuple=True)[1].view(len(x), self._outliers)
         dense = self.inner._encode(move_to_edge(self._heads(wide), self._heads(mask)).flatten(1), context)
         # The residual, not the value: it is smaller, and its float8 error shrinks with it.

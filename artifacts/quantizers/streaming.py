@@ -127,6 +127,7 @@ class Streaming(Quantizer):
                 "groups of channels. Is it the state of another site?"
             )
         absmax = self._absmax(x.float())
+        # The running absmax includes the current chunk, as its scale must be known when the chunk is encoded.
         states = list(accumulate(absmax, lambda past, chunk: past.after(chunk, self.decay), initial=state))
         running = torch.stack([each.absmax for each in states[1:]]) if len(absmax) else absmax
         promoted = self._promoted(absmax, running)

@@ -42,5 +42,5 @@ class CentredEstimator(WrappingEstimator):
         return Fit(quantizer, inner.source)
 
     def dynamic(self, shape: SiteShape) -> Quantizer:
-        """Not available: means are fitted."""
+        """Raises ValueError: means are fitted."""
         raise ValueError("the mean is fitted; calibrate first")

@@ -218,6 +218,7 @@ class CodebookEstimator(Estimator):
             return pooled(rebin(values, channels, _CHANNEL_BINS), self.pooling), n_coarse
         tables = shape.heads if self.tables == "head" else 1
         weights = values.weights * self._channel_weights(statistics, scale_offset[0])[values.channel]
+        # Channels of a head are adjacent, so channel // (channels / tables) is the head, or 0 for one table.
         table = torch.div(values.channel, channels // tables, rounding_mode="floor")
         return or_middle(rebin(values._replace(channel=table, weights=weights), tables, _SITE_BINS)), n_coarse
 

@@ -45,7 +45,7 @@ class CompactSparseEstimator(WrappingEstimator):
         return Fit(self._around(inner.quantizer, shape, unit), inner.source)
 
     def dynamic(self, shape: SiteShape) -> Quantizer:
-        """Not available: the unit of the residuals is fitted."""
+        """Raises ValueError: the unit of the residuals is fitted."""
         raise ValueError("the unit of the residuals is fitted; calibrate first")
 
     def _around(self, inner: Quantizer, shape: SiteShape, unit: float) -> CompactSparse:

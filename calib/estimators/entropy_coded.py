@@ -83,5 +83,5 @@ class EntropyCodedEstimator(Estimator):
         return self.bits - ends
 
     def dynamic(self, shape: SiteShape) -> Quantizer:
-        """Not available: frequencies are counted."""
+        """Raises ValueError: frequencies are counted."""
         raise ValueError("frequencies of indices are counted; calibrate first")

@@ -60,7 +60,7 @@ class HadamardEstimator(WrappingEstimator):
         width = heads * shape.head_dim
         if shape.heads % heads:
             raise ValueError(f"heads must divide the {shape.heads} heads; got {self.heads}; use 1")
-        return width & -width
+        return width & -width  # the lowest set bit: the largest power of two that divides it
 
 
 def _signs(channels: int) -> Int8[Tensor, " channels"]:

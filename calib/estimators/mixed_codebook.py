@@ -97,6 +97,7 @@ def bytes_per_token(n_levels: Int64[np.ndarray, " channels"]) -> int:
     for start in range(len(coded) - 1, -1, -1):
         product, width, least = 1, 0, _TOO_LONG
         for stop in range(start, len(coded)):
+            # Compared by division: a product of 2^56 times 256 levels overflows 64 bits, silently in compiled code.
             if product > 2**_WORD_BITS // coded[stop]:
                 break
             product *= coded[stop]
@@ -164,6 +165,7 @@ def allocate_levels(distortions: Float64[Tensor, "components counts"], bits: flo
     def taken(budget: float) -> Int64[np.ndarray, " components"]:
         return take_steps(steps.component, steps.bits, steps.levels, n_components, budget)
 
+    # Budgets descend and bytes with them: bisect for the first, largest one whose levels fit.
     chosen = budgets[bisect_left(budgets, True, key=lambda budget: bytes_per_token(taken(budget)) <= most_bytes)]
     found: list[int] = taken(chosen).tolist()
     return found
@@ -236,7 +238,7 @@ class MixedCodebookEstimator(Estimator):
         return Fit(quantizer, ranges.source, trade=lambda: gains(distortions))
 
     def dynamic(self, shape: SiteShape) -> Quantizer:
-        """Not available: levels are fitted."""
+        """Raises ValueError: levels are fitted."""
         raise ValueError("levels are allocated and fitted; calibrate first")
 
 

@@ -63,6 +63,7 @@ def normal_values(
     coarse = (width > step * scale) & ~ranges.constant
     channel, x, counts = (part.cpu() for part in histogram.occupied())
     a = (x - _take(offset, channel)) / _take(scale, channel)
+    # Bins are known by their centres: one that contains an end of the range reaches half a width beyond it.
     slack = (width / (2 * scale) + _ROUNDING).masked_fill(coarse | ranges.constant, -torch.inf)
     values = _inside(channel, a, counts, slack)
     if coarse.any():

@@ -75,6 +75,7 @@ class NormalEquations:
         scale = torch.where(variance > _CONSTANT * variance.max(), variance, torch.inf).rsqrt()
         scaled = scale[:, None] * self.inputs * scale
         scaled.diagonal().add_(ridge)
+        # Not positive definite: rounding has eaten a covariance of (nearly) one token; predict nothing from it.
         factor, failed = torch.linalg.cholesky_ex(scaled)
         if failed:
             return torch.zeros_like(self.cross)
@@ -211,7 +212,7 @@ class PredictedEstimator(WrappingEstimator):
         return replace(inner, quantizer=whole, decoded=decoded, shrinkage=shrinkage)
 
     def dynamic(self, shape: SiteShape) -> Quantizer:
-        """Not available: predictors are fitted."""
+        """Raises ValueError: predictors are fitted."""
         raise ValueError("a predictor is fitted; calibrate first")
 
     def _predictor(

@@ -77,7 +77,7 @@ class RotatedEstimator(WrappingEstimator):
         return replace(inner, quantizer=rotated.wrapping(inner.quantizer))
 
     def dynamic(self, shape: SiteShape) -> Quantizer:
-        """Not available: bases are fitted."""
+        """Raises ValueError: bases are fitted."""
         raise ValueError("a basis is fitted; calibrate first, or use method: hadamard")
 
     def _metric(self, statistics: SiteStatistics) -> Float64[Tensor, "heads head_dim head_dim"]:
@@ -104,6 +104,8 @@ class RotatedEstimator(WrappingEstimator):
         if self.metric != "fisher":
             root: Tensor = torch.block_diag(*_root(metric))
             return root[None]
+        # Errors of several heads add up in the loss: E[g g^T] over all channels has blocks off the diagonal, which only
+        # the gradients of the reservoir have.
         gradients, of_heads = statistics.row_gradients.double(), torch.block_diag(*metric)
         sampled = gradients.mT @ gradients
         return _root((of_heads + sampled * (of_heads.trace() / sampled.trace().clamp_min(1e-300)))[None] / 2)

@@ -146,6 +146,7 @@ class UniformEstimator(Estimator):
         if self.range == "minmax":
             return Fit(self.dynamic(statistics.shape), EXACT)
         rows, shape = statistics.rows, statistics.shape
+        # A dynamic quantizer stores no range: one ratio, rounded to its two decimals, serves all tokens and channels.
         ratios = best_ratios(
             lambda r: self._wrapped(self._dynamic(shape, round(float(r[0]), 2))),
             rows,

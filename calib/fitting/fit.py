@@ -115,6 +115,7 @@ def _fits(
             )
             return dict(zip(estimators, progress(fits), strict=True))
     widest = max(statistics.sites[site].shape.channels for site in estimators)
+    # Threads inside an operation pay only for wide matrices, see _WIDE_CHANNELS.
     with torch_threads(jobs if widest >= _WIDE_CHANNELS else 1):
         chain = Chain(statistics, recipe.sink_tokens)
         if recipe.target_bits is None:

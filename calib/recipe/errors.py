@@ -50,6 +50,8 @@ def recipe_error(error: ValidationError, kind: Any, where: str, marks: Marks) ->
     marks : Marks
         File and line of each entry.
     """
+    # Of a union pydantic reports every member's failure: join those of one location, and drop a location if there are
+    # findings inside it, which are more specific.
     reasons: dict[Location, list[str]] = {}
     for row in error.errors():
         place = _trace(kind, row["loc"])

@@ -82,6 +82,7 @@ def write_bits(ascending: Channels, step: np.float32, bits: Answers) -> None:
         escaped = n - (last - first)
         if escaped:
             taken += escaped * (total - np.log2(escaped - 1 + PRIOR))
+        # An escaped index i is coded as 2 d or 2 d + 1 with d = |i| - REACH: floor(log2(2 d)) bits after the length.
         for place in range(escaped):
             index = np.rint(x[place if place < first else place + last - first] / step)
             taken += ESCAPE_BITS + np.floor(np.log2(2.0 * (abs(index) - REACH)))

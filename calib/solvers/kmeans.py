@@ -57,6 +57,7 @@ def solve_levels(centers: Problems, weights: Problems, levels: Answers) -> None:
                 levels[problem, level] = values[min(level, n - 1)]
             continue
         _fill_rows(prefix, n, rows[: n_levels - 1], cuts)
+        # Trace the optimal intervals back from the last: each starts where the row of one level less is best extended.
         stop = n
         for level in range(n_levels - 1, -1, -1):
             start = _last_start(prefix, rows[level - 1], stop) if level else 0

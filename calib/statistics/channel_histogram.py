@@ -52,6 +52,7 @@ class ChannelHistogram(Statistic):
             self._count_by_torch(wide, weights)
         else:
             columns, own = wide.T.contiguous().numpy(), None if weights is None else weights.T.contiguous().numpy()
+            # 1 / 2^e is exact, so that the compiled product and the division by torch give the same bins.
             state = (1 / self.width(), self.first, self.counts)
             count_channels(columns, own, *(tensor.numpy() for tensor in state))
 
@@ -103,6 +104,8 @@ class ChannelHistogram(Statistic):
         self.counts += torch.bincount(flat, flat_weights, minlength=self.counts.numel()).view_as(self.counts)
 
     def _widen(self, low: Tensor, high: Tensor) -> None:
+        # Width and first bin are functions of the range alone: the state after all tokens does not depend on their
+        # order or on the sharding.
         minimum, maximum = torch.minimum(self.minimum, low), torch.maximum(self.maximum, high)
         exponent = _smallest_exponent(minimum, maximum, self.bins)
         first = torch.floor(torch.ldexp(minimum, -exponent)).to(torch.int32)

@@ -274,6 +274,7 @@ class SiteStatistics:
 
     def estimated_bytes(self) -> int:
         """Memory in bytes when the samples are full."""
+        # Rows are float32, 4 bytes a value; all other state has its final size from the start.
         fixed = sum(statistic.nbytes for statistic in self.statistics.values())
         return fixed + len(self.samples) * SAMPLE_TOKENS[self.tier] * self.shape.channels * 4
 

@@ -126,6 +126,7 @@ def _histogram(
     low, high = inner
     half_range = ((high - low) / 2).clamp_min(0)
     left_out = (x < low) | (x > high) | (half_range <= 0)
+    # a = (x - middle) / half_range in [-1, 1] falls into bin (a + 1) * bins / 2 = (x - low) * bins / (2 half_range).
     place = (x - low) * (bins / 2 / half_range)
     # A range of a few denormals has no finite inverse: what is not a number belongs to the first bin.
     place = torch.where(place > 0, place, 0).clamp_(max=bins - 1)

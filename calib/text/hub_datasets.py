@@ -114,6 +114,7 @@ def _offline_if_unreachable() -> Iterator[None]:
     # Without a network the hub client retries for 23 s before it uses its cache; in offline mode it uses it at once.
     import datasets
 
+    # `datasets` read its flag at import: setting the environment variable now would have no effect.
     before = datasets.config.HF_HUB_OFFLINE
     datasets.config.HF_HUB_OFFLINE = before or not hub_answers(datasets.config.HF_ENDPOINT)
     try:

@@ -59,6 +59,7 @@ def csv_text(path: Path, text: str, field: str, delimiter: str) -> str:
     rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         columns = rows.fieldnames or []
+        # DictReader files surplus columns under None and fills missing ones with None: both lines are incomplete.
         texts = [(rows.line_num, None if None in row else row[field]) for row in rows] if field in columns else []
     except csv.Error as error:
         where = f"{path}, after line {rows.line_num}"
