@@ -10,6 +10,9 @@ PYTEST_ARGS ?= -n 2
 # Data beside the checkout; tests and notebooks that need it skip what they must where it is missing.
 export KVGAUGE_SHARED ?= $(abspath ../shared)
 
+# Modules without bytecode are compiled at every start: ten seconds of each process that imports torch and transformers.
+unexport PYTHONDONTWRITEBYTECODE
+
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 

@@ -9,10 +9,12 @@ import pytest
 
 pytest.register_assert_rewrite("helpers")  # before their import: they assert
 
-# Checks each jaxtyping annotation of the three packages; it must stand before their first import.
+# Checks each jaxtyping annotation of the three packages; it must stand before their first import. A check takes longer
+# than most of the functions that it guards: `pytest_runtest_protocol` below says which tests pay for it.
 jaxtyping.install_import_hook(["artifacts", "calib", "simquant"], "beartype.beartype")
 
 import random
+from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +30,16 @@ from transformers import (
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # workers share the cores: more threads only wait for each other
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, bool, bool]:
+    """Shapes are checked in tests marked `shapes` and in the examples of docstrings; between them all are reached."""
+    jaxtyping.config.update("jaxtyping_disable", item.get_closest_marker("shapes") is None)
+    try:
+        return (yield)
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(autouse=True)

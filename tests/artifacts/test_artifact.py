@@ -50,6 +50,8 @@ from artifacts.quantizers.sparse import PercentileSparse, RankSparse, ThresholdS
 from artifacts.sites import Site
 from artifacts.storage import SUFFIXES, Stored, canonical_json, read, write
 
+pytestmark = pytest.mark.shapes
+
 GOLDEN = Path(__file__).parents[1] / "golden"
 CHANNELS = 8
 KEY, VALUE = Site(0, "key", "pre_rope"), Site(0, "value")

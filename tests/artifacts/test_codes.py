@@ -12,6 +12,8 @@ from artifacts.quantizer import Quantizer
 from artifacts.quantizers.dynamic_affine import DynamicAffine
 from artifacts.quantizers.entropy_coded import EntropyCoded
 
+pytestmark = pytest.mark.shapes
+
 
 def per_group() -> Quantizer:
     return DynamicAffine(channels=8, bits=4, per="channel", group_size=4)

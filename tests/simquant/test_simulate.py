@@ -25,6 +25,8 @@ from calib import calibrate
 from calib.capture import capture
 from simquant import CachePolicy, Usage, simulate
 
+pytestmark = pytest.mark.shapes
+
 
 def observers(sites: Iterable[Site], into: dict[Site, list[Tensor]]) -> dict[Site, Callable[[Tensor], None]]:
     return {site: lambda x, site=site: into.setdefault(site, []).append(x.clone()) for site in sites}

@@ -15,6 +15,8 @@ from calib import calibrate
 from simquant import CachePolicy, evaluate
 from simquant.site_losses import SiteLoss, loss_shares, site_losses
 
+pytestmark = pytest.mark.shapes
+
 WINDOWS = torch.randint(0, 64, (4, 24), generator=torch.Generator().manual_seed(3))
 WORST = Site(1, "key", "pre_rope")
 

@@ -14,6 +14,8 @@ from artifacts.sites import Site
 from simquant import packed_cache, simulate
 from simquant.protocols.decode import decode_exact
 
+pytestmark = pytest.mark.shapes
+
 IDS = torch.arange(10)[None]
 
 

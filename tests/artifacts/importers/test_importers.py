@@ -36,6 +36,8 @@ from calib.estimators.ranges import channel_ranges
 from calib.fitting.fit import fit
 from calib.recipe.recipe import load_recipe
 
+pytestmark = pytest.mark.shapes
+
 KEY, VALUE = Site(0, "key", "pre_rope"), Site(0, "value")
 LEVELS = kvquant_levels(3)
 

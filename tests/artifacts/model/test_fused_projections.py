@@ -16,6 +16,8 @@ from artifacts.quantizers.identity import Identity
 from artifacts.sites import Site
 from simquant.simulate import simulate
 
+pytestmark = pytest.mark.shapes
+
 # transformers 5.17 compiles a part of GPTBigCode as torch no longer likes.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 

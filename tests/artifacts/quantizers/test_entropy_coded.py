@@ -19,6 +19,8 @@ from calib.estimators import entropy_coded as entropy_coded_estimator
 from calib.estimators.estimator import Fit, trial_statistics
 from calib.statistics.site_statistics import SiteShape
 
+pytestmark = pytest.mark.shapes
+
 HEADS, HEAD_DIM = 4, 16
 CHANNELS = HEADS * HEAD_DIM
 SHAPE = SiteShape(site=SITE, heads=HEADS, head_dim=HEAD_DIM)

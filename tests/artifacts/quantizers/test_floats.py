@@ -19,6 +19,8 @@ from artifacts.sites import Site
 from calib.estimators import AnyEstimator, BlockFloatEstimator, Float8Estimator
 from calib.statistics.site_statistics import SiteShape, SiteStatistics
 
+pytestmark = pytest.mark.shapes
+
 LAYOUTS = {"e4m3": (3, 7, 127), "e5m2": (2, 15, 124), "e2m1": (1, 1, 8)}
 """Bits of mantissa, bias of the exponent, and how many codes of one sign are finite."""
 

@@ -45,6 +45,8 @@ from artifacts.registry import KINDS, build
 from artifacts.sites import Site
 from artifacts.spec import QuantSpec
 
+pytestmark = pytest.mark.shapes
+
 # ---- the contract
 
 

@@ -18,6 +18,8 @@ from calib.recipe.compression_config import compression_config
 from calib.recipe.recipe import Recipe
 from calib.statistics.site_statistics import SiteShape, SiteStatistics
 
+pytestmark = pytest.mark.shapes
+
 SITE = Site(3, "key", "pre_rope")
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -29,6 +29,8 @@ from artifacts.quantizers.rotated import Rotated
 from artifacts.quantizers.sparse import CompactSparse, RankSparse, move_to_edge
 from artifacts.sites import Site
 
+pytestmark = pytest.mark.shapes
+
 SITE = Site(3, "key", "pre_rope")
 EPS = torch.finfo(torch.float32).eps
 CHANNELS = 128

@@ -22,6 +22,8 @@ from calib.statistics.readers import query_energy, query_moment
 from calib.statistics.row_sample import RowSample, priorities
 from calib.statistics.site_statistics import SiteShape, SiteStatistics
 
+pytestmark = pytest.mark.shapes
+
 BITS = (2, 3, 4, 5, 8)
 CHANNELS = 16
 SHAPE = SiteShape(site=Site(0, "key", "pre_rope"), heads=2, head_dim=CHANNELS // 2)

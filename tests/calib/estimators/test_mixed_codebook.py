@@ -17,6 +17,8 @@ from calib.estimators.mixed_codebook import LEVEL_COUNTS, allocate_levels
 from calib.statistics.readers import logit_metric
 from calib.statistics.site_statistics import SiteShape, SiteStatistics
 
+pytestmark = pytest.mark.shapes
+
 KEY = Site(0, "key", "pre_rope")
 
 

@@ -22,6 +22,8 @@ from calib.statistics.model_statistics import ModelStatistics
 from calib.statistics.site_statistics import SAMPLE_TOKENS, Tier
 from calib.text.corpus import CorpusError
 
+pytestmark = pytest.mark.shapes
+
 WINDOWS = torch.randint(0, 64, (4, 40), generator=torch.Generator().manual_seed(0))
 FITTED = ["default", "kvquant", "kvquant-rank", "kvquant-3-compact", "eigen"]
 """One recipe for each way in which estimators read statistics; all of them are fitted in `test_shipped_recipes.py`."""

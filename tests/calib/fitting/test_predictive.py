@@ -44,6 +44,8 @@ from simquant.evaluation.site_errors import attention_errors
 from simquant.policy.policy import CachePolicy, ResidualWindow
 from simquant.simulate import simulate
 
+pytestmark = pytest.mark.shapes
+
 KEY0, VALUE0, KEY1, VALUE1 = (
     Site(0, "key", "pre_rope"),
     Site(0, "value"),

@@ -10,6 +10,8 @@ import torch
 from calib.solvers.compiled import compiled
 from calib.solvers.threads import in_parts, torch_threads
 
+pytestmark = pytest.mark.shapes
+
 
 def test_where_nothing_can_be_kept_a_function_is_compiled_all_the_same() -> None:
     """As in a container whose packages and home are read-only."""

@@ -12,6 +12,8 @@ from torch import Tensor
 from calib.solvers.kmeans import distortion, distortion_by_levels, kmeans_1d
 from calib.solvers.lloyd import kmeans_lloyd
 
+pytestmark = pytest.mark.shapes
+
 
 def random_problems(n_problems: int, n_bins: int, seed: int, empty: float = 0.2) -> tuple[Tensor, Tensor]:
     """Ascending centers with ties, and weights of which a share `empty` is zero."""

@@ -31,6 +31,8 @@ from calib.statistics.site_statistics import FISHER, SAMPLE_TOKENS, SiteStatisti
 from calib.statistics.token_histogram import OUTLIER_FRACTIONS, TokenHistogram, token_histogram
 from kvgauge.cli.calibrate import main
 
+pytestmark = pytest.mark.shapes
+
 KEY, VALUE = Site(1, "key", "pre_rope"), Site(1, "value")
 both_stages = pytest.mark.parametrize("stage", ["pre_rope", "post_rope"])
 

@@ -29,6 +29,8 @@ from calib.statistics.tails import Tails
 from calib.statistics.token_batch import TokenBatch
 from calib.statistics.token_histogram import OUTLIER_FRACTIONS, TokenHistogram
 
+pytestmark = pytest.mark.shapes
+
 CHANNELS = 16
 FACTORIES: dict[str, Callable[[], Statistic]] = {
     "tails": lambda: Tails(CHANNELS, depth=64),

@@ -30,6 +30,8 @@ from calib.text.windows import (
     without_start,
 )
 
+pytestmark = pytest.mark.shapes
+
 HubCalls = list[tuple[tuple[object, ...], dict[str, object]]]
 
 

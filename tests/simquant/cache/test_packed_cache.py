@@ -28,6 +28,8 @@ from simquant import CachePolicy, CacheStateError, ResidualWindow, packed_cache
 from simquant.cache.attention.block_attention import BlockAttention, Scoring
 from simquant.policy.checks import check_cacheable, group_tokens
 
+pytestmark = pytest.mark.shapes
+
 CAUSAL = [name for name in QUANTIZERS if make(name).tokens_per_scale == 1]
 GROUPED = [name for name in QUANTIZERS if (make(name).tokens_per_scale or 1) > 1]
 WINDOWS = {

@@ -14,6 +14,8 @@ from simquant import CachePolicy
 from simquant.cache.store.room import Room
 from simquant.cache.store.token_store import TokenStore
 
+pytestmark = pytest.mark.shapes
+
 ROWS = torch.arange(600.0).view(200, 3)
 
 

@@ -20,6 +20,8 @@ from artifacts.storage import read, write
 from simquant import CachePolicy, CacheStateError, Eviction, load_cache, packed_cache, save_cache
 from simquant.cache.saving.saved_cache import FORMAT, VERSION
 
+pytestmark = pytest.mark.shapes
+
 CHANNELS = 16
 IDS = torch.randint(3, 64, (2, 30), generator=torch.Generator().manual_seed(0))
 POLICIES = {

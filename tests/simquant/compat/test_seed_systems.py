@@ -42,6 +42,8 @@ from simquant import (
     unpatch_model,
 )
 
+pytestmark = pytest.mark.shapes
+
 IDS = torch.arange(3, 43).reshape(2, 20)
 ONE = IDS[:1]
 SMALL = {"k_bits": 2, "v_bits": 2, "group_size": 4, "residual_length": 6}

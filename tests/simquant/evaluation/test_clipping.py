@@ -25,6 +25,8 @@ from calib import calibrate
 from calib.estimators.codebook_levels import fixed_levels
 from simquant.evaluation.clipping import clipped_shares, drift_warning
 
+pytestmark = pytest.mark.shapes
+
 LOW, HIGH = -torch.linspace(0.5, 2, 8), torch.linspace(1, 4, 8)
 X = 3 * torch.randn(500, 8, generator=torch.Generator().manual_seed(5))
 for end in (LOW, HIGH, -HIGH):

@@ -26,6 +26,8 @@ from simquant.evaluation import scoring
 from simquant.evaluation.costs import Costs
 from simquant.evaluation.figures import clustered_mean, clustered_rms, perplexity_of
 
+pytestmark = pytest.mark.shapes
+
 REQUIRED = {
     "costs",
     "fp",

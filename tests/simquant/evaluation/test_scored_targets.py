@@ -13,6 +13,8 @@ from simquant.evaluation.figures import clustered_mean
 from simquant.evaluation.scored_targets import ScoredTargets, strided_windows
 from simquant.evaluation.scoring import Scores
 
+pytestmark = pytest.mark.shapes
+
 TEXT = torch.randint(0, 64, (83,), generator=torch.Generator().manual_seed(1))
 
 

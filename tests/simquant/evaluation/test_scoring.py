@@ -10,6 +10,8 @@ from torch.overrides import TorchFunctionMode
 
 from simquant.evaluation.scoring import ScoredLogits, Scores, score
 
+pytestmark = pytest.mark.shapes
+
 VOCABULARY = 2**18
 
 

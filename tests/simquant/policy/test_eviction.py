@@ -36,6 +36,8 @@ from simquant.cache.store.cached_sequence import Survivors
 from simquant.cache.store.token_store import TokenStore
 from simquant.evaluation.attention_inputs import attention_inputs
 
+pytestmark = pytest.mark.shapes
+
 CHANNELS = 16
 PROMPT = (torch.arange(40) * 7 % 61 + 2)[None]
 LATER = (torch.arange(14) * 5 % 59 + 3)[None]
