@@ -65,9 +65,9 @@ class Quantizer(ABC):
         return 1
 
     @property
-    def looks_ahead(self) -> bool:
-        """True for a non-causal quantizer: the decoded token depends on later tokens of its call."""
-        return self.tokens_per_scale != 1
+    def is_causal(self) -> bool:
+        """True if no decoded token depends on later tokens of its call."""
+        return self.tokens_per_scale == 1
 
     @final
     def encode(self, x: Float[Tensor, "tokens channels"], context: Context = ()) -> Codes:
@@ -121,7 +121,7 @@ class Quantizer(ABC):
     @abstractmethod
     def _decode(self, codes: Codes, context: Context) -> Float[Tensor, "tokens channels"]: ...
 
-    def deviation(self, x: Float[Tensor, "tokens channels"]) -> Float[Tensor, "tokens channels"]:
+    def outlier_score(self, x: Float[Tensor, "tokens channels"]) -> Float[Tensor, "tokens channels"]:
         """Outlier score of each value: distance from the mean of its token."""
         return (x - x.mean(dim=1, keepdim=True)).abs()
 

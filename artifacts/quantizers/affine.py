@@ -57,14 +57,14 @@ class Affine(Quantizer):
             return self.scale * (steps.float() - top_code(self.bits, symmetric=True) / 2)
         return self.offset + self.scale * steps
 
-    def deviation(self, x: Float[Tensor, "tokens channels"]) -> Float[Tensor, "tokens channels"]:
+    def outlier_score(self, x: Float[Tensor, "tokens channels"]) -> Float[Tensor, "tokens channels"]:
         """Distance from the middle of the channel's range, in steps."""
         steps: Tensor = (x - self._offset) / self.scale
         return (steps - top_code(self.bits, symmetric=self.offset is None) / 2).abs()
 
     def outside(self, x: Float[Tensor, "tokens channels"]) -> Bool[Tensor, "tokens channels"]:
         """True beyond the first and the last code."""
-        return self.deviation(x.float()) > RANGE_SLACK * top_code(self.bits, symmetric=self.offset is None) / 2
+        return self.outlier_score(x.float()) > RANGE_SLACK * top_code(self.bits, symmetric=self.offset is None) / 2
 
     @property
     def _offset(self) -> Float32[Tensor, " channels"]:

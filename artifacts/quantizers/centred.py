@@ -47,6 +47,6 @@ class Centred(AbstractTransform):
         # With restored = mean the transform is exactly undone up to rounding; a bias correction differs on purpose.
         return z + (self.mean if self.restored is None else self.restored)
 
-    def deviation(self, x: Float[Tensor, "tokens channels"]) -> Float[Tensor, "tokens channels"]:
+    def outlier_score(self, x: Float[Tensor, "tokens channels"]) -> Float[Tensor, "tokens channels"]:
         """Outlier score of the wrapped quantizer for x - mean."""
-        return self.inner.deviation(x - self.mean)
+        return self.inner.outlier_score(x - self.mean)

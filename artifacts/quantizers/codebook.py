@@ -62,7 +62,7 @@ class Codebook(Quantizer):
         indices = unpack_levels(codes.tensors["codes"], self.levels.shape[1], codes.shape[1])
         return self.offset + self.scale * look_up(self.levels, indices)
 
-    def deviation(self, x: Float[Tensor, "tokens channels"]) -> Float[Tensor, "tokens channels"]:
+    def outlier_score(self, x: Float[Tensor, "tokens channels"]) -> Float[Tensor, "tokens channels"]:
         """Distance from the middle of the channel's range, in half-ranges."""
         return ((x - self.offset) / self.scale).abs()
 
@@ -72,7 +72,7 @@ class Codebook(Quantizer):
         # An end level stands for its cell, which reaches as far outside as inside: half the gap to its neighbour.
         ends, gaps = levels[:, [0, -1]].abs(), levels.diff(dim=1)[:, [0, -1]]
         reach = torch.where(ends > 1, ends + gaps / 2, 1.0).amax(dim=1, keepdim=True)
-        return self.deviation(x.float()) > RANGE_SLACK * _per_channel(reach, self.channels)[:, 0]
+        return self.outlier_score(x.float()) > RANGE_SLACK * _per_channel(reach, self.channels)[:, 0]
 
 
 @final

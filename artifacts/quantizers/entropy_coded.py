@@ -76,9 +76,9 @@ class EntropyCoded(Quantizer):
         return self.group_tokens
 
     @property
-    def looks_ahead(self) -> bool:
-        """False: tokens of a group have a common stream, but no value depends on another token."""
-        return False
+    def is_causal(self) -> bool:
+        """True: tokens of a group have a common stream, but no value depends on another token."""
+        return True
 
     def ideal_bits(self, x: Float[Tensor, "tokens channels"]) -> float:
         """Bits that an ideal entropy coder with these tables needs for the tokens."""
@@ -112,7 +112,7 @@ class EntropyCoded(Quantizer):
         indices = indices.to(words.device)
         return (self.offset[:, None] + self.step * (indices + self._shift(indices))).T
 
-    def deviation(self, x: Float[Tensor, "tokens channels"]) -> Float[Tensor, "tokens channels"]:
+    def outlier_score(self, x: Float[Tensor, "tokens channels"]) -> Float[Tensor, "tokens channels"]:
         """Distance from the offset."""
         return (x - self.offset).abs()
 

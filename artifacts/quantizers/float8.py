@@ -66,13 +66,13 @@ class Float8(AbstractFloat8):
     def _decode(self, codes: Codes, context: Context) -> Float[Tensor, "tokens channels"]:
         return self.scale * from_float8(codes.tensors["codes"], self.format)
 
-    def deviation(self, x: Float[Tensor, "tokens channels"]) -> Float[Tensor, "tokens channels"]:
+    def outlier_score(self, x: Float[Tensor, "tokens channels"]) -> Float[Tensor, "tokens channels"]:
         """Magnitude in units of the channel's scale."""
         return (x / self.scale).abs()
 
     def outside(self, x: Float[Tensor, "tokens channels"]) -> Bool[Tensor, "tokens channels"]:
         """True where a value saturates."""
-        return self.deviation(x.float()) > RANGE_SLACK * largest_float8(self.format)
+        return self.outlier_score(x.float()) > RANGE_SLACK * largest_float8(self.format)
 
 
 @final

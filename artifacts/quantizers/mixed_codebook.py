@@ -62,13 +62,13 @@ class MixedCodebook(Quantizer):
         levels = torch.take(self.levels.float(), digits.long() + self._starts[:, None])
         return self.offset + self.scale * levels.T
 
-    def deviation(self, x: Float[Tensor, "tokens channels"]) -> Float[Tensor, "tokens channels"]:
+    def outlier_score(self, x: Float[Tensor, "tokens channels"]) -> Float[Tensor, "tokens channels"]:
         """Distance from the offset, in scales."""
         return ((x - self.offset) / self.scale).abs()
 
     def outside(self, x: Float[Tensor, "tokens channels"]) -> Bool[Tensor, "tokens channels"]:
         """True beyond one scale from the offset."""
-        return self.deviation(x.float()) > RANGE_SLACK
+        return self.outlier_score(x.float()) > RANGE_SLACK
 
     def _nearest(self, a: Float32[Tensor, "channels tokens"]) -> UInt8[Tensor, "channels tokens"]:
         """Code of the nearest level, ties to the lower one."""

@@ -66,9 +66,9 @@ class Normalised(AbstractWrapper):
         assert codes.inner is not None
         return self.inner._decode(codes.inner, context) * self._per_channel(codes.tensors["scale"])
 
-    def deviation(self, x: Float[Tensor, "tokens channels"]) -> Float[Tensor, "tokens channels"]:
+    def outlier_score(self, x: Float[Tensor, "tokens channels"]) -> Float[Tensor, "tokens channels"]:
         """Outlier score of the wrapped quantizer for the normalised values."""
-        return self.inner.deviation(self._divided(x))
+        return self.inner.outlier_score(self._divided(x))
 
     def outside(self, x: Float[Tensor, "tokens channels"]) -> Bool[Tensor, "tokens channels"] | None:
         """Range check of the wrapped quantizer for the normalised values."""

@@ -75,5 +75,5 @@ class _Running(Quantizer):
     def _decode(self, codes: Codes, context: Context) -> Float[Tensor, "tokens channels"]:
         return self.inner._decode(codes, context)
 
-    def deviation(self, x: Float[Tensor, "tokens channels"]) -> Float[Tensor, "tokens channels"]:
-        return self.inner.deviation(x)
+    def outlier_score(self, x: Float[Tensor, "tokens channels"]) -> Float[Tensor, "tokens channels"]:
+        return self.inner.outlier_score(x)

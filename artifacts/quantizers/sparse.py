@@ -42,7 +42,7 @@ class AbstractSparse(AbstractWrapper):
             "values": self._stored_values(x[rows, channels]),
         }
         # Clamped, not zeroed: a zero could widen the range of a token whose other values are far from zero.
-        dense = self.inner._encode(move_to_edge(wide, mask), context)
+        dense = self.inner._encode(clamp_outliers(wide, mask), context)
         spans = dict.fromkeys(("indices", "values"), self._span)
         return Codes(tensors=tensors, shape=(x.shape[0], x.shape[1]), dtype=x.dtype, spans=spans, inner=dense)
 
@@ -167,7 +167,7 @@ class RankSparse(AbstractSparse):
 
     def mask(self, x: Float32[Tensor, "tokens channels"]) -> Bool[Tensor, "tokens channels"]:
         """True at the largest outlier scores of the wrapped quantizer."""
-        return furthest(self.inner.deviation(x), self.outliers_per_token)
+        return largest_scores(self.inner.outlier_score(x), self.outliers_per_token)
 
     @property
     def _span(self) -> Span:
@@ -180,11 +180,11 @@ class RankSparse(AbstractSparse):
         return torch.full((codes.shape[0],), self.outliers_per_token, device=codes.tensors["indices"].device)
 
 
-def furthest(deviation: Float[Tensor, "*rows values"], count: int) -> Bool[Tensor, "*rows values"]:
+def largest_scores(score: Float[Tensor, "*rows values"], count: int) -> Bool[Tensor, "*rows values"]:
     """True at the `count` largest values of each row; ties go to the first."""
     # topk breaks ties as the device likes: take all above the count-th value, then ties in order until count is full.
-    least = deviation.topk(count, dim=-1).values[..., -1:]
-    beyond, level = deviation > least, deviation == least
+    least = score.topk(count, dim=-1).values[..., -1:]
+    beyond, level = score > least, score == least
     missing = count - beyond.sum(dim=-1, keepdim=True)
     return beyond | (level & (level.cumsum(dim=-1) <= missing))
 
@@ -199,7 +199,7 @@ def upper_quantile(x: Float32[Tensor, "tokens channels"], tail: float) -> Float3
     return torch.lerp(top[:, below : below + 1], top[:, -1:], position - below)
 
 
-def move_to_edge(
+def clamp_outliers(
     x: Float32[Tensor, "*rows values"], mask: Bool[Tensor, "*rows values"]
 ) -> Float32[Tensor, "*rows values"]:
     """Rows with masked values clamped to the range of the unmasked ones; zeros where all are masked."""
@@ -254,7 +254,7 @@ class CompactSparse(AbstractWrapper):
 
     def mask(self, x: Float32[Tensor, "tokens channels"]) -> Bool[Tensor, "tokens channels"]:
         """True at the largest outlier scores of each head, by the wrapped quantizer."""
-        return furthest(self._heads(self.inner.deviation(x)), self.outliers_per_head).flatten(1)
+        return largest_scores(self._heads(self.inner.outlier_score(x)), self.outliers_per_head).flatten(1)
 
     def _encode(self, x: Float[Tensor, "tokens channels"], context: Context) -> Codes:
         wide = x.float()
@@ -262,7 +262,7 @@ class CompactSparse(AbstractWrapper):
         # A fixed number per head makes indices rectangular, in ascending order: no counts, and an index within the head
         # instead of one over all channels.
         channels = mask.nonzero(as_tuple=True)[1].view(len(x), self._outliers)
-        dense = self.inner._encode(move_to_edge(self._heads(wide), self._heads(mask)).flatten(1), context)
+        dense = self.inner._encode(clamp_outliers(self._heads(wide), self._heads(mask)).flatten(1), context)
         # The residual, not the value: it is smaller, and its float8 error shrinks with it.
         missed = (wide - self.inner._decode(dense, context)).gather(1, channels)
         tensors = {

@@ -49,9 +49,9 @@ class AbstractWrapper(Quantizer):
         return self.inner.tokens_per_scale
 
     @property
-    def looks_ahead(self) -> bool:
-        """Causality of the wrapped quantizer."""
-        return self.inner.looks_ahead
+    def is_causal(self) -> bool:
+        """True if the wrapped quantizer is causal."""
+        return self.inner.is_causal
 
     @property
     def decode_multiply_adds(self) -> int:

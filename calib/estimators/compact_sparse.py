@@ -7,7 +7,7 @@ from pydantic import Field
 
 from artifacts.quantizer import Quantizer
 from artifacts.quantizers.float8 import largest_float8
-from artifacts.quantizers.sparse import CompactSparse, move_to_edge
+from artifacts.quantizers.sparse import CompactSparse, clamp_outliers
 from calib.estimators.estimator import Fit
 from calib.estimators.wrapping import WrappingEstimator
 from calib.statistics.site_statistics import SiteShape, SiteStatistics
@@ -35,7 +35,7 @@ class CompactSparseEstimator(WrappingEstimator):
         # The mask depends on the inner quantizer's outlier score, and its fit on the mask: fit once to all values for
         # the mask, then again to the clamped values.
         first = self._around(self.inner.fit(statistics).quantizer, shape, 1.0)
-        rest = move_to_edge(rows, first.mask(rows))
+        rest = clamp_outliers(rows, first.mask(rows))
         mapped = statistics.mapped(rest, statistics.row_gradients if statistics.fisher else None)
         mapped.query_energy, mapped.query_metric = statistics.query_energy, statistics.query_metric
         inner = self.fit_inner(mapped)

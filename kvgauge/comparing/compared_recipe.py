@@ -63,7 +63,7 @@ class ComparedRecipe:
     @property
     def causal(self) -> bool:
         """True where every scale comes from one token alone, or from calibration."""
-        return not any(quantizer.looks_ahead for quantizer in self.artifact.values())
+        return all(quantizer.is_causal for quantizer in self.artifact.values())
 
     def to_json(self) -> dict[str, Any]:
         """Everything, site by site."""

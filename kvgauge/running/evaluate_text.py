@@ -104,7 +104,7 @@ def _check_steps(config: ProtocolConfig, n_tokens: int) -> None:
 
 
 def _warn_of_later_tokens(quantizers: "Mapping[Site, Quantizer]") -> None:
-    if any(quantizer.looks_ahead for quantizer in quantizers.values()):
+    if not all(quantizer.is_causal for quantizer in quantizers.values()):
         say(
             "warning: a dynamic scale per channel is not causal: it looks at the later tokens of its window, which no "
             "cache can do, so the figures are too good. Calibrate for static scales, or use --pertoken k_proj v_proj."

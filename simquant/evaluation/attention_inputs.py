@@ -109,7 +109,7 @@ class AttentionInputs:
         if sink_tokens >= len(rows):
             return x
         # Sources are decoded from token 0 on. Reuse is right unless scales depend on other tokens, sinks among them.
-        known = None if quantizer.looks_ahead and sink_tokens else self.sites.decoded(quantizers, site)
+        known = None if sink_tokens and not quantizer.is_causal else self.sites.decoded(quantizers, site)
         if known is None:
             context = tuple(u[sink_tokens:] for u in _on(x.device, self.sites.context(quantizers, site)))
             read = quantizer.simulate(rows[sink_tokens:], context)

@@ -60,9 +60,9 @@ def protocol_line(
 
 def _is_causal(quantizers: Mapping[Site, Quantizer], protocol: Protocol) -> bool:
     """True if no query reads a token with a scale that depends on a token later than its own."""
-    # Quantizers that look ahead encode a group of tokens with one scale. With one token per step, or with a prefill in
+    # Non-causal quantizers encode a group of tokens with one scale. With one token per step, or with a prefill in
     # full precision and one token per later step, a group is complete before any of its codes is read.
-    if not any(quantizer.looks_ahead for quantizer in quantizers.values()):
+    if all(quantizer.is_causal for quantizer in quantizers.values()):
         return True
     chunking = protocol.chunking
     return protocol.name != "full" and (

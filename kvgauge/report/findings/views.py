@@ -12,7 +12,7 @@ from artifacts.model.attention import AttentionLayer
 from artifacts.model.layout import to_rows
 from artifacts.quantizer import Quantizer
 from artifacts.quantizers.codebook import DynamicCodebook
-from artifacts.quantizers.sparse import AbstractSparse, CompactSparse, ThresholdSparse, move_to_edge
+from artifacts.quantizers.sparse import AbstractSparse, CompactSparse, ThresholdSparse, clamp_outliers
 from artifacts.quantizers.wrapper import AbstractTransform, AbstractWrapper
 from artifacts.sites import Site
 from kvgauge.report.reported_run import ReportedRun
@@ -187,7 +187,7 @@ def _of_tokens(
     inner: DynamicCodebook, x: Float32[Tensor, "tokens channels"], kept: Bool[Tensor, "tokens channels"] | None
 ) -> dict[str, Any]:
     mask = torch.zeros_like(x, dtype=torch.bool) if kept is None else kept
-    inside = move_to_edge(x, mask)
+    inside = clamp_outliers(x, mask)
     low, high = torch.aminmax(inside, dim=1, keepdim=True)
     half = ((high - low) / 2).clamp_min(torch.finfo(torch.float32).tiny)
     return {

@@ -128,7 +128,7 @@ def test_float8_error_is_half_the_last_bit(format: Float8Format, size: float) ->
 
 def test_values_are_far_out_by_their_channel_s_scale() -> None:
     quantizer = Float8(channels=2, scale=torch.tensor([1.0, 100.0]))
-    assert quantizer.deviation(torch.tensor([[-4.0, 50.0]])).tolist() == [[4.0, 0.5]]
+    assert quantizer.outlier_score(torch.tensor([[-4.0, 50.0]])).tolist() == [[4.0, 0.5]]
 
 
 # ---- eight bits, scales of the tokens

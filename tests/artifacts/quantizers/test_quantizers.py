@@ -251,7 +251,7 @@ def test_symmetric_quantizers_treat_both_signs_alike() -> None:
     x = tokens(20)
     for quantizer in (symmetric(24), dynamic(24, symmetric=True)):
         assert torch.equal(quantizer.simulate(-x), -quantizer.simulate(x))
-    torch.testing.assert_close(symmetric(24).deviation(-x), symmetric(24).deviation(x))
+    torch.testing.assert_close(symmetric(24).outlier_score(-x), symmetric(24).outlier_score(x))
     assert torch.equal(symmetric(24).simulate(torch.zeros(2, 24)), torch.zeros(2, 24))
 
 
@@ -339,7 +339,7 @@ def test_outliers_beyond_float16_are_refused() -> None:
 def test_rank_keeps_exactly_k(inner: Quantizer, outliers_per_token: int) -> None:
     quantizer = RankSparse(channels=24, inner=inner, outliers_per_token=outliers_per_token)
     for x in (tokens(40), torch.randint(-2, 3, (40, 24)).float(), torch.ones(3, 24)):
-        order = inner.deviation(x).sort(dim=1, descending=True, stable=True).indices
+        order = inner.outlier_score(x).sort(dim=1, descending=True, stable=True).indices
         expected = torch.zeros(x.shape, dtype=torch.bool).scatter(1, order[:, :outliers_per_token], True)
         assert torch.equal(outliers(quantizer, x), expected)
 

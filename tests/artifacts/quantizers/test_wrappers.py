@@ -26,7 +26,7 @@ from artifacts.quantizers.hadamard import Hadamard, hadamard
 from artifacts.quantizers.identity import Identity
 from artifacts.quantizers.normalised import Normalised
 from artifacts.quantizers.rotated import Rotated
-from artifacts.quantizers.sparse import CompactSparse, RankSparse, move_to_edge
+from artifacts.quantizers.sparse import CompactSparse, RankSparse, clamp_outliers
 from artifacts.sites import Site
 
 pytestmark = pytest.mark.shapes
@@ -259,7 +259,7 @@ def test_constant_channels_come_back_exactly_when_centred() -> None:
 def test_outliers_are_measured_from_the_mean() -> None:
     x, mean = tokens(5), torch.randn(CHANNELS)
     quantizer = Centred(channels=CHANNELS, inner=affine(), mean=mean)
-    assert torch.equal(quantizer.deviation(x), affine().deviation(x - mean))
+    assert torch.equal(quantizer.outlier_score(x), affine().outlier_score(x - mean))
 
 
 # ---- normalised
@@ -342,13 +342,13 @@ INNERS = [affine(), codebook(), dynamic()]
 
 def at_edges(quantizer: CompactSparse, x: Tensor) -> Tensor:
     heads = zip(x.split(quantizer.head_dim, dim=1), quantizer.mask(x).split(quantizer.head_dim, dim=1), strict=True)
-    return torch.cat([move_to_edge(*head) for head in heads], dim=1)
+    return torch.cat([clamp_outliers(*head) for head in heads], dim=1)
 
 
 def naive_mask(quantizer: CompactSparse, x: Tensor) -> Tensor:
     mask = torch.zeros(x.shape, dtype=torch.bool)
     for first in range(0, quantizer.channels, quantizer.head_dim):
-        head = quantizer.inner.deviation(x)[:, first : first + quantizer.head_dim]
+        head = quantizer.inner.outlier_score(x)[:, first : first + quantizer.head_dim]
         order = head.sort(dim=1, descending=True, stable=True).indices[:, : quantizer.outliers_per_head]
         mask[torch.arange(len(x))[:, None], first + order] = True
     return mask
