@@ -108,7 +108,7 @@ def save(artifact: Artifact, path: str | Path) -> None:
     Parameters
     ----------
     artifact : Artifact
-        What `calib.calibrate` or `calib.fit` returned, or `load`.
+        Result of `calib.calibrate`, `calib.fit` or `load`.
     path : str or Path
         Where to; a file that is there is replaced.
 
@@ -131,7 +131,7 @@ def load(path: str | Path) -> Artifact:
     Returns
     -------
     Artifact
-        Bit for bit what was saved.
+        The saved artifact, bit for bit.
 
     Raises
     ------

@@ -95,7 +95,7 @@ def gather(
     windows : Int64[Tensor, "windows tokens"]
         Token ids of the calibration text, without padding.
     recipe : str or Recipe
-        A shipped recipe's name, a recipe file, or a recipe: it says where keys are taken, and what it reads is taken.
+        Name of a shipped recipe, a recipe file, or a recipe: the stage of its keys and the statistics it needs.
     tier : {'basic', 'full'}
         Set of statistics; `full` is enough for every recipe and takes more memory.
     fisher : bool

@@ -43,7 +43,7 @@ def open_foreign(path: str | Path, hints: Hints | None = None) -> Opened:
     Returns
     -------
     Opened
-        The artifact, and notices of what had to be assumed.
+        The artifact, and notices of assumptions.
 
     Raises
     ------

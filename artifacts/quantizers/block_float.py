@@ -27,7 +27,7 @@ _LEAST_BLOCK_SCALE = 2.0**-9
 """Smallest positive e4m3 number, the least scale of an NVFP4 block; blocks far below the tensor's maximum need it."""
 
 LARGEST_PER_TENSOR_SCALE = _LARGEST_ELEMENT * largest_float8("e4m3")
-"""The largest magnitude that nvfp4 gives back, in units of the tensor's scale."""
+"""Largest magnitude that nvfp4 can decode, in units of the tensor's scale."""
 
 
 @final
@@ -45,7 +45,7 @@ class BlockFloat(Quantizer):
         Blocks of 32 with a power of two as scale, 2^(floor(log2(largest magnitude)) - 2); or blocks of 16 with a
         scale of `tensor_scale` times a float8 (e4m3), which is largest magnitude / 6 / `tensor_scale`.
     tensor_scale : Float32[Tensor, "1"] or None
-        With nvfp4 only: the site's largest magnitude / (6 * 448), in units of x. What lies beyond saturates.
+        With nvfp4 only: the site's largest magnitude / (6 * 448), in units of x. Larger magnitudes saturate.
 
     References
     ----------
