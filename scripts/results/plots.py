@@ -21,7 +21,7 @@ def pareto_svg(results: Results) -> bytes:
     ResultsError
         If a row lacks one of the figures.
     """
-    from kvgauge.comparing.pareto import Point, save_pareto
+    from kvgauge.terminal.pareto import Point, save_pareto
 
     points = [Point(row.name, *(_number(row.figures, path) for path in _AXES)) for row in results.rows]
     with TemporaryDirectory() as folder:

@@ -1,5 +1,6 @@
 """A file of measured figures: rows, each with the commands that gave it and the conditions they ran under."""
 
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -181,5 +182,8 @@ def load_all(folder: Path = RESULTS) -> dict[str, Results]:
 
 
 def to_text(results: Results) -> str:
-    """A file's content; what has its default is left out."""
-    return results.model_dump_json(indent=1, exclude_defaults=True) + "\n"
+    """Content of a file, with one row a line; defaults are left out."""
+    found = results.model_dump(mode="json", exclude_defaults=True)
+    rows = ",\n".join(f"  {json.dumps(row, ensure_ascii=False)}" for row in found.pop("rows", []))
+    head = json.dumps(found, indent=1, ensure_ascii=False).removesuffix("\n}")
+    return f'{head},\n "rows": [\n{rows}\n ]\n}}\n'
