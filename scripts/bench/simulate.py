@@ -25,7 +25,7 @@ BATCH = 8
 """Windows per forward pass."""
 
 SITE_SECONDS = 0.15
-"""What a shipped recipe may take for the vectors of a site."""
+"""Seconds that a shipped recipe may take for the vectors of a site."""
 
 OUTLIERS = {"fraction": 0.01}
 """Fraction of the values stored as outliers."""

@@ -93,7 +93,7 @@ def _run_one(name: str, results: Results, args: argparse.Namespace) -> bool:
 
 
 def _lacking(results: Results, named: bool) -> str:
-    """Why commands are not run; empty if they are."""
+    """Reason for which commands are not run; empty if they are."""
     if "shared" in results.needs and _data_folder() is None:
         return "needs the data folder; set KVGAUGE_SHARED"
     others = [need for need in results.needs if need != "shared"]

@@ -1,4 +1,4 @@
-"""What differs between the pages and the results."""
+"""Differences between the pages and the results."""
 
 from pathlib import Path
 

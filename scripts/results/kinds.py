@@ -71,7 +71,7 @@ class Kind:
         return f"`{row.name}`" if self.code else row.name + star
 
     def read(self, written: Mapping[str, Any], row_name: str) -> dict[str, Figures]:
-        """Figures by row of what a program wrote; `row_name` is that of the only one where all of it is one row."""
+        """Figures by row in the JSON of a program; `row_name` names the row if all of the JSON is one."""
         if self.rows is None:
             return {row_name: kept(self.columns, written)}
         found = written[self.rows]
@@ -80,7 +80,7 @@ class Kind:
 
 
 def kept(columns: Sequence[Column], written: Mapping[str, Any]) -> Figures:
-    """What the columns show of it, and whether it is causal, nested as it was."""
+    """Figures that the columns show, and the mark for a causal recipe, nested as they were."""
     found: dict[str, Any] = {}
     for path in [*(path for column in columns for path, _ in column.fields()), "causal"]:
         value = figure(dict(written), path)
@@ -95,7 +95,7 @@ def kept(columns: Sequence[Column], written: Mapping[str, Any]) -> Figures:
 
 
 def figure(figures: JsonValue, path: str) -> JsonValue:
-    """What stands at a dotted path; None where nothing does."""
+    """Figure at a dotted path; None if there is none."""
     for name in path.split("."):
         figures = figures.get(name) if isinstance(figures, dict) else None
     return figures

@@ -114,7 +114,7 @@ def _only(folder: Path, name: str) -> Path:
 
 
 def run_command(command: str, folder: Path) -> str:
-    """What a command prints, run in a folder with the Python and the checkout of this process.
+    """Standard output of a command, run in a folder with the Python and the checkout of this process.
 
     Raises
     ------

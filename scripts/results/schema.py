@@ -24,7 +24,7 @@ class _Typed(BaseModel):
 
 
 class Conditions(_Typed):
-    """What figures were measured on.
+    """Machine, versions, model and text of a measurement.
 
     Parameters
     ----------
