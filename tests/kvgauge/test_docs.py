@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+import json
 import re
 import shlex
 from pathlib import Path
@@ -16,6 +17,7 @@ from calib.estimators import AnyEstimator
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+RESULTS = ROOT / "docs" / "results"
 PROGRAMS = ("calibrate", "evaluate", "artifact", "kvgauge")
 PLACEHOLDERS = {"...", "…", "FLAGS"}
 """What stands in commands for words that do not matter there."""
@@ -23,6 +25,13 @@ PLACEHOLDERS = {"...", "…", "FLAGS"}
 
 def read(page: Path) -> str:
     return page.read_text(encoding="utf-8")
+
+
+def losses() -> set[str]:
+    """Losses with their errors in docs/results, as pages write them, without signs."""
+    rows = [row["figures"] for file in RESULTS.glob("*.json") for row in json.loads(read(file))["rows"]]
+    pairs = [(row.get("loss_nats", row.get("nats")), row.get("loss_nats_stderr", row.get("stderr"))) for row in rows]
+    return {f"{abs(nats):.4f} ± {error:.4f}" for nats, error in pairs if None not in (nats, error)}
 
 
 def commands(text: str) -> list[list[str]]:
@@ -92,6 +101,13 @@ def test_every_recipe_and_method_is_explained() -> None:
     methods = [estimator.model_fields["method"].default for estimator in get_args(get_args(AnyEstimator)[0])]
     index = read(ROOT / "docs/recipes/index.md")
     assert [name for name in methods if f"`{name}`" not in index] == []
+
+
+def test_losses_beside_recipes_are_those_of_the_results() -> None:
+    text = " ".join("".join(read(page) for page in PAGES if page.parent.name == "recipes").split())
+    stated = re.findall(r"\d\.\d{4} ± \d\.\d{4}", text)
+    assert len(stated) > 20
+    assert sorted(set(stated) - losses()) == []
 
 
 def test_names_of_the_public_face_are_there() -> None:
