@@ -440,7 +440,7 @@ def assert_same_model(found: ModelStatistics, expected: ModelStatistics) -> None
         assert_same(own, other), site
     for pair, moments in expected.cross.items():
         torch.testing.assert_close(found.cross[pair].products, moments.products, rtol=1e-6, atol=1e-9)
-    for name in ("sample", "head"):
+    for name in ("sample", "first"):
         assert torch.equal(getattr(found, name).priorities, getattr(expected, name).priorities)
         assert getattr(found, name).n_seen == getattr(expected, name).n_seen
     assert (found.n_tokens, found.seqlen, found.corpus) == (expected.n_tokens, expected.seqlen, expected.corpus)
