@@ -97,6 +97,8 @@ def _add_statistics_options(parser: argparse.ArgumentParser) -> None:
 def _main(argv: list[str]) -> int:
     config = parsed(CalibrateConfig, parser().parse_args(argv))
     set_up_logging(config.verbose)
+    # Imports inside functions, here and in the other programs: torch and transformers take seconds to import, which
+    # --help and a wrong option should not cost.
     from calib.recipe.recipe import load_recipe, shipped_recipes
 
     if config.list_recipes:

@@ -47,6 +47,7 @@ def _main(argv: list[str]) -> int:
     files = {bits: config.output / f"nuq{bits}.safetensors" for bits in BITS}
     results: list[dict[str, Any]] = []
     for bits, file in files.items():
+        # Statistics are gathered once, by the first command, and serve all bits.
         source = ["--from-statistics", statistics] if results else ["--nsamples", 16, "--save-statistics", statistics]
         _call(calibrate, *source, "--nuq", "--abits", bits, "--quantizer-path", file, "--force")
         report = _call(evaluate, "--quantizer-path", file, "--limit", config.limit, "--json")

@@ -67,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _main(argv: list[str]) -> int:
+    # One script of LLaMA3-simquant does both, and this word tells which.
     if "--calibrate" in argv:
         from kvgauge.cli import calibrate
 

@@ -117,6 +117,7 @@ def without_allotment(setup: Setup) -> Setup | None:
     def change(entry: Entry) -> Entry:
         if entry.get("method") != "mixed_codebook":
             return entry
+        # The next whole number of bits: with fewer levels than before the loss would be that of the lost bits.
         alike = {"per": "channel", "tables": "channel", "weights": "none", "pooling": entry["pooling"]}
         return {"method": "codebook", "bits": math.ceil(entry["bits"]), **alike}
 

@@ -135,6 +135,8 @@ def _evaluated(benches: Mapping[str, Bench]) -> dict[str, EvalResult]:
     full = benches[FULL]
     windows = full.windows()
     warn_of_overlap(full.artifact, windows)
+    # Full-precision passes depend on windows and policy alone. Setups under the same policy share them; a window or
+    # sinks that are removed make another policy.
     groups: list[tuple[dict[str, Any], list[str]]] = []
     for name, bench in benches.items():
         protocol = bench.protocol()
@@ -158,6 +160,8 @@ def _evaluated(benches: Mapping[str, Bench]) -> dict[str, EvalResult]:
 
 def _worth(name: str, full: EvalResult, removed: EvalResult) -> Worth:
     """The difference within each window: what all windows share, their difficulty, is not in its error."""
+    # Var(a - b) = Var(a) + Var(b) - 2 Cov(a, b): windows that are hard for both make the covariance large, so that the
+    # paired error is far below that of two separate runs.
     nats, stderr = removed.loss_beyond(full)
     return Worth(
         ingredient=name, nats=nats, stderr=stderr if math.isfinite(stderr) else None, bits=removed.bits["average"]

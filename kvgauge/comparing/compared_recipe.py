@@ -53,6 +53,7 @@ class ComparedRecipe:
 
     def amortised_bits(self, context_tokens: int) -> float:
         """Of keys and values, which have as many channels, with static bytes."""
+        # Keys and values have as many channels each, so that the plain mean is the mean over elements.
         both = self.result.bits["amortised"][str(context_tokens)]
         return float(both["key"] + both["value"]) / 2
 

@@ -162,6 +162,7 @@ def _summed(windows: Sequence[dict[int, AttentionErrors]]) -> dict[int, Attentio
 
 def _to_json(errors: dict[int, AttentionErrors]) -> dict[str, dict[str, str]]:
     """By layer; every bit of the numbers, also where they are not finite."""
+    # Hexadecimal floats keep every bit: a comparison that is gone on with prints the table of one that was not stopped.
     return {str(layer): {name: x.hex() for name, x in asdict(own).items()} for layer, own in errors.items()}
 
 

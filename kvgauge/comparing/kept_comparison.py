@@ -34,6 +34,7 @@ class KeptComparison:
         """The folder of a model and settings; says on standard error if an earlier run left something there."""
         evaluated, calibrated = settings.evaluation(model).text.source, settings.calibration_source(model)
         sources = sorted({model, evaluated, calibrated})
+        # Everything that a figure depends on, the version of the tool included: another release may fit other numbers.
         identity = {
             "model": model,
             "settings": settings.model_dump(mode="json"),

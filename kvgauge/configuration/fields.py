@@ -30,6 +30,7 @@ def filled(kind: type[Configuration], values: Mapping[str, Any]) -> Configuratio
     """
     own: dict[str, Any] = {}
     for field in fields(kind):
+        # A type under TYPE_CHECKING is a string here, and never a configuration.
         if isinstance(field.type, type) and is_dataclass(field.type):
             own[field.name] = filled(field.type, values)
         elif values.get(field.name) is not None:  # None is an option that was not given

@@ -117,6 +117,8 @@ def _window(config: ProtocolConfig, quantizers: "Mapping[Site, Quantizer]") -> d
     if config.residual_length is not None:
         if config.residual_tokens is not None or config.block_tokens is not None:
             raise UsageError("--residual-length sets both windows; remove --residual-tokens and --block-tokens")
+        # KIVI appends a token, attends, and quantizes afterwards: the newest key, and the value that is about to leave,
+        # are still exact in their step. Hence 1 beside blocks of N for keys, and N + 1 for values.
         values = ResidualWindow(residual_tokens=config.residual_length + 1)
         return {"residual_tokens": 1, "block_tokens": config.residual_length, "values": values}
     if config.residual_tokens is None and config.block_tokens is None:

@@ -109,6 +109,8 @@ def _with_method(config: RecipeConfig, tensor: str, base: dict[str, Any], change
     merged = {"per": "channel" if tensor == "key" else "token", **base, **changes}
     if wanted == base["method"]:
         return {**changes, **_per_token_codebook(merged)}
+    # Another method: only the entries that both know are kept. Errors of key channels are weighted by their queries,
+    # those within a token's range by the square of its scale.
     entry: dict[str, Any] = {"method": wanted}
     entry |= {name: merged[name] for name in ("bits", "per", "outliers", "threshold_dtype") if name in merged}
     entry |= {name: changes[name] for name in ("symmetric", "whole_zero_point") if name in changes}
@@ -139,6 +141,7 @@ def _scope(config: RecipeConfig, tensor: str) -> str | None:
         return "channel"
     if token and tensor in token:
         return "token"
+    # Both options are given and neither names this tensor: the ancestors leave it in full precision.
     return "none" if channel is not None and token is not None else None
 
 
@@ -174,6 +177,7 @@ def outlier_entry(config: RecipeConfig, base: dict[str, Any]) -> dict[str, Any] 
         return None
     if config.include_sparse is None and old is None:
         raise UsageError("--sparsity-threshold: no effect without outliers; add --include-sparse")
+    # 1 - 0.99 is 0.010000000000000009 in binary: without rounding it would be another recipe than fraction: 0.01.
     return {"rule": (old or {}).get("rule", "percentile"), "fraction": round(1 - dense, 12)}
 
 

@@ -102,6 +102,8 @@ def check_weights(name: str, model: str, loading: Mapping[str, Iterable[Any]]) -
             f"{name}: {len(mismatched)} weights have other shapes than config.json says, such as {key}: {list(found)}, "
             f"expected {list(expected)}; they would be random. Put the config.json there that belongs to the weights."
         )
+    # Weights that a model has no place for are mostly a sign of the wrong config.json, under which it runs and answers
+    # badly. Three kinds are harmless: tables that are computed, other towers and heads, scales of a serving cache.
     unexpected = sorted(key for key in loading["unexpected_keys"] if not _CONSTANTS.search(key))
     spare = [key for key in unexpected if _OTHER_PARTS.search(key) or _CACHE_SCALES.search(key)]
     _check_used(name, model, sorted({*unexpected} - {*spare}))

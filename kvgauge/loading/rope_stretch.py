@@ -36,6 +36,8 @@ def stretch(config: Any, max_tokens: int | None) -> None:
     who = f"--maxseqlen {max_tokens}"
     if not limit or getattr(own, "alibi", False):
         raise UsageError(f"{who}: {own.model_type} has no limit on positions; use --seqlen alone")
+    # Position interpolation (arXiv 2306.15595): RoPE turns pair i of a head by position * frequency_i. With all
+    # frequencies divided by f, position f * n has the angle that position n had in training. f is whole, as in KVQuant.
     factor = float(math.ceil(max_tokens / limit))
     for rope in _ropes(own, who):
         rope["rope_type"] = _LINEAR[rope["rope_type"]]

@@ -44,6 +44,8 @@ def compared(path: Path, result: Mapping[str, Any] | None) -> dict[str, Any]:
             f"--report-compare {path}: expected results.json of `kvgauge compare`; got another file ({error!r})"
         ) from error
     own = result["fp"]["perplexity"] if result else None
+    # The perplexity of the exact model stands for model, text and windows together; a thousandth leaves room for
+    # another dtype or machine.
     same = own is not None and math.isclose(own, perplexity, rel_tol=1e-3)
     return {"file": path.name, "text": text, "fp_perplexity": perplexity, "same_text": same, "points": points}
 

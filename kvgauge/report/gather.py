@@ -89,6 +89,7 @@ def memory(result: Mapping[str, Any], quantizers: Mapping[Site, Quantizer]) -> l
 
 
 def _row(n_tokens: int, bits: Mapping[str, float], channels: Mapping[str, int], stored: Mapping[str, Any]) -> Any:
+    # bits are per element, static bytes spread over the tokens included: bytes = bits * tokens * channels / 8.
     key, value = (round(bits[tensor] * n_tokens * channels[tensor] / 8) for tensor in ("key", "value"))
     exact = _EXACT_BYTES * n_tokens * sum(channels.values())
     return {
@@ -152,6 +153,7 @@ def _norms(seen: Seen) -> dict[str, dict[str, Any]]:
     for site, sums in seen.norms.items():
         norms = sums / seen.n_windows
         later = norms[FIRST_POSITIONS:] if len(norms) > FIRST_POSITIONS else norms
+        # A median, because the mean would follow the few tokens with huge or tiny norms that are looked for.
         median = float(later.median())
         first = (norms[:FIRST_POSITIONS] / median).tolist() if median else []
         found[str(site)] = {"later_median": median, "first_over_later": first}

@@ -89,6 +89,7 @@ class ReportedRun:
         dataset = config.text.datasets[0]
         text = loaded.corpus(dataset, "evaluation", config.text.field)
         seqlen, start_token = loaded.window_tokens(config.text.seqlen), loaded.start_token(config.text.bos)
+        # No more than were evaluated: pictures and figures then come from the same windows.
         wanted = config.report.report_windows or REPORT_WINDOWS
         limit = min(wanted, config.scoring.limit or wanted)
         artifact = evaluated.artifact

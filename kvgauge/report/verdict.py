@@ -54,6 +54,7 @@ def _state(result: Found) -> str:
         return "broken"
     if stderr is None:
         return "unknown"
+    # About a 95 % interval, if means over windows are close to normal.
     if abs(loss) <= _SURE * stderr:
         return "none"
     return "cost" if loss > 0 else "better"
@@ -111,6 +112,8 @@ def _carrier(sites: Mapping[str, Found], whole: float) -> Iterator[str]:
         yield "No site loses anything that can be told when quantized alone."
     elif top["loss_nats_stderr"] is not None and top["loss_nats"] <= _SURE * top["loss_nats_stderr"]:
         yield f"No single site stands out of the noise; the largest loss is that of the {site_name(name)}, {alone}."
+    # To first order in the errors, losses of single sites add up to that of all. Where errors interact they do not, and
+    # a share of their sum is no share of the loss.
     elif abs(together - whole) <= _ADDING_UP * abs(whole):
         yield f"The {site_name(name)} carry {percent(top['loss_share'])} of it: {alone}."
     else:

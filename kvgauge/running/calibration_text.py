@@ -50,5 +50,6 @@ def calibration_windows(
         )
     except (CorpusError, OSError, ValueError):  # another text under the same name
         return None
+    # The name of a file is a hint; equal digests of the windows prove that it is the very text of the calibration.
     digest = Stored(format="windows", header={"windows": sorted(window_digests(windows))}, arrays={}).digest
     return windows[:_WINDOWS] if digest == corpus.digest else None

@@ -128,6 +128,7 @@ def warn_of_overlap(artifact: "Artifact", windows: Any) -> None:
     if artifact.ngrams is None or not len(artifact.ngrams) or windows.shape[1] < NGRAM_TOKENS:
         return
     share = overlap_fraction(windows, artifact.ngrams)
+    # Common phrases repeat in unrelated texts as well; a thousandth of all runs is more than these make.
     if math.isfinite(share) and share > 0.001:
         say(
             f"warning: about {share:.1%} of the evaluation text was calibrated on (runs of {NGRAM_TOKENS} tokens); "
@@ -163,6 +164,7 @@ def scored_windows(
     if config.stride is None:
         return split_windows(corpus, seqlen=seqlen, limit=config.limit, start_token=start_token), None
     if start_token is not None:
+        # Windows are cut one token shorter, and the start token is put before each of them afterwards.
         windows, scored = scored_windows(config, without_start(corpus, seqlen, start_token), seqlen - 1)
         return begun(windows, start_token), scored
     if config.stride > seqlen:

@@ -112,6 +112,7 @@ def load_artifact(path: Path | None, options: RecipeConfig) -> "Artifact | None"
     opened = open_foreign(path, hints)
     for notice in opened.notices:
         say(f"note: {notice}")
+    # Files of other tools hold fitted tables and no recipe: there is nothing that an option could change.
     if opened.artifact.manifest.recipe.get("name") == IMPORTED:
         flags = [flag(name) for name in _RECIPE_FLAGS if getattr(options, name) is not None]
         if flags or (hints != Hints() and not opened.notices):

@@ -107,6 +107,7 @@ def _windows(config: CalibrateConfig, loaded: "LoadedModel") -> "tuple[Tensor, s
     windows = sample_windows(corpus, n_windows=n_windows, seqlen=seqlen, seed=text.seed, start_token=start_token)
     if config.gather.shard:
         number, total = config.gather.shard
+        # All shards draw the same windows from one seed and take turns: together they are the run without shards.
         windows = windows[number - 1 :: total]
         if not len(windows):
             raise UsageError(

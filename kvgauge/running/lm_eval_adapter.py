@@ -80,6 +80,8 @@ def harness_model(respondent: "Respondent") -> Any:
     def each(reply: Callable[..., Any]) -> Callable[..., list[Any]]:
         return lambda self, requests: [reply(*request.args) for request in bar(requests, reply.__name__)]
 
+    # The base class belongs to an optional package, so that the class is made when it is needed, not when this file is
+    # imported.
     replies = (respondent.loglikelihood, respondent.loglikelihood_rolling, respondent.generate_until)
     return type("PackedCacheModel", (_lm_eval("api.model").LM,), {reply.__name__: each(reply) for reply in replies})()
 
@@ -102,6 +104,7 @@ def _asked(config: HarnessConfig, seed: int) -> Callable[["Respondent"], dict[st
     if unknown or not config.names:
         what = ", ".join(unknown) or repr(config.lm_eval)
         raise UsageError(f"--lm-eval: the harness has no task {what}; list them with: lm-eval ls tasks")
+    # All of them: both models must be asked with the same few-shot examples, in the same order.
     seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
     return lambda respondent: evaluate(
         model=harness_model(respondent),
@@ -146,6 +149,7 @@ def _difference(exact: Mapping[int, float], quantized: Mapping[int, float]) -> d
 
     if len(exact) < 2 or exact.keys() != quantized.keys():
         return {}
+    # Paired by document: both models meet the same hard documents, which cancel in the difference and in its error.
     difference, stderr = mean_and_stderr([quantized[document] - exact[document] for document in exact])
     return {"difference": difference, "difference_stderr": stderr}
 

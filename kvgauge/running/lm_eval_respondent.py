@@ -63,6 +63,7 @@ class Respondent:
                 f"lm-eval: expected a continuation of 1 to {self.context_tokens} tokens; got {n_scored} for "
                 f"{continuation!r:.80}. Stretch the context with --maxseqlen, or remove the task."
             )
+        # One token more than the context holds: the last one is predicted, and never read.
         log_probs, greedy = self._score(whole[-self.context_tokens - 1 :], n_scored)
         return float(log_probs.sum()), greedy
 
@@ -75,6 +76,7 @@ class Respondent:
         ids = [self._prefix, *self._encode(text, bare=True)]
         n_tokens, total = len(ids) - 1, 0.0
         for start in range(0, n_tokens, self.context_tokens):
+            # Scores ids[start + 1 : end + 1], each once; what is read reaches back as far as the context allows.
             end = min(start + self.context_tokens, n_tokens)
             log_probs, _ = self._score(ids[max(0, end - self.context_tokens) : end + 1], end - start)
             total += float(log_probs.sum())
@@ -126,6 +128,7 @@ class Respondent:
         Two steps: by policy the first one may read exact keys and values, so that what is scored belongs in the second.
         """
         tokens = torch.tensor([list(ids)], device=next(self.model.parameters()).device)
+        # The second step begins with the last token before the scored ones, whose logits predict the first of them.
         first = max(1, tokens.shape[1] - 1 - n_scored)
         cache = self.new_cache()
         argument = cache_argument(self.model, cache)

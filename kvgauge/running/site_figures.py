@@ -64,6 +64,7 @@ def _losses(
         batch_size=config.scoring.batch_size,
         progress=lambda batches: bar(batches, "sites alone"),
     )
+    # Each site's share of the sum of their losses; to first order the sum is the loss of all together.
     shares = loss_shares(losses)
     if not config.json:
         print(f"lost by each site alone, {len(windows)} windows:")

@@ -68,6 +68,7 @@ def stamp(source: str) -> str | None:
     """A digest of the names, sizes and times of a file or of a folder's files; None for what is no path here."""
     path = Path(source)
     files = sorted(path.rglob("*")) if path.is_dir() else [path] if path.is_file() else []
+    # Sizes and times instead of contents: to hash a checkpoint takes longer than many cells do.
     rows = [[str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     return digest(rows)[:16] if rows else None
 
@@ -79,6 +80,7 @@ def digest(value: Any) -> str:
 
 def digest_name(identity: Any, model: str, *words: str) -> str:
     """Words that tell a file's content, and a digest that makes it the only one of its name."""
+    # File systems take names of 255 bytes; the digest tells apart what was cut off.
     return f"{readable('-'.join([short_name(model), *words]))[:100]}-{digest(identity)[:12]}"
 
 

@@ -63,6 +63,7 @@ class Runner:
 
     def _run(self, cells: Sequence[Cell], together: Collection[Cell]) -> dict[str, str]:
         """Errors of the cells that failed, by their names."""
+        # Statistics first, each once, then the cells: recipes with keys from the same stage share a model's statistics.
         sources = [_gathering(cell, together) for cell in cells]
         folder = self.folder / "statistics"
         missing = [source for source in dict.fromkeys(sources) if not source.is_kept(folder)]
@@ -101,6 +102,7 @@ def _gathering(cell: Cell, together: Collection[Cell]) -> Gathering:
     return Gathering.serving(cell.model, cell.settings, cell.recipe.stage, recipes)
 
 
+# One at a time: statistics of a large model take gigabytes, and cells with the same ones follow each other.
 @lru_cache(maxsize=1)
 def _statistics(path: Path) -> ModelStatistics:
     return ModelStatistics.load(path)

@@ -68,6 +68,8 @@ class Workers:
 
         Where a worker dies, all others may die with it: what is not known to be finished is called once more, alone.
         """
+        # A worker that is killed, most often for memory, breaks the pool. Results come in order, so that the length of
+        # `found` tells which items are left.
         found: list[str | None] = []
         try:
             found.extend(bar(self._called(function, items), what))

@@ -50,6 +50,7 @@ def run(program: str, main: Callable[[list[str]], int], argv: list[str] | None) 
         say(f"{program}: interrupted. {error}")
         return INTERRUPTED
     except Exception as error:
+        # Looked for by hand: the error may be older than the parsed options.
         if "--debug" in arguments:
             traceback.print_exc()
         say(f"{program}: {_message(error).removeprefix(f'{program}: ')}")
@@ -79,6 +80,7 @@ def bar(items: Iterable[Any], what: str, *, pause: Callable[[Event], bool] = _ha
 
         yield from tqdm(items, desc=what, file=sys.stderr)
         return
+    # A thread tells the progress, because one item, a window of a large model, may take longer than half a minute.
     progress, finished = Progress(what, len(items) if isinstance(items, Sized) else None), Event()
     teller = Thread(target=_tell, args=(progress, finished, pause), daemon=True)
     teller.start()

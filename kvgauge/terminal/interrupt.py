@@ -20,6 +20,7 @@ def between_items(items: Iterable[Any]) -> Iterator[Any]:
     asked: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
+        # The first Ctrl-C is only noted: statistics that hold half a window could neither be saved nor merged.
         if asked:
             raise KeyboardInterrupt
         asked.append(number)

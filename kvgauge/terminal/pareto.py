@@ -117,6 +117,8 @@ def _families(points: Sequence[Point]) -> dict[str, list[Point]]:
 
 def _scale(points: Sequence[Point], axes: Axes) -> None:
     errors = [point.stderr for point in points if math.isfinite(point.stderr) and point.stderr > 0]
+    # Losses span decades, and some are zero or below, which a logarithm cannot show: linear within the noise, where
+    # order means nothing, and logarithmic beyond.
     threshold = float(np.median(errors)) if errors else 1e-4
     decades = [sign * 10.0**n for n in range(math.ceil(math.log10(threshold)), 3) for sign in (1, -1)]
     axes.set_yscale("symlog", linthresh=threshold)
@@ -137,6 +139,8 @@ def _label(point: Point, axes: Axes, taken: Sequence[Bbox]) -> Bbox:
     text = axes.annotate(point.name, where, (0, 0), textcoords="offset points", va="center", fontsize=8)
     text.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5})  # lines run under it
     own = text.get_window_extent()
+    # Greedy: the nearest place that covers neither a mark nor an earlier label. Twelve directions by six distances are
+    # enough for some thirty recipes; a line leads to a label that had to go far.
     places = [(offset, _moved(own, offset, axes.figure.dpi / 72)) for offset in _OFFSETS]
     free = [(offset, box) for offset, box in places if _inside(box, frame) and not box.count_overlaps(taken)]
     offset, box = (free or places)[0]

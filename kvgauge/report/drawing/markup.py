@@ -36,6 +36,7 @@ def text(value: str) -> Markup:
     """HTML for a text."""
     if isinstance(value, Markup):
         return value
+    # Escaped once, here: text from models, files and commands may hold any character.
     tied = escape(value)
     for sign in _TIED:
         tied = tied.replace(sign, sign.replace(" ", "\u00a0"))

@@ -17,6 +17,7 @@ def plain(value: float | None, digits: int = 3) -> str:
         return UNKNOWN
     if not value:
         return "0"
+    # Rounded before its digits are counted: 9.996 becomes 10.0, which has a place less.
     value = float(f"{value:.{digits - 1}e}")
     places = max(0, digits - 1 - math.floor(math.log10(abs(value))))
     text = f"{value:.{places}f}" if abs(value) >= 1e-4 and places < 9 else f"{value:.{digits - 1}e}"
@@ -33,6 +34,7 @@ def with_error(value: float | None, stderr: float | None) -> str:
     """
     if value is None or not stderr:
         return plain(value)
+    # Two digits of the error, and the figure to the same place: further digits are noise.
     places = min(9, max(0, 1 - math.floor(math.log10(stderr))))
     return f"{value:.{places}f} ± {stderr:.{places}f}".replace("-", "−")
 

@@ -68,6 +68,8 @@ def picture(name: str, alt: str, size: tuple[float, float], draw: Callable[[Figu
 
 
 def _inline(svg: str, name: str, alt: str, size: tuple[float, float]) -> str:
+    # Drawings share the name space of their page, so that each gets names of its own. Fonts and colours are left to
+    # the style sheet of the page, light or dark.
     body = svg[svg.index(">", svg.index("<svg")) + 1 :]
     body = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", body, flags=re.DOTALL)
     body = body.replace("xlink:href", "href")

@@ -60,6 +60,7 @@ class Seen:
             if not self._predicts(index):
                 found = attention_errors(inputs, self.quantizers, sink_tokens=self.sink_tokens)
                 self.errors[index] = self.errors.get(index, AttentionErrors()) + found
+            # Sums by position and by channel; divided by the number of windows only where they are shown.
             for site, rows in rows_of(inputs, self.quantizers).items():
                 self.norms[site] = self.norms.get(site, 0) + rows.double().norm(dim=1)
                 mask = kept_mask(self.quantizers[site], rows[self.sink_tokens :])

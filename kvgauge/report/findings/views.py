@@ -131,6 +131,8 @@ def static_range(quantizer: Quantizer) -> tuple[Float32[Tensor, " channels"], Fl
         return quantizer.lower, quantizer.upper
     if isinstance(quantizer, AbstractSparse | CompactSparse):
         return static_range(quantizer.inner)
+    # Every kind of quantizer tells its range this way, without a case for each: values far beyond it come back as its
+    # ends.
     far = torch.full((1, quantizer.channels), _FAR)
     if isinstance(quantizer, AbstractWrapper) or quantizer.outside(far) is None:
         return None
@@ -170,6 +172,7 @@ def _of_channel(
 ) -> dict[str, Any]:
     channel = int((whole.simulate(x) - x).square().sum(dim=0).argmax())
     low, high = (float(end[channel]) for end in reach)
+    # Levels are read off the quantizer: a fine grid over the range comes back as them, whatever encodes it.
     grid = torch.zeros(_GRID, inner.channels)
     grid[:, channel] = torch.linspace(low, high, _GRID)
     levels = inner.simulate(grid)[:, channel].unique()
@@ -188,6 +191,8 @@ def _of_tokens(
 ) -> dict[str, Any]:
     mask = torch.zeros_like(x, dtype=torch.bool) if kept is None else kept
     inside = clamp_outliers(x, mask)
+    # In units of each token's range without its outliers: (x - middle) / half lies in [-1, 1], where the shared levels
+    # are.
     low, high = torch.aminmax(inside, dim=1, keepdim=True)
     half = ((high - low) / 2).clamp_min(torch.finfo(torch.float32).tiny)
     return {

@@ -167,6 +167,7 @@ def _norms(found: Found, tensor: str) -> Markup:
 
 def _norm(ratio: float) -> TableCell:
     """Coloured by how many times smaller or larger than usual."""
+    # As unusual when it is half as large as when it is twice as large.
     unusual = max(ratio, 1 / ratio) - 1 if ratio else 1.0
     return TableCell(f"{ratio:.2f}", heat(unusual, 4.0))
 

@@ -58,6 +58,7 @@ class RandomSampler:
 
     def ask(self, n: int) -> list[Values]:
         """See `Sampler`."""
+        # Rejection: what was drawn before is drawn again. Many vain draws in a row mean that few settings are left.
         start, tries = len(self._seen), 0
         while len(self._seen) < start + n and tries < _TRIES:
             values = {name: parameter.drawn(self._random) for name, parameter in self.parameters.items()}

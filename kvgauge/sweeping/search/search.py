@@ -111,6 +111,8 @@ def search(grid: Grid, n_trials: int, sampler: Sampler, runner: Runner) -> Found
         If the recipe as it is cannot be scored on both parts of the windows.
     """
     wanted, n_windows = _checked(grid)
+    # The least of many noisy losses is too low, the more so the more are tried (the winner's curse). The windows that
+    # choose are therefore not those of the final figure.
     chooses, reports = _Bench(grid, runner), _Bench(grid, runner, first_window=n_windows)
     [base], [base_held_out] = chooses.run([{}]), reports.run([{}])
     for trial in (base_held_out, base):

@@ -65,6 +65,7 @@ class Parameter(BaseModel):
         assert self.low is not None
         assert self.high is not None
         if self.log:
+            # Uniform in the logarithm: as many draws from 0.001 to 0.01 as from 0.01 to 0.1.
             return self.rounded(math.exp(rng.uniform(math.log(self.low), math.log(self.high))))
         return (
             rng.randint(int(self.low), int(self.high)) if self.whole else self.rounded(rng.uniform(self.low, self.high))
@@ -76,6 +77,8 @@ class Parameter(BaseModel):
             return round(value)
         assert self.low is not None
         assert self.high is not None
+        # Four digits, as names and .yaml files show them: the recipe that is tried is the one that they tell. The ends of
+        # the range hold, because rounding may pass them.
         return min(max(float(f"{value:.4g}"), self.low), self.high)
 
 
