@@ -77,8 +77,8 @@ class Parameter(BaseModel):
             return round(value)
         assert self.low is not None
         assert self.high is not None
-        # Four digits, as names and .yaml files show them: the recipe that is tried is the one that they tell. The ends of
-        # the range hold, because rounding may pass them.
+        # Four digits, as names and .yaml files show them: the recipe that is tried is the one that they tell. Rounding
+        # may pass the ends of the range, which hold.
         return min(max(float(f"{value:.4g}"), self.low), self.high)
 
 
