@@ -259,7 +259,7 @@ def test_the_program_reports_in_words_and_figures(
         (
             "kvquant model --protocol cache --prefill-tokens 20 --method H2O --max-capacity-prompt 12 --window-size 4",
             2,
-            "eviction",
+            "no effect in ablate",
         ),
     ],
 )
