@@ -46,7 +46,7 @@ class KeptComparison:
         if folder.exists():
             say(f"{folder}: going on from what an earlier run has finished")
         elif kept.exists():
-            say(f"{kept}: what is there was made with other settings, texts or versions; this comparison starts anew")
+            say(f"{kept}: was made with other settings, texts or versions; this comparison starts from the beginning")
         folder.mkdir(parents=True, exist_ok=True)
         return cls(folder)
 

@@ -175,7 +175,7 @@ def _model(name: str, offline: bool, max_tokens: int | None, **options: Any) -> 
     model, loading = loaded
     spare = check_weights(name, type(model).__name__, loading)
     if spare:
-        say(f"note: {name}: {len(spare)} weights are no part of the language model, such as {spare[0]}; left out")
+        say(f"note: {name}: {len(spare)} weights are not part of the language model, such as {spare[0]}; left out")
     return model
 
 
@@ -227,7 +227,7 @@ def _load_tokenizer(name: str, offline: bool) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=offline)
     except (OSError, ValueError, KeyError) as error:
-        say(f"note: {name} has no tokenizer that can be loaded ({_first_line(error)}); only tokenised text will do")
+        say(f"note: {name} has no tokenizer that can be loaded ({_first_line(error)}); pass token ids as .npy")
         return None
 
 

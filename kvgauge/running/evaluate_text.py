@@ -106,8 +106,8 @@ def _check_steps(config: ProtocolConfig, n_tokens: int) -> None:
 def _warn_of_later_tokens(quantizers: "Mapping[Site, Quantizer]") -> None:
     if not all(quantizer.is_causal for quantizer in quantizers.values()):
         say(
-            "warning: a dynamic scale per channel is not causal: it looks at the later tokens of its window, which no "
-            "cache can do, so the figures are too good. Calibrate for static scales, or use --pertoken k_proj v_proj."
+            "warning: a dynamic scale per channel is not causal: it is computed from later tokens too, which no "
+            "cache has yet, so the figures are too good. Calibrate for static scales, or use --pertoken k_proj v_proj."
         )
 
 
@@ -116,8 +116,8 @@ def _warn_of_other_start(artifact: "Artifact", start_token: int | None) -> None:
     if corpus.n_windows and corpus.start_token != start_token:
         own, here = ("begin" if token is not None else "do not" for token in (corpus.start_token, start_token))
         say(
-            f"note: windows of the calibration {own} with the start token, those evaluated {here}; with --bos in both "
-            "or in neither the quantizers meet what they were fitted to"
+            f"note: windows of the calibration {own} with the start token, those evaluated {here}; use --bos in "
+            "calibrate and evaluate alike"
         )
 
 

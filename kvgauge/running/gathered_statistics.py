@@ -72,7 +72,7 @@ def _gather(config: CalibrateConfig, recipe: "Recipe") -> "ModelStatistics":
     check(recipe, site_shapes(layers, recipe.stage))
     windows, corpus = _windows(config, loaded)
     if recipe.needs_fisher and not gather.fisher:
-        say(f"recipe {recipe.name} reads squared gradients: taking them, as with --fisher")
+        say(f"recipe {recipe.name} needs squared gradients: gathering them, as with --fisher")
     tier: Tier = "full" if recipe.needs_full else gather.statistics
     statistics = new_statistics(
         loaded.model,

@@ -100,7 +100,7 @@ def read_cell(path: Path) -> dict[str, Any] | None:
         return None
     except (ValueError, KeyError, TypeError):
         pass
-    say(f"{path}: damaged; it is done again")
+    say(f"{path}: damaged; this cell is run again")
     return None
 
 

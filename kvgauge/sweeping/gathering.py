@@ -128,7 +128,7 @@ class Gathering:
         try:
             return ModelStatistics.load(path)
         except ArtifactError as error:
-            say(f"{error}; it is gathered again")
+            say(f"{error}; the statistics are gathered again")
             return None
 
     def _identity(self) -> dict[str, Any]:

@@ -74,7 +74,7 @@ class Workers:
         try:
             found.extend(bar(self._called(function, items), what))
         except Exception as error:  # those of the function are in `found`
-            say(f"a worker died ({type(error).__name__}); what is left runs one at a time")
+            say(f"a worker died ({type(error).__name__}); the other items run one at a time")
             found.extend(self._called_alone(function, item) for item in items[len(found) :])
         return found
 

@@ -422,7 +422,7 @@ def test_what_is_finished_is_not_done_again_and_other_settings_start_anew(
     assert compare(f"--recipes rotated.yaml {output}")[0] == 0
     status, _, err = compare(f"--recipes rotated.yaml {output} --seed 1")
     assert status == 0
-    assert "was made with other settings, texts or versions; this comparison starts anew" in err
+    assert "was made with other settings, texts or versions; this comparison starts from the beginning" in err
 
     def forbidden(*_: Any, **__: Any) -> None:
         raise AssertionError
