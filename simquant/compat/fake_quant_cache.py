@@ -148,12 +148,18 @@ def fake_quant_cache(cache: Any, quantizers: Artifact | Mapping[Site, Quantizer]
 def _check_interface(cache: Any) -> None:
     who, update = type(cache).__name__, getattr(cache, "update", None)
     if not callable(update):
-        raise TypeError(f"fake_quant_cache: expected a cache with the method {INTERFACE}; {who} has no update")
+        raise TypeError(
+            f"fake_quant_cache: expected a cache with the method {INTERFACE}; got {who}, which has no update. Use a "
+            "transformers cache"
+        )
     # A signature that cannot take these three arguments would fail only in the model's first forward pass.
     try:
         inspect.signature(update).bind(None, None, 0)
     except (TypeError, ValueError) as error:
-        raise TypeError(f"fake_quant_cache: {who}.update cannot be called as {INTERFACE}: {error}") from error
+        raise TypeError(
+            f"fake_quant_cache: expected a cache with the method {INTERFACE}; got {who}.update, which cannot be called "
+            f"so ({error}). Use a transformers cache"
+        ) from error
 
 
 def _check_quantizer(site: Site, quantizer: Quantizer) -> None:

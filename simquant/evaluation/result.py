@@ -99,6 +99,7 @@ class EvalResult:
                     f"{r.n_targets} targets in {r.n_windows} windows of full-precision perplexity {r.fp_perplexity:.4f}"
                     for r in (self, other)
                 )
+                + ". Evaluate both with the same text, seqlen and number of windows"
             )
         mine, others = (torch.tensor(r.cluster_nats, dtype=torch.float64) for r in (self, other))
         return mean_of_sums(mine - others, torch.tensor(self.cluster_targets))

@@ -126,6 +126,9 @@ def strided_windows(
             parts.append(document.unfold(0, seqlen, stride))  # a view: overlaps are in memory once
             n_scored += [seqlen - 1] + [min(stride, seqlen - 1)] * (len(parts[-1]) - 1)
     if not parts:
-        raise ValueError(f"strided windows: no document has {seqlen} tokens; use a smaller seqlen or a longer text")
+        raise ValueError(
+            f"strided windows: expected a document of at least {seqlen} tokens; got none. Use a smaller seqlen or a "
+            "longer text"
+        )
     windows = parts[0] if len(parts) == 1 else torch.cat(parts)
     return windows[:limit], ScoredTargets(tuple(n_scored[:limit]), stride)

@@ -68,7 +68,7 @@ def named(tasks: Mapping[str, Task], name: str) -> Task:
         return tasks[name]
     close = difflib.get_close_matches(name, tasks, n=1)
     raise TaskError(
-        f"{name}: expected a task out of {', '.join(tasks)}" + (f"; did you mean {close[0]}?" if close else "")
+        f"{name}: expected a task among {', '.join(tasks)}" + (f"; did you mean {close[0]}?" if close else "")
     )
 
 

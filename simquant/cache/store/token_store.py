@@ -194,7 +194,7 @@ class TokenStore:
         dropped = (~kept).nonzero()[:, 0]
         if not len(dropped):
             return
-        first = int(dropped[0] - self.sink_tokens) // self.block_tokens  # blocks before it stay as they are
+        first = int(dropped[0] - self.sink_tokens) // self.block_tokens
         encoded = kept[self.sink_tokens + first * self.block_tokens : self.encoded_end]
         self.blocks, self._room = [*self.blocks[:first], *self._selected(self.blocks[first:], encoded)], Room()
         self.n_tokens -= len(dropped)

@@ -423,9 +423,9 @@ class TwoArguments:
 @pytest.mark.parametrize(
     ("cache", "message"),
     [
-        (object(), r"expected a cache with the method update\(key_states, value_states, layer_idx\); object has no"),
-        (TwoArguments(), r"TwoArguments\.update cannot be called as update\(key_states, value_states, layer_idx\)"),
-        ({}, r"dict\.update cannot be called as"),
+        (object(), r"expected a cache with the method update\(key_states, value_states, layer_idx\); got object, "),
+        (TwoArguments(), r"update\(key_states, value_states, layer_idx\); got TwoArguments\.update, which cannot"),
+        ({}, r"got dict\.update, which cannot be called"),
     ],
     ids=["none", "two arguments", "dict"],
 )
