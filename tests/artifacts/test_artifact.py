@@ -422,7 +422,7 @@ FOREIGN: dict[str, tuple[Callable[[Path], object], type[ArtifactError], str]] = 
     "missing": (lambda path: None, CorruptArtifactError, "cannot be read"),
     "empty": (raw(b""), CorruptArtifactError, "is empty"),
     "directory": (lambda path: path.mkdir(), CorruptArtifactError, "got a directory"),
-    "text": (raw(b"hello, this is text"), CorruptArtifactError, "neither"),
+    "text": (raw(b"hello, this is text"), CorruptArtifactError, "expected a safetensors file or a pickle"),
     "lfs-pointer": (
         raw(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
         CorruptArtifactError,

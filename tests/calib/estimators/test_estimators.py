@@ -285,7 +285,7 @@ def test_each_weighting_is_the_best_at_its_own_objective() -> None:
 
 
 def test_query_weights_need_queries() -> None:
-    with pytest.raises(ValueError, match=r"layers\.0\.key\.pre_rope: weights: query needs the queries"):
+    with pytest.raises(ValueError, match=r"layers\.0\.key\.pre_rope: weights: query needs a key site"):
         CodebookEstimator(weights="query").fit(statistics_of(normal()))
 
 

@@ -204,7 +204,7 @@ def test_what_does_not_go_with_a_shape_is_refused_with_the_site(monkeypatch: pyt
 
 def test_the_site_is_named_once_and_is_the_one() -> None:
     wrong = recipe(overrides=[{"layers": [1], "value": {"method": "codebook", "weights": "query"}}])
-    with pytest.raises(RecipeError, match=r"recipe r: layers\.1\.value: weights: query needs the queries that read"):
+    with pytest.raises(RecipeError, match=r"recipe r: layers\.1\.value: weights: query needs a key site"):
         check(wrong, shapes(2))
 
 
