@@ -44,8 +44,8 @@ lint: $(STAMP)  ## ruff, mypy --strict, and the one-way imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-docs: $(STAMP)  ## build the documentation into site/; a broken link is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+docs: $(STAMP)  ## build the documentation into site/; a warning, such as a broken link, is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # A copy is executed, so neither outputs nor files of a run end up in the checkout.
 notebooks: $(STAMP)  ## execute every notebook from top to bottom
