@@ -25,12 +25,22 @@ help:  ## print this list
 setup: $(STAMP)  ## make the virtual environment and install everything, pinned; quick when nothing changed
 
 # --no-compile: bytecode is written on first import anyway, and compiling all of torch's doubles the time of the install.
+ifeq ($(TRANSFORMERS),)
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"python: 3.11 or newer is needed; {sys.executable} is {sys.version.split()[0]}; try make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	sed -e '$(if $(TRANSFORMERS),s/^transformers==.*/transformers==$(TRANSFORMERS)/)' constraints.txt > $(VENV)/constraints.txt
-	$(BIN)/python -m pip install --quiet --no-compile --constraint $(VENV)/constraints.txt --editable '.[dev,docs]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev,docs]'
 	touch $@
+else
+# All but transformers is that of the first environment, whose packages stand behind those of this one.
+$(STAMP): pyproject.toml constraints.txt
+	$(MAKE) setup TRANSFORMERS= VENV=.venv
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps transformers==$(TRANSFORMERS)
+	.venv/bin/python .ci/borrow.py all $(BIN)/python
+	$(BIN)/python -m pip check
+	touch $@
+endif
 
 demo: $(STAMP)  ## calibrate and evaluate the bundled model at 4, 3 and 2 bits
 	$(BIN)/kvgauge demo
@@ -47,17 +57,14 @@ lint: $(STAMP)  ## ruff, mypy --strict, and the one-way imports
 docs: $(STAMP)  ## build the documentation into site/; a warning, such as a broken link, is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# A copy is executed, so neither outputs nor files of a run end up in the checkout.
-notebooks: $(STAMP)  ## execute every notebook from top to bottom
+# A copy is executed, so neither outputs nor files of a run end up in the checkout. `make -j 2 notebooks` runs two at a time.
+NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+notebooks: $(NOTEBOOKS:%=execute-%)  ## execute every notebook from top to bottom
+execute-%: $(STAMP)
 	@set -e; work=$$(mktemp -d); trap 'rm -rf "$$work"' EXIT; \
-	cp -R notebooks/. "$$work" 2>/dev/null || true; \
-	bin=$$(cd $(BIN) && pwd); cd "$$work"; \
+	cp "$*" "$$work"; bin=$$(cd $(BIN) && pwd); cd "$$work"; \
 	export JUPYTER_RUNTIME_DIR="$$work/.runtime" IPYTHONDIR="$$work/.ipython" PATH="$$bin:$$PATH"; \
-	for notebook in *.ipynb; do \
-		test -e "$$notebook" || { echo "no notebooks"; break; }; \
-		echo "executing $$notebook"; \
-		python -m jupyter execute --timeout=300 "$$notebook"; \
-	done
+	echo "executing $*"; python -m jupyter execute --timeout=300 *.ipynb
 
 results: $(STAMP)  ## fill the tables of README and docs/ from docs/results/, and draw the plots
 	$(BIN)/python -m scripts.results render
