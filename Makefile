@@ -35,8 +35,8 @@ else
 # All but transformers is that of the first environment, whose packages stand behind those of this one.
 $(STAMP): pyproject.toml constraints.txt
 	$(MAKE) setup TRANSFORMERS= VENV=.venv
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile --no-deps transformers==$(TRANSFORMERS)
+	test -x $(BIN)/python || $(PYTHON) -m venv --without-pip $(VENV)
+	.venv/bin/python -m pip --python $(BIN)/python install --quiet --no-compile --no-deps transformers==$(TRANSFORMERS)
 	.venv/bin/python .ci/borrow.py all $(BIN)/python
 	$(BIN)/python -m pip check
 	touch $@
@@ -60,7 +60,8 @@ docs: $(STAMP)  ## build the documentation into site/; a warning, such as a brok
 # A copy is executed, so neither outputs nor files of a run end up in the checkout. `make -j 2 notebooks` runs two at a time.
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 notebooks: $(NOTEBOOKS:%=execute-%)  ## execute every notebook from top to bottom
-execute-%: $(STAMP)
+.PHONY: $(NOTEBOOKS:%=execute-%)
+$(NOTEBOOKS:%=execute-%): execute-%: $(STAMP)
 	@set -e; work=$$(mktemp -d); trap 'rm -rf "$$work"' EXIT; \
 	cp "$*" "$$work"; bin=$$(cd $(BIN) && pwd); cd "$$work"; \
 	export JUPYTER_RUNTIME_DIR="$$work/.runtime" IPYTHONDIR="$$work/.ipython" PATH="$$bin:$$PATH"; \

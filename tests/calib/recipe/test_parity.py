@@ -16,6 +16,8 @@ from calib.recipe.recipe import load_recipe
 from calib.statistics.row_sample import RowSample, priorities
 from calib.statistics.site_statistics import SiteShape, SiteStatistics
 
+pytestmark = pytest.mark.shapes
+
 KEY, VALUE = Site(0, "key", "pre_rope"), Site(0, "value")
 CHANNELS = 64
 

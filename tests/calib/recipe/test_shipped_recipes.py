@@ -20,6 +20,8 @@ from calib.recipe.recipe import load_recipe, shipped_recipes
 from calib.statistics.model_statistics import ModelStatistics
 from calib.statistics.site_statistics import SiteShape
 
+pytestmark = pytest.mark.shapes
+
 HEADS, HEAD_DIM = 4, 64
 CHANNELS = HEADS * HEAD_DIM
 TENSORS = ("key", "value")

@@ -24,6 +24,8 @@ from artifacts.quantizers.codebook import Codebook, DynamicCodebook
 from artifacts.quantizers.dynamic_affine import DynamicAffine
 from simquant.kernels import PackedTokens, PlainTokens, append, decode_attention
 
+pytestmark = pytest.mark.shapes
+
 INSIDE = "TRITON_INTERPRET" in os.environ
 DEVICE = torch.device("cuda" if os.environ.get("TRITON_INTERPRET") == "0" else "cpu")
 inside = pytest.mark.skipif(not INSIDE or find_spec("triton") is None, reason="runs in a process of its own")
