@@ -1,7 +1,7 @@
 """Gives a virtual environment packages of the one that runs this, without installing them a second time.
 
-`borrow.py all PYTHON` puts all of them behind the own packages of PYTHON's environment. `borrow.py PACKAGE PYTHON` links
-what PACKAGE, installed there, declares as its dependencies, what these declare in turn, and nothing else.
+`borrow.py all PYTHON` puts all of them behind the own packages of PYTHON's environment. `borrow.py PACKAGE PYTHON`
+links what PACKAGE, installed there, declares as its dependencies, what these declare in turn, and nothing else.
 """
 
 import re
