@@ -41,8 +41,7 @@ class Artifact(Mapping[Site, Quantizer]):
     ngrams: Tensor | None = None
 
     def __post_init__(self) -> None:
-        # Sorted: the order of sites is that of the cache, whatever the order of the fits, so that equal artifacts have
-        # equal bytes.
+        # Sites in the order of the cache, whatever the order of the fits.
         labelled = {site: self.quantizers[site].at(site) for site in sorted(self.quantizers)}
         object.__setattr__(self, "quantizers", labelled)
         if {site: quantizer.spec for site, quantizer in labelled.items()} != dict(self.manifest.specs):

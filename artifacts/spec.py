@@ -84,7 +84,7 @@ class QuantSpec:
         """
         if self.inner is not None:
             return self.inner.bits
-        # Kinds without `bits` store 16-bit values (identity), except floating-point formats, whose width is their name.
+        # Kinds without `bits` store 16-bit values (identity), except floating-point formats, which imply their width.
         bits = _FORMAT_BITS.get(self.options.get("format"), self.options.get("bits", 16))
         if isinstance(bits, bool | str) or not 0 <= bits <= 16:
             raise ValueError(f"{self.kind}: bits must be a number from 0 to 16; got {bits!r:.60}")

@@ -37,7 +37,7 @@ def text_sites(names: Iterable[str], stage: Stage) -> tuple[dict[Site, str], lis
         stack, layer, tensor = match.groups()
         site = Site(int(layer), "key", stage) if tensor == "k" else Site(int(layer), "value")
         stacks.setdefault(stack, []).append((site, name))
-    # With a single stack its name does not matter: a text model may well be called "vit5" or "audio-llm".
+    # The name of a single stack does not matter: a text model may have such a word in its name.
     chosen = [stack for stack in stacks if not _OTHER_SENSES.search(stack)] if len(stacks) > 1 else list(stacks)
     if len(chosen) > 1 or (stacks and not chosen):
         firsts = " and ".join(rows[0][1] for rows in stacks.values())

@@ -87,8 +87,8 @@ class BlockFloat(Quantizer):
         # with bias 127 and keeps 255 for NaN. frexp has 1/2 <= mantissa < 1, so its exponent is floor(log2 max) + 1.
         if self.tensor_scale is None:
             return (torch.frexp(largest).exponent - 1 - 2 + 127).clamp(0, 254).to(torch.uint8)
-        # NVFP4: max / 6 would map the largest element to 6; it is stored in units of the tensor's scale, which brings
-        # the largest of all blocks to 448, the end of E4M3 (arXiv 2509.25149).
+        # NVFP4: a scale of max / 6 maps the extreme of a block to 6. It is stored in units of the tensor's scale, which
+        # maps the largest block scale to 448, the end of E4M3 (arXiv 2509.25149).
         relative = largest / _LARGEST_ELEMENT / self.tensor_scale
         return to_float8(relative.clamp_min(_LEAST_BLOCK_SCALE), "e4m3")
 

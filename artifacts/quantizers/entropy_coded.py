@@ -108,7 +108,7 @@ class EntropyCoded(Quantizer):
         for start, stream in zip(starts, streams, strict=True):
             group = indices[:, start : start + self.group_tokens]
             group.copy_(torch.from_numpy(self._coder.decode(stream, group.shape[1])))
-        # The centroid of a cell, not its middle, has the least squared error: shifts pull towards the mode.
+        # The centroid of a cell, not its middle, has the least squared error: shifts point to where values are denser.
         indices = indices.to(words.device)
         return (self.offset[:, None] + self.step * (indices + self._shift(indices))).T
 

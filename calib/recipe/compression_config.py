@@ -107,7 +107,7 @@ def _problem(name: str, value: object) -> str | None:
 
 def _entry(given: dict[str, Any]) -> dict[str, Any]:
     """Recipe entry for keys or values."""
-    # The original quantizes promoted channels even at 16 bits for the others; both at 16 is full precision.
+    # 16 bits for all channels, promoted ones included, is full precision.
     if given.get("bits") == 16 and given.get("high_bits", 16) == 16:
         return {"method": "identity"}
     return StreamingEstimator(**given).model_dump(mode="json")

@@ -64,7 +64,7 @@ def write_counts(x: Channels, step: np.float32, counts: Sums, sums: Sums) -> Non
 def write_bits(ascending: Channels, step: np.float32, bits: Answers) -> None:
     """Writes the bits of each channel by leave-one-out: every token is coded by the table of all other tokens."""
     # Without a token the count c of its index is c - 1 of n - 1: it takes log2((n - 1 + PRIOR * known) / (c - 1 +
-    # PRIOR)) bits, so that rare indices are not underrated. Values are sorted: runs of an index end by bisection.
+    # PRIOR)) bits, so that the rate of rare indices is not underestimated. Runs of an index end by bisection.
     n = ascending.shape[1]
     for channel in range(len(ascending)):
         x = ascending[channel]
