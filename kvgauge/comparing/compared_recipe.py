@@ -74,6 +74,7 @@ class ComparedRecipe:
             "fit_seconds": self.fit_seconds,
             **self.result.to_json(),
             "amortised": {str(n): self.amortised_bits(n) for n in CONTEXT_TOKENS},
+            "decode_share": self.result.costs.decode_share,
             "causal": self.causal,
             "worst": {error: _finite(self.worst(error)) for error in ("logits", "output")},
             "sites": {str(site): self._site_json(site) for site in self.artifact},

@@ -175,7 +175,7 @@ KINDS: Mapping[KindName, Kind] = {
             Column("logits", ("{worst.logits:.4f}",)),
             Column("output", ("{worst.output:.4f}",)),
             Column("static", ("{costs.static_share:.1%}",)),
-            Column("decode", ("{costs.decode_share:.1%}",)),
+            Column("decode", ("{decode_share:.1%}",)),
             Column("fit", ("{fit_seconds:.2f}",)),
         ),
         shared=(Column("perplexity in full precision", ("{perplexity:.4f}",)),),

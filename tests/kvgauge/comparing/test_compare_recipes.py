@@ -27,6 +27,7 @@ from kvgauge.cli import compare as compare_recipes
 from kvgauge.cli import evaluate as evaluate_program
 from kvgauge.comparing import comparison
 from kvgauge.terminal.pareto import Point, label_points, pareto_front, plot_pareto, save_pareto
+from scripts.results.kinds import KINDS, kept
 from simquant import CachePolicy, evaluate, simulate
 from simquant.evaluate import evaluate_each
 from simquant.evaluation import evaluation_run, site_errors
@@ -265,6 +266,19 @@ def results(folder: Path) -> dict:
         patch.chdir(folder)
         assert compare_recipes.main([*COMMON, *text, "--recipes", recipes, "--output", "out"]) == 0
     return {**json.loads((folder / "out" / "results.json").read_text()), "folder": folder / "out"}
+
+
+def test_the_table_of_the_documentation_finds_every_figure(results: dict) -> None:
+    kind = KINDS["compared"]
+    rows = kind.read(results, "")
+    assert list(rows) == [recipe["name"] for recipe in results["recipes"]]
+    printed = {
+        line.split(" | ")[0].strip("| *"): line for line in (results["folder"] / "table.md").read_text().splitlines()
+    }
+    for name, figures in rows.items():
+        cells = [column.cell(figures) for column in kind.columns]
+        assert [cell.strip() for cell in printed[name].strip("|").split("|")[1:]] == cells
+    assert kind.shared[0].cell(kept(kind.shared, results)) == f"{results['perplexity']:.4f}"
 
 
 def test_rows_are_in_the_order_of_their_bits(results: dict) -> None:
