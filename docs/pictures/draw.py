@@ -69,7 +69,11 @@ def protocols() -> None:
         parts.append(text(796, 60 + 22 * row + 14, f"step {row + 1}", 10, "start"))
     parts.append(f'<g transform="rotate(-90 38 160)">{text(38, 160, "query", 12)}</g>')
     parts.append(text(148, 276, "cached token", 12))
-    for x, fill, words in ((230, EXACT, "exact"), (330, CODES, "read from its codes"), (520, UNSEEN, "not seen")):
+    for x, fill, words in (
+        (180, EXACT, "in full precision"),
+        (330, CODES, "read from its codes"),
+        (520, UNSEEN, "not seen"),
+    ):
         parts.append(f'<rect x="{x}" y="290" width="18" height="18" fill="{fill}" stroke="{INK}"/>')
         parts.append(text(x + 26, 304, words, 12, "start"))
     save("protocols", 850, 320, *parts)
@@ -81,7 +85,7 @@ def rooms() -> None:
         "rooms",
         860,
         430,
-        box(250, 10, 360, 56, "scripts", "benchmarks, demo training: run from a checkout only"),
+        box(250, 10, 360, 56, "scripts", "benchmarks, results, demo training: run from a checkout"),
         arrow(430, 66, 430, 88),
         box(
             110,
@@ -90,7 +94,7 @@ def rooms() -> None:
             74,
             "kvgauge",
             "import kvgauge as kg: the public face",
-            "cli · loading · running · comparing · sweeping · report",
+            "cli · configuration · loading · running · comparing · sweeping · report",
         ),
         arrow(290, 164, 230, 198),
         arrow(570, 164, 630, 198),
@@ -145,7 +149,7 @@ def vector() -> None:
         text(20, 190, "use, at every step", 14, "start", "bold"),
         box(20, 206, 150, 70, "key, value", "of a new token;", "keys before RoPE"),
         arrow(170, 241, 214, 241),
-        box(216, 206, 160, 70, "cache policy", "sinks and recent", "tokens stay exact"),
+        box(216, 206, 160, 70, "cache policy", "sinks and recent", "in full precision"),
         arrow(376, 241, 420, 241, "older"),
         box(422, 206, 150, 70, "encode", "codes, scales,", "counted in bytes"),
         arrow(572, 241, 616, 241),
@@ -155,7 +159,7 @@ def vector() -> None:
         arrow(678, 114, 505, 204),
         arrow(684, 114, 680, 204),
         f'<path d="M296,276 L296,330 L831,330 L831,280" fill="none" stroke="{INK}" marker-end="url(#head)"/>',
-        text(560, 348, "exact tokens", 12),
+        text(560, 348, "tokens in full precision", 12),
     )
 
 
