@@ -104,7 +104,7 @@ class Comparison:
         names = [recipe.name for recipe in self._left()]
         if not names:
             reasons = "\n  ".join(self.skipped.values())
-            raise UsageError(f"none of the recipes fits this model:\n  {reasons}\nName others with --recipes")
+            raise UsageError(f"none of the recipes fits this model: {reasons}\nName others with --recipes")
         results = evaluate_each(
             self.model,
             windows,
