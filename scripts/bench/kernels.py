@@ -23,7 +23,9 @@ from artifacts.quantizer import Quantizer
 from artifacts.quantizers.affine import Affine
 from artifacts.quantizers.dynamic_affine import DynamicAffine
 from scripts.bench.ratio import Measured, add_json_option, report
-from simquant.kernels import PackedTokens, PlainTokens, append, decode_attention
+from simquant.cache.attention.block_attention import BlockAttention, Scoring
+from simquant.cache.store.layer_store import BLOCK_TOKENS
+from simquant.kernels.attention import Block, attend_packed
 
 PEAK_GBS = {"H200": 4800, "H100 PCIe": 2000, "H100 NVL": 3900, "H100": 3350, "A100": 2039, "L40S": 864, "4090": 1008}
 """Memory bandwidth in GB/s by a part of the device's name, the vendor's figures; the first that fits counts."""
@@ -48,7 +50,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=131072, help="cached tokens (default: 131072)")
     parser.add_argument("--kv-heads", type=int, default=8, help="KV heads of 128 channels (default: 8)")
     parser.add_argument("--group", type=int, default=4, help="query heads of a KV head (default: 4)")
-    parser.add_argument("--splits", type=int, help="parts of the sequence, 1 to 64 (default: what fills the device)")
     parser.add_argument("--peak-gbs", type=float, help="memory bandwidth in GB/s (default: by the device's name)")
     add_json_option(parser)
     args = parser.parse_args(argv)
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     peak = args.peak_gbs or known_peak(torch.cuda.get_device_name())
     if peak is None:
         return refuse(f"no bandwidth is known for {torch.cuda.get_device_name()}; give --peak-gbs")
-    rows = compare(args.tokens, args.kv_heads, args.group, args.splits, peak)
+    rows = compare(args.tokens, args.kv_heads, args.group, peak)
     what = ("one layer in the shapes of Llama-3-8B", f"{args.tokens} random tokens")
     report(rows, args.json, "kernels", argv, what)
     return 0
@@ -81,28 +82,30 @@ def known_peak(name: str) -> float | None:
 
 
 @torch.no_grad()
-def compare(tokens: int, kv_heads: int, group: int, splits: int | None, peak_gbs: float) -> list[Measured]:
-    """Rows of every case against both baselines, with the share of the roofline that each reaches."""
+def compare(tokens: int, kv_heads: int, group: int, peak_gbs: float) -> list[Measured]:
+    """Rows of every case against attention over bfloat16, with the share of the roofline that each reaches."""
     torch.manual_seed(0)
     device = torch.device("cuda")
     keys, values = torch.randn(2, 1, kv_heads, tokens, _HEAD_DIM, device=device, dtype=torch.bfloat16)
     q = torch.randn(1, kv_heads * group, _HEAD_DIM, device=device, dtype=torch.bfloat16)
-    plain = PlainTokens(keys=keys, values=values)
     sdpa = device_seconds(lambda: scaled_dot_product_attention(q[:, :, None], keys, values, enable_gqa=True))
-    split = device_seconds(lambda: decode_attention(q, exact=plain, splits=splits))
-    plain_bytes = keys.nbytes + values.nbytes
-    lines = [Measured(f"bfloat16: split kernel / SDPA {roofline(plain_bytes, split, peak_gbs)}", split, sdpa)]
+    lines = []
     for case in cases(kv_heads * _HEAD_DIM, device):
-        packed = pack_tokens(case, keys, values)
-        ours = device_seconds(lambda packed=packed: decode_attention(q, packed, splits=splits))  # type: ignore[misc]
-        n_bytes = packed.keys.nbytes + packed.values.nbytes
+        blocks = pack_tokens(case, keys, values)
+        ours = device_seconds(lambda case=case, blocks=blocks: attend(q[0], case, blocks))  # type: ignore[misc]
+        n_bytes = sum(block.keys.nbytes + block.values.nbytes for block in blocks)
         bits = 8 * n_bytes / (2 * tokens * kv_heads * _HEAD_DIM)
         what = f"{case.name}, {bits:.2f} bits {roofline(n_bytes, ours, peak_gbs)}"
-        lines += [
-            Measured(f"{what} / {name}", ours, baseline, at_least=case.at_least)
-            for name, baseline in (("SDPA", sdpa), ("split", split))
-        ]
+        lines.append(Measured(f"{what} / SDPA", ours, sdpa, at_least=case.at_least))
     return lines
+
+
+def attend(q: Tensor, case: Case, blocks: list[Block]) -> Tensor:
+    """Attention over the quantized tokens of a packed cache in a decode step."""
+    scaling = _HEAD_DIM**-0.5
+    attention = BlockAttention(q[:, None], case.keys.channels // _HEAD_DIM, Scoring(scaling=scaling))
+    attention.add_splits(*attend_packed(q, (case.keys, case.values), blocks, scaling))
+    return attention.result()
 
 
 def cases(channels: int, device: torch.device) -> list[Case]:
@@ -120,15 +123,13 @@ def cases(channels: int, device: torch.device) -> list[Case]:
     ]
 
 
-def pack_tokens(case: Case, keys: Tensor, values: Tensor) -> PackedTokens:
-    """Packed keys and values, written by the append kernels."""
-    rows = [x[0].transpose(0, 1).flatten(1) for x in (keys, values)]
-    return PackedTokens(
-        key_quantizer=case.keys,
-        keys=append(case.keys, rows[0]),
-        value_quantizer=case.values,
-        values=append(case.values, rows[1]),
-    )
+def pack_tokens(case: Case, keys: Tensor, values: Tensor) -> list[Block]:
+    """Keys and values in the blocks of a packed cache."""
+    sides = [x[0].transpose(0, 1).flatten(1).split(BLOCK_TOKENS) for x in (keys, values)]
+    return [
+        Block(case.keys.encode(key), case.values.encode(value), len(key), None)
+        for key, value in zip(*sides, strict=True)
+    ]
 
 
 def roofline(n_bytes: int, seconds: float, peak_gbs: float) -> str:

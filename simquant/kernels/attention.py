@@ -1,26 +1,46 @@
-"""Attention of one query token per sequence over packed keys and values, split over the sequence."""
+"""Attention of one query token over packed keys and values, split over the tokens."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from simquant.kernels.attention_programs import merge, packed_split, plain_split
-from simquant.kernels.geometry import BLOCK, PLAIN_BLOCK, Geometry, check, group_tile, options, power_of_two
+from artifacts.codes import Codes
+from artifacts.quantizer import Quantizer
+from simquant.kernels.attention_programs import packed_split
 from simquant.kernels.language import constexpr, product_type
-from simquant.kernels.sharing import side
-from simquant.kernels.tokens import PackedTokens, PlainTokens, window
+from simquant.kernels.sharing import Sharing, side
 
-_WAVES = 4
-"""Programs per multiprocessor: more hide the latency of memory, fewer leave less to merge."""
+_BLOCK = 128
+"""Tokens that a program holds at a time."""
 
-_MOST_SPLITS = 64
-"""One program merges all splits of a head, held at once."""
+_LEAST_BLOCK, _LEAST_GROUP = 16, 8
+"""What the tensor cores take at least, of tokens and of query heads."""
 
-_MERGED_CHANNELS = 32
-"""Channels that one program merges."""
+_WAVES, _MOST_SPLITS = 4, 64
+"""Programs per multiprocessor: more hide the latency of memory, fewer leave less to join; and parts of a sequence."""
+
+
+class Block(NamedTuple):
+    """Neighbouring tokens of a cache, as their quantizers stored them.
+
+    Parameters
+    ----------
+    keys, values : Codes
+        Of the tokens, and perhaps of others behind them.
+    n_tokens : int
+        Tokens to attend to.
+    tables : Float[Tensor, "2 tokens head_dim"] or None
+        Cosines and sines of the tokens (rotation 'half') where keys were encoded before RoPE.
+    """
+
+    keys: Codes
+    values: Codes
+    n_tokens: int
+    tables: Tensor | None
 
 
 class Partial(NamedTuple):
@@ -32,153 +52,111 @@ class Partial(NamedTuple):
     n_splits: int
 
 
-class Cut(NamedTuple):
-    """One source's share of the splits: how many, after how many others, of how many tokens."""
-
-    n_splits: int
-    before: int
-    split_tokens: int
-
-
-def decode_attention(
-    q: Float[Tensor, "batch q_heads head_dim"],
-    packed: PackedTokens | None = None,
-    exact: PlainTokens | None = None,
-    *,
-    scale: float | None = None,
-    splits: int | None = None,
-) -> Float[Tensor, "batch q_heads head_dim"]:
-    """softmax(q K^T scale) V for one query token per sequence, over packed and exact tokens together.
-
-    Packed tokens are never dequantized in memory. Scales that all tokens of a block share are multiplied into the
-    query, those of a token's head into its score or weight; a narrower group scales each value. What is multiplied is
-    float16 (of the dtype of `q` where values are scaled one by one, float32 where `q` is), what is summed float32.
+class Geometry(NamedTuple):
+    """What `packed_split` is compiled for, as constants of Triton; its docstring explains the folds.
 
     Parameters
     ----------
-    q : Float[Tensor, "batch q_heads head_dim"]
-        Queries after the rotary embedding; q_heads a multiple of kv_heads, head_dim a power of two from 32 to 256.
-    packed, exact : PackedTokens or None, PlainTokens or None
-        Tokens to attend to; either may be missing. Without `packed` this is the split kernel on plain tensors.
-    scale : float or None
-        Of the scores; None for 1 / sqrt(head_dim).
-    splits : int or None
-        Parts of a source that are worked on at once, 1 to 64; None for what fills the device.
+    channels, head_dim, group, group_tile, block : int
+        Channels of a row, of a head, query heads of a KV head, the same as a power of two, tokens of a tile.
+    key_fold, value_fold : {'static', 'span', 'token', 'none'} or 'rotated'
+        Where scales go.
+    step_type, value_type : Triton dtype
+        What is multiplied where scales are folded, and where they are not.
+    """
 
-    Returns
-    -------
-    Float[Tensor, "batch q_heads head_dim"]
-        In the dtype of `q`; zero for a sequence without a live token.
+    channels: Any
+    head_dim: Any
+    group: Any
+    group_tile: Any
+    block: Any
+    key_fold: Any
+    value_fold: Any
+    step_type: Any
+    value_type: Any
 
-    Raises
-    ------
-    ImportError
-        If Triton is not installed.
-    NotImplementedError
-        If there is no kernel for a quantizer.
-    MismatchError, ValueError
-        If shapes do not fit together.
+
+def attend_packed(
+    q: Float[Tensor, "q_heads head_dim"],
+    quantizers: tuple[Quantizer, Quantizer],
+    blocks: Sequence[Block],
+    scaling: float,
+) -> tuple[Float[Tensor, "q_heads splits head_dim"], Float[Tensor, "q_heads splits"], Float[Tensor, "q_heads splits"]]:
+    """Softmax attention in splits: sums of exp(score - largest) value, largest scores, and sums of the weights.
+
+    Codes are read where they are stored and never dequantized in memory. Scales that all tokens of a tile share are
+    multiplied into the query, those of a token's head into its score or weight; a narrower group scales each value.
+    What is multiplied is float16 (of the dtype of `q` where values are scaled one by one, float32 where `q` is), what
+    is summed float32.
+
+    Parameters
+    ----------
+    q : Float[Tensor, "q_heads head_dim"]
+        Queries after RoPE.
+    quantizers : pair of Quantizer
+        Of keys and of values; `support.reads` says which.
+    blocks : sequence of Block
+        At least one, each of at least one token.
+    scaling : float
+        Of the scores.
 
     References
     ----------
-    Splits and their merge: arXiv:2311.01282, section 3.
+    Splits and their sums: arXiv:2311.01282, section 3.
     """
-    kv_heads = check(q, packed, exact)
-    if splits is not None and not 1 <= splits <= _MOST_SPLITS:
-        raise ValueError(f"decode_attention: splits must be from 1 to {_MOST_SPLITS}; got {splits}")
-    n_sequences, q = len(q) * kv_heads, q.contiguous()
-    sources = [tokens for tokens in (packed, exact) if tokens is not None]
-    cuts: list[Cut] = []
-    for tokens in sources:
-        n_splits, split_tokens = _cut(tokens.n_tokens, splits or _splits(n_sequences, q.device))
-        cuts.append(Cut(n_splits, sum(cut.n_splits for cut in cuts), split_tokens))
-    partial = _partial(q, sum(cut.n_splits for cut in cuts))
-    factor = (scale if scale is not None else 1 / math.sqrt(q.shape[2])) * math.log2(math.e)
-    for tokens, cut in zip(sources, cuts, strict=True):
-        if isinstance(tokens, PackedTokens):
-            _attend_packed(q, tokens, partial, cut, factor)
-        else:
-            _attend_plain(q, tokens, partial, cut, factor)
-    return _merged(q, partial)
-
-
-def _splits(n_sequences: int, device: torch.device) -> int:
-    """As many as give every multiprocessor its programs."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    return min(_MOST_SPLITS, max(1, _WAVES * processors // n_sequences))
-
-
-def _cut(n_tokens: int, splits: int) -> tuple[int, int]:
-    """Number of splits and their tokens, whole blocks each."""
-    split_tokens = max(1, -(-n_tokens // (splits * BLOCK))) * BLOCK
-    return -(-n_tokens // split_tokens), split_tokens
-
-
-def _partial(q: Tensor, n_splits: int) -> Partial:
-    batch, q_heads, head_dim = q.shape
-    shape = (batch, q_heads, n_splits)
+    q, kv_heads = q.contiguous(), quantizers[0].channels // q.shape[1]
+    lean = blocks[0].tables is not None or q.dtype == torch.float32  # wide tiles fit shared memory only if small
+    geometry = _geometry(q, quantizers, blocks[0].tables is not None, _BLOCK // 2 if lean else _BLOCK)
+    split_tokens = _split_tokens(sum(block.n_tokens for block in blocks), kv_heads, q.device)
+    cuts = [-(-block.n_tokens // split_tokens) for block in blocks]
+    shape = (len(q), sum(cuts))
     peak, total = torch.empty(2, *shape, dtype=torch.float32, device=q.device)
-    return Partial(torch.empty(*shape, head_dim, dtype=torch.float32, device=q.device), peak, total, n_splits)
+    partial = Partial(torch.empty(*shape, q.shape[1], dtype=torch.float32, device=q.device), peak, total, sum(cuts))
+    for number, (block, cut) in enumerate(zip(blocks, cuts, strict=True)):
+        cosine, sine = (None, None) if block.tables is None else block.tables.contiguous()
+        packed_split[cut, kv_heads](
+            q,
+            side(quantizers[0], block.keys, constexpr),
+            side(quantizers[1], block.values, constexpr),
+            cosine,
+            sine,
+            partial,
+            sum(cuts[:number]),
+            scaling * math.log2(math.e),
+            block.n_tokens,
+            split_tokens,
+            geometry,
+            enable_fp_fusion=True,
+            num_stages=1 if lean else 3,
+        )
+    return partial.acc, peak * math.log(2), total
 
 
-def _attend_packed(q: Tensor, tokens: PackedTokens, partial: Partial, cut: Cut, factor: float) -> None:
-    if cut.n_splits == 0:
-        return
-    geometry = Geometry.of(tokens, q)
-    cosine, sine = (None, None) if tokens.tables is None else (table.contiguous() for table in tokens.tables)
-    packed_split[cut.n_splits, len(q) * tokens.keys.shape[1] // q.shape[2]](
-        q,
-        side(tokens.key_quantizer, tokens.keys, constexpr),
-        side(tokens.value_quantizer, tokens.values, constexpr),
-        cosine,
-        sine,
-        0 if cosine is None or len(cosine) == 1 else tokens.n_tokens,
-        window(tokens, len(q), q.device),
-        partial,
-        factor,
-        tokens.n_tokens,
-        cut.split_tokens,
-        geometry,
-        **options(tokens, q),
-    )
+def _split_tokens(n_tokens: int, kv_heads: int, device: torch.device) -> int:
+    """Tokens of a split, whole tiles: so many splits that every multiprocessor has its programs."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    splits = min(_MOST_SPLITS, max(1, _WAVES * processors // kv_heads))
+    return -(-n_tokens // (splits * _BLOCK)) * _BLOCK
 
 
-def _attend_plain(q: Tensor, tokens: PlainTokens, partial: Partial, cut: Cut, factor: float) -> None:
-    if cut.n_splits == 0:
-        return
-    kv_heads = tokens.keys.shape[1]
-    group = q.shape[1] // kv_heads
-    plain_split[cut.n_splits, len(q) * kv_heads](
-        q,
-        tokens.keys.contiguous(),
-        tokens.values.contiguous(),
-        window(tokens, len(q), q.device),
-        partial,
-        cut.before,
-        factor,
-        tokens.n_tokens,
-        cut.split_tokens,
-        HEAD_DIM=q.shape[2],
-        KV_HEADS=kv_heads,
-        GROUP=group,
-        GROUP_TILE=group_tile(group),
-        BLOCK=PLAIN_BLOCK,
-        TYPE=product_type(tokens.keys.dtype),
-        enable_fp_fusion=True,
-    )
+def _geometry(q: Tensor, quantizers: tuple[Quantizer, Quantizer], rotated: bool, block: int) -> Geometry:
+    head_dim, channels = q.shape[1], quantizers[0].channels
+    sharings = [Sharing.of(quantizer) for quantizer in quantizers]
+    for span in (sharing.span for sharing in sharings if sharing.span > 1):
+        within = min(block, span & -span)  # the most tokens of a tile that lie within one span
+        block = within if within >= _LEAST_BLOCK else block
+    folds = [_fold(sharing, head_dim, block) for sharing in sharings]
+    group = q.shape[0] * head_dim // channels
+    tile = max(_LEAST_GROUP, 1 << (group - 1).bit_length())  # padded heads idle in this kernel anyway
+    # float16 holds codes and levels exactly.
+    step_type = product_type(torch.float32 if q.dtype == torch.float32 else torch.float16)
+    choices = (channels, head_dim, group, tile, block, "rotated" if rotated else folds[0], folds[1], step_type)
+    return Geometry(*(constexpr(choice) for choice in (*choices, product_type(q.dtype))))
 
 
-def _merged(q: Tensor, partial: Partial) -> Tensor:
-    out = torch.empty_like(q)
-    if partial.n_splits == 0:
-        return out.zero_()
-    batch, q_heads, head_dim = q.shape
-    merge[batch * q_heads, head_dim // _MERGED_CHANNELS](
-        partial,
-        out,
-        HEAD_DIM=head_dim,
-        SPLITS_TILE=power_of_two(partial.n_splits),
-        CHANNELS_TILE=_MERGED_CHANNELS,
-        enable_fp_fusion=True,
-    )
-    return out
+def _fold(sharing: Sharing, head_dim: int, block: int) -> str:
+    if sharing.per_row == 0:
+        return "static"
+    if sharing.span == 1:
+        return "token" if sharing.group % head_dim == 0 else "none"
+    return "span" if sharing.span % block == 0 else "none"

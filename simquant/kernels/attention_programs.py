@@ -1,9 +1,9 @@
 # mypy: ignore-errors
-"""Triton programs of decode attention: one query token per sequence over packed or plain keys and values.
+"""Triton programs of decode attention: one query token over packed keys and values.
 
 A program takes one split of the tokens of one KV head, with all query heads that share it, and leaves an unnormalized
-sum, its largest score and its weight; `merge` joins the splits. Scores are in units of log 2. Tiles of tokens stand
-first in both products, so that codes go from memory to the tensor cores through registers only.
+sum, its largest score and its weight, which the caller joins. Scores are in units of log 2. Tiles of tokens stand first
+in both products, so that codes go from memory to the tensor cores through registers only.
 """
 
 from simquant.kernels.language import constexpr, jit, tl
@@ -38,18 +38,17 @@ def weigh(score, live, peak, total):
     """Weights of a block of scores, and the running maximum, sum and factor for what was summed before."""
     score = tl.where(live[:, None], score, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(score, axis=0))
-    least = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # nothing live so far: no inf - inf
-    weight, factor = tl.exp2(score - least[None, :]), tl.exp2(peak - least)
+    weight, factor = tl.exp2(score - new_peak[None, :]), tl.exp2(peak - new_peak)
     return weight, factor, new_peak, total * factor + tl.sum(weight, axis=0)
 
 
 @jit
-def rotated(keys, row, live, first, cosine, sine, table_row, CHANNELS: constexpr, HEAD_DIM: constexpr):
+def rotated(keys, row, live, first, cosine, sine, CHANNELS: constexpr, HEAD_DIM: constexpr):
     """Both halves of a head's keys after the rotary embedding, in float32."""
     HALF: tl.constexpr = HEAD_DIM // 2
     a = load_values(keys, row, live, first, CHANNELS, HALF)
     b = load_values(keys, row, live, first + HALF, CHANNELS, HALF)
-    at = table_row[:, None] * HEAD_DIM + channel_order(keys.bits, HALF)[None, :]
+    at = row[:, None] * HEAD_DIM + channel_order(keys.bits, HALF)[None, :]
     cos = tl.load(cosine + at, mask=live[:, None], other=0.0).to(tl.float32)
     sin = tl.load(sine + at, mask=live[:, None], other=0.0).to(tl.float32)
     return a * cos - b * sin, b * cos + a * sin
@@ -80,11 +79,11 @@ def prepare(q, keys, heads, first, factor, geometry):
 
 
 @jit
-def scores(queries, keys, row, live, first, cosine, sine, table_row, geometry):
+def scores(queries, keys, row, live, first, cosine, sine, geometry):
     """Products of a block of keys with the queries, "tokens heads"."""
     TYPE: tl.constexpr = geometry.value_type
     if geometry.key_fold == "rotated":
-        low, high = rotated(keys, row, live, first, cosine, sine, table_row, geometry.channels, geometry.head_dim)
+        low, high = rotated(keys, row, live, first, cosine, sine, geometry.channels, geometry.head_dim)
         return product(narrow(low, TYPE), queries[0], TYPE) + product(narrow(high, TYPE), queries[1], TYPE)
     elif geometry.key_fold == "none":
         value = load_values(keys, row, live, first, geometry.channels, geometry.head_dim)
@@ -137,10 +136,10 @@ def step_sum(steps, weight, values, row, live, first, geometry):
 
 
 @jit
-def store_partial(partial, sequence, split, acc, peak, total, channel, HEAD_DIM: constexpr, GROUP: constexpr):
-    """Leaves what `merge` needs of one split; `sequence` counts KV heads over the batch."""
+def store_partial(partial, kv_head, split, acc, peak, total, channel, HEAD_DIM: constexpr, GROUP: constexpr):
+    """Leaves the sums of one split, its largest scores and its weights."""
     head = tl.arange(0, peak.shape[0])
-    slot = (sequence * GROUP + head) * partial.n_splits + split
+    slot = (kv_head * GROUP + head) * partial.n_splits + split
     real = head < GROUP
     tl.store(partial.acc + slot[None, :] * HEAD_DIM + channel[:, None], acc, mask=real[None, :])
     tl.store(partial.peak + slot, peak, mask=real)
@@ -148,93 +147,30 @@ def store_partial(partial, sequence, split, acc, peak, total, channel, HEAD_DIM:
 
 
 @jit
-def packed_split(
-    q, keys, values, cosine, sine, table_stride, window, partial, factor, n_tokens, split_tokens, geometry
-):
-    """One split over packed keys and values.
+def packed_split(q, keys, values, cosine, sine, partial, first_split, factor, n_tokens, split_tokens, geometry):
+    """One split of a block of packed keys and values.
 
     `key_fold` and `value_fold` say where scales go: "static" and "span" (one for a channel, for ever or within a
-    block) into the query or onto the sum, "token" (one for a token's head) onto the score or into the weight, "none"
+    tile) into the query or onto the sum, "token" (one for a token's head) onto the score or into the weight, "none"
     onto each value, as also where keys are "rotated" here.
     """
     HEAD_DIM: tl.constexpr = geometry.head_dim
     GROUP: tl.constexpr = geometry.group
     TILE: tl.constexpr = geometry.group_tile
     BLOCK: tl.constexpr = geometry.block
-    KV_HEADS: tl.constexpr = geometry.channels // geometry.head_dim
-    split, sequence = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    batch, first = sequence // KV_HEADS, (sequence % KV_HEADS).to(tl.int32) * HEAD_DIM
-    heads = sequence * GROUP + tl.arange(0, TILE)
-    begin = tl.load(window.first + batch)
-    start = tl.maximum(split * split_tokens, begin // BLOCK * BLOCK)
-    stop = tl.minimum((split + 1) * split_tokens, tl.load(window.last + batch))
+    split, kv_head = tl.program_id(0), tl.program_id(1)
+    first = kv_head * HEAD_DIM
+    heads = kv_head * GROUP + tl.arange(0, TILE)
+    stop = tl.minimum((split + 1) * split_tokens, n_tokens)
     queries = prepare(q, keys, heads, first, factor, geometry)
     peak = tl.full((TILE,), float("-inf"), tl.float32)
     total = tl.zeros((TILE,), tl.float32)
     acc = tl.zeros((HEAD_DIM, TILE), tl.float32)
-    for block in range(start, stop, BLOCK):
-        token = block + tl.arange(0, BLOCK)
-        live = (token < stop) & (token >= begin)
-        row = batch * n_tokens + token
-        score = scores(queries, keys, row, live, first, cosine, sine, batch * table_stride + token, geometry)
+    for block in range(split * split_tokens, stop, BLOCK):
+        row = block + tl.arange(0, BLOCK).to(tl.int64)
+        live = row < stop
+        score = scores(queries, keys, row, live, first, cosine, sine, geometry)
         weight, shrink, peak, total = weigh(score, live, peak, total)
         acc = acc * shrink[None, :] + weighted_sum(weight, values, row, live, first, geometry)
     channel = channel_order(values.bits, HEAD_DIM)
-    store_partial(partial, sequence, split, acc, peak, total, channel, HEAD_DIM, GROUP)
-
-
-@jit
-def plain_split(
-    q,
-    keys,
-    values,
-    window,
-    partial,
-    first_split,
-    factor,
-    n_tokens,
-    split_tokens,
-    HEAD_DIM: constexpr,
-    KV_HEADS: constexpr,
-    GROUP: constexpr,
-    GROUP_TILE: constexpr,
-    BLOCK: constexpr,
-    TYPE: constexpr,
-):
-    """One split over keys and values as they are, "batch kv_heads tokens head_dim", keys rotated."""
-    split, sequence = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    batch = sequence // KV_HEADS
-    heads = sequence * GROUP + tl.arange(0, GROUP_TILE)
-    channel = tl.arange(0, HEAD_DIM)
-    query = load_query(q, heads, channel, factor, HEAD_DIM, GROUP)
-    begin = tl.load(window.first + batch)
-    stop = tl.minimum((split + 1) * split_tokens, tl.load(window.last + batch))
-    peak = tl.full((GROUP_TILE,), float("-inf"), tl.float32)
-    total = tl.zeros((GROUP_TILE,), tl.float32)
-    acc = tl.zeros((HEAD_DIM, GROUP_TILE), tl.float32)
-    for block in range(split * split_tokens, stop, BLOCK):
-        token = block + tl.arange(0, BLOCK)
-        live = (token < stop) & (token >= begin)
-        at = (sequence * n_tokens + token)[:, None] * HEAD_DIM + channel[None, :]
-        score = product(tl.load(keys + at, mask=live[:, None], other=0.0), query, TYPE)
-        weight, shrink, peak, total = weigh(score, live, peak, total)
-        value = tl.load(values + at, mask=live[:, None], other=0.0)
-        acc = acc * shrink[None, :] + product(tl.trans(value), weight, TYPE)
-    store_partial(partial, sequence, first_split + split, acc, peak, total, channel, HEAD_DIM, GROUP)
-
-
-@jit
-def merge(partial, out, HEAD_DIM: constexpr, SPLITS_TILE: constexpr, CHANNELS_TILE: constexpr):
-    """The weighted mean of a query head's splits; zero where no token was live."""
-    head = tl.program_id(0).to(tl.int64)
-    channel = tl.program_id(1) * CHANNELS_TILE + tl.arange(0, CHANNELS_TILE)
-    split = tl.arange(0, SPLITS_TILE)
-    real = split < partial.n_splits
-    slot = head * partial.n_splits + split
-    peak = tl.load(partial.peak + slot, mask=real, other=float("-inf"))
-    least = tl.max(peak, axis=0)
-    share = tl.exp2(peak - tl.where(least == float("-inf"), 0.0, least))
-    total = tl.sum(tl.load(partial.total + slot, mask=real, other=0.0) * share, axis=0)
-    at = partial.acc + slot[:, None] * HEAD_DIM + channel[None, :]
-    acc = tl.sum(tl.load(at, mask=real[:, None], other=0.0) * share[:, None], axis=0)
-    tl.store(out + head * HEAD_DIM + channel, acc / tl.where(total > 0, total, 1.0))
+    store_partial(partial, kv_head, first_split + split, acc, peak, total, channel, HEAD_DIM, GROUP)

@@ -6,7 +6,6 @@ The scale of channel c of row t stands at ``(t // span) * per_row + c // group``
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from artifacts.codes import Codes
 from artifacts.quantizer import Quantizer
@@ -33,25 +32,14 @@ class Sharing(NamedTuple):
     group: int
 
     @classmethod
-    def of(cls, quantizer: Quantizer, n_tokens: int) -> "Sharing":
-        """That of a quantizer.
-
-        Raises
-        ------
-        NotImplementedError
-            If there is no kernel for its kind.
-        """
-        if isinstance(quantizer, Affine | Codebook):
+    def of(cls, quantizer: Quantizer) -> "Sharing":
+        """That of a quantizer which `support.reads` admits."""
+        if not isinstance(quantizer, DynamicAffine):
             return cls(span=1, per_row=0, group=1)
-        if isinstance(quantizer, DynamicAffine) and quantizer.per == "token":
+        if quantizer.per == "token":
             group = quantizer.group_size or quantizer.channels
             return cls(span=1, per_row=quantizer.channels // group, group=group)
-        if isinstance(quantizer, DynamicAffine) and quantizer.per == "channel":
-            return cls(span=quantizer.tokens_per_scale or max(1, n_tokens), per_row=quantizer.channels, group=1)
-        raise NotImplementedError(
-            f"{quantizer.label}: kernels know affine, codebook and dynamic_affine per token or per channel; got "
-            f"{quantizer.spec}. Use the quantizer itself, which runs on every device."
-        )
+        return cls(span=quantizer.tokens_per_scale or 1, per_row=quantizer.channels, group=1)
 
 
 class Side(NamedTuple):
@@ -83,7 +71,7 @@ class Side(NamedTuple):
 
 def side(quantizer: Quantizer, codes: Codes, constexpr: Any) -> Side:
     """What the programs read of some tokens that `quantizer` encoded."""
-    sharing = Sharing.of(quantizer, codes.shape[0])
+    sharing = Sharing.of(quantizer)
     found = {**quantizer.tensors(), **codes.tensors}
     levels, offset = found.get("levels"), found.get("offset")
     settings = {
@@ -94,17 +82,12 @@ def side(quantizer: Quantizer, codes: Codes, constexpr: Any) -> Side:
     }
     packed = found["codes"].contiguous()
     return Side(
-        codes=packed if settings["bits"] == 3 else words(packed),
+        codes=packed if settings["bits"] == 3 else packed.view(torch.int32),
         scale=found["scale"].contiguous(),
         offset=None if offset is None else offset.contiguous(),
         levels=None if levels is None else levels.contiguous(),
         **{name: constexpr(value) for name, value in settings.items()},
     )
-
-
-def words(packed: Tensor) -> Tensor:
-    """The same bytes, four by four."""
-    return packed.view(torch.int32)
 
 
 def centre(quantizer: Quantizer) -> int:

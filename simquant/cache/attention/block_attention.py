@@ -87,6 +87,20 @@ class BlockAttention:
             if visible[part].any():
                 self._add(part, key, value, visible[part])
 
+    def add_splits(
+        self,
+        sums: Float[Tensor, "q_heads splits value_dim"],
+        largest: Float[Tensor, "q_heads splits"],
+        totals: Float[Tensor, "q_heads splits"],
+    ) -> None:
+        """Adds tokens of which a kernel has the outputs before division, maxima and sums; for a single query, first."""
+        grouped = self._largest.shape[:2]
+        sums, largest, totals = (x.unflatten(0, grouped) for x in (sums, largest, totals))
+        before, self._largest = self._largest, torch.maximum(self._largest, largest.amax(dim=-1, keepdim=True))
+        weights = (largest - self._largest).exp()
+        self._total = self._total * (before - self._largest).exp() + (weights * totals).sum(dim=-1, keepdim=True)
+        self._sum = (weights.unsqueeze(-2) @ sums).to(self._query.dtype)
+
     def result(self) -> Float[Tensor, "queries q_heads value_dim"]:
         """Attention output; zeros for a query that saw no token."""
         # o / l; l is at least exp(0) = 1 for a query that saw a token, and 0 otherwise, when o is 0 as well.

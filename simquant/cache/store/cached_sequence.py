@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int32, Int64
 from torch import Tensor
 
+from artifacts.codes import Codes
 from artifacts.sites import Site
 from simquant.cache.errors import CacheStateError
 from simquant.cache.store.decoded_sources import DecodedSources
@@ -116,6 +117,13 @@ class CachedSequence:
     def spans(self) -> Iterator[tuple[int, int]]:
         """Ranges of tokens that are decoded together, from the first that both stores still hold."""
         return max(self.stores(), key=lambda store: store.first_token).spans()
+
+    def encoded_blocks(self) -> Iterator[tuple[slice, Codes, Codes]]:
+        """Tokens whose keys and values are both quantized, a block at a time; the last codes may hold more tokens."""
+        end = min(store.encoded_end for store in self.stores())
+        for (start, keys), (_, values) in zip(self.key.stored_blocks(), self.value.stored_blocks(), strict=False):
+            if start < end:
+                yield slice(start, min(start + keys.shape[0], end)), keys, values
 
     def columns(self, tokens: slice) -> slice | Int64[Tensor, " tokens"]:
         """Columns of the batch in which the given tokens of the cache stand."""

@@ -19,6 +19,7 @@ from simquant.cache.attention.block_attention import BlockAttention, Scoring
 from simquant.cache.errors import CacheStateError
 from simquant.cache.store.cached_sequence import CachedSequence, Survivors
 from simquant.cache.store.decoded_sources import DecodedSources
+from simquant.cache.store.packed_reading import add_packed, all_seen, can_read
 from simquant.cache.store.rotary_tables import RotaryTables
 from simquant.cache.store.small_norms import SmallNorms
 from simquant.cache.store.token_store import TokenStore
@@ -109,12 +110,19 @@ class LayerStore:
         scoring: Scoring,
         tables: RotaryTables,
     ) -> Float[Tensor, "batch queries q_heads head_dim"]:
-        """Attention of the last step's queries over all columns, decoding one block at a time."""
+        """Attention of the last step's queries over all columns, decoding one block at a time.
+
+        Where kernels can read the codes of a single query's step, they do; the rest is decoded.
+        """
         rows = []
         for row, sequence in enumerate(self.sequences):
             attention = BlockAttention(query[row], self.layer.kv_heads, scoring)
             seen = visible[min(row, len(visible) - 1)]
-            for start, end in sequence.spans():
+            rotary = tables.of_tokens(self.layer, row, slice(None)) if self.rotates else None
+            spans = sequence.spans()
+            if can_read(self.layer, sequence, query, scoring, rotary) and all_seen(sequence, seen):
+                spans = add_packed(attention, query[row, :, 0], sequence, scoring.scaling, rotary)
+            for start, end in spans:
                 tokens = slice(start, end)
                 key = partial(self.key, sequence, row, tokens, tables)
                 attention.add(key, partial(self.value, sequence, tokens), seen[:, sequence.columns(tokens)])

@@ -59,10 +59,15 @@ class RotaryTables:
         columns: slice | Int64[Tensor, " tokens"],
     ) -> Float[Tensor, "kv_heads tokens head_dim"]:
         """Keys of some columns of one sequence of the batch, rotated."""
-        tables = self._tables[self.of_layer[layer.layer]]
-        row = min(row, tables.shape[1] - 1)
-        cos, sin = tables[:, row : row + 1, columns]
+        cos, sin = self.of_tokens(layer, row, columns).unsqueeze(1)
         return rotate(key.unsqueeze(0), cos, sin, layer.rotation)[0]
+
+    def of_tokens(
+        self, layer: AttentionLayer, row: int, columns: slice | Int64[Tensor, " tokens"]
+    ) -> Float[Tensor, "2 tokens rotary_dim"]:
+        """Cosines and sines of some columns of a sequence of the batch."""
+        tables = self._tables[self.of_layer[layer.layer]]
+        return tables[:, min(row, tables.shape[1] - 1), columns]
 
     def copy(self) -> "RotaryTables":
         """Tables of another cache that shares the tensors so far."""

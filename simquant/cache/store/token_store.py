@@ -87,7 +87,7 @@ class TokenStore:
         assert self._sinks is not None, "tokens are appended before they are read"
         assert self._recent is not None
         parts = [self._sinks[start:end]] if start < self.sink_tokens else []
-        for first, codes in self._stored_blocks():
+        for first, codes in self.stored_blocks():
             if first < end and start < first + codes.shape[0]:
                 parts.append(self._decode(first, codes)[max(0, start - first) : end - first])
         if end > self.encoded_end:
@@ -96,7 +96,7 @@ class TokenStore:
 
     def decode_all(self) -> Float[Tensor, "tokens channels"]:
         """All encoded tokens, decoded at once and held until `forget_decoded`."""
-        parts = [self._decode(first, codes) for first, codes in self._stored_blocks()]
+        parts = [self._decode(first, codes) for first, codes in self.stored_blocks()]
         assert self._recent is not None, "tokens are appended before they are decoded"
         self._decoded = torch.cat(parts) if parts else self._recent[:0]
         return self._decoded
@@ -119,6 +119,13 @@ class TokenStore:
     def codes(self) -> Codes | None:
         """All codes concatenated; None before a token has left the residual window."""
         return Codes.cat(self.blocks) if self.blocks else None
+
+    def stored_blocks(self) -> Iterator[tuple[int, Codes]]:
+        """Blocks of codes, each with the number of its first token."""
+        first = self.sink_tokens + self._forgotten_blocks * self.block_tokens
+        for codes in self.blocks:
+            yield first, codes
+            first += codes.shape[0]
 
     @property
     def first_token(self) -> int:
@@ -299,12 +306,6 @@ class TokenStore:
         yield from (rows for rows in (self._sinks, self._recent) if rows is not None)
         yield from self._small()
 
-    def _stored_blocks(self) -> Iterator[tuple[int, Codes]]:
-        first = self.sink_tokens + self._forgotten_blocks * self.block_tokens
-        for codes in self.blocks:
-            yield first, codes
-            first += codes.shape[0]
-
     def _blocks_before(self, end: int) -> Iterator[Codes]:
         group = self.quantizer.tokens_per_scale or 1
         if (end - self.sink_tokens) % group or self._state is not None or end < self.first_token:
@@ -314,7 +315,7 @@ class TokenStore:
                 f"{group} that share scales, from token {max(self.sink_tokens, self.first_token)} on. {remedy} at "
                 "least as many residual_tokens as are cropped at a time."
             )
-        for first, codes in self._stored_blocks():
+        for first, codes in self.stored_blocks():
             if first + codes.shape[0] <= end:
                 yield codes
             elif first < end:

@@ -1,0 +1,33 @@
+"""Devices and quantizers for which there are kernels."""
+
+import os
+from importlib import util
+
+import torch
+
+from artifacts.quantizer import Quantizer
+from artifacts.quantizers.affine import Affine
+from artifacts.quantizers.codebook import Codebook
+from artifacts.quantizers.dynamic_affine import DynamicAffine
+
+BITS = (1, 2, 3, 4, 8)
+"""Code widths that attention unpacks."""
+
+HEAD_DIMS = (32, 64, 128, 256)
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def runs_on(device: torch.device) -> bool:
+    """True on a CUDA device if Triton is installed; with TRITON_INTERPRET=1, as the tests set it, on the CPU too."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return (device.type == "cuda" or interpreted) and util.find_spec("triton") is not None
+
+
+def reads(quantizer: Quantizer) -> bool:
+    """True if attention reads the codes of a quantizer: affine, codebook, or dynamic per token or group of tokens."""
+    if isinstance(quantizer, Codebook):  # other numbers of levels are packed in mixed radix
+        return quantizer.bits in BITS and quantizer.levels.shape[1] == 2**quantizer.bits
+    if isinstance(quantizer, DynamicAffine):
+        return quantizer.bits in BITS and quantizer.per != "tensor" and quantizer.tokens_per_scale is not None
+    return isinstance(quantizer, Affine) and quantizer.bits in BITS
