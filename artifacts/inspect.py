@@ -39,7 +39,7 @@ def table(found: dict[str, Any]) -> str:
     windows = f"{corpus['n_windows']} windows of {corpus['seqlen']} tokens, seed {corpus['seed']}"
     if "start_token" in corpus:
         windows += f", each begun with the start token, {corpus['start_token']}"
-    head = [
+    top = [
         f"recipe     {found['recipe'].get('name', '-')}: {found['recipe'].get('source', '')}",
         f"model      {model_name}",
         f"text       {corpus['name']}" + (f": {windows}" if corpus["n_windows"] else ""),
@@ -55,7 +55,7 @@ def table(found: dict[str, Any]) -> str:
         rows.append(f"{name:24} {site['bits']:>4.3g} {site['static_bytes']:>8}  {span:26} {site['quantizer']}")
         rows += [f"{'':40}{line}" for line in _level_lines(site)]
     sources = sorted({site["fitted_from"] for site in found["sites"].values()})
-    return "\n".join([*head, *rows, "", "fitted from " + "; ".join(sources)])
+    return "\n".join([*top, *rows, "", "fitted from " + "; ".join(sources)])
 
 
 def differences(one: Stored, other: Stored) -> list[str]:

@@ -254,7 +254,7 @@ def test_far_values_do_not_stretch_the_tables() -> None:
 
 
 def test_streams_that_take_all_bits_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"^layers\.3\.key\.pre_rope: streams of 1 tokens .* got bits=0.5"):
+    with pytest.raises(ValueError, match=r"^layers\.3\.key\.pre_rope: bits must exceed .* got 0\.5"):
         fitted(falling(50), bits=0.5, group_tokens=1)
 
 

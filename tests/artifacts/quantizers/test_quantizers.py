@@ -451,7 +451,7 @@ def wrong_levels(*values: float) -> Callable[[], Quantizer]:
         (wrong_levels(0, 1, 2, 3, 4), "more than 2 and at most 4"),
         (lambda: dynamic(24, 3, group_size=7), "must divide the 24 channels; got 7. Nearest that does: 6"),
         (lambda: dynamic(24, 3, group_size=0), "group_size must be an integer from 1; got 0"),
-        (lambda: dynamic(24, 3, per="tensor", group_size=4), "has no groups"),
+        (lambda: dynamic(24, 3, per="tensor", group_size=4), "group_size needs per"),
         (lambda: dynamic(24, 3, clip_ratio=0.0), "clip_ratio must be above 0 and below 1; got 0.0"),
         (lambda: mixed_codebook(24, 3).replace(bits=2.0), "as n_levels says; got 2.0"),
         (
