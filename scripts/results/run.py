@@ -74,7 +74,7 @@ def _units(columns: Sequence[Column]) -> dict[str, float]:
     >>> _units([Column("static", ("{share:.1%}",)), Column("ours", ("{ours:.3g} {unit}",))])
     {'share': 0.001, 'ours': 0.0, 'unit': 0.0}
     """
-    fields = dict(field for column in columns if column.head != "published" for field in column.fields())
+    fields = dict(field for column in columns if column.checked for field in column.fields())
     return {path: _unit(spec) for path, spec in fields.items()}
 
 

@@ -229,6 +229,11 @@ def test_figures_are_read_from_what_the_programs_write() -> None:
     assert kind_of("tasks").read({"tasks": {"passkey": {"fp": 1.0, "items": 40}}}, "") == {"passkey": {"fp": 1.0}}
 
 
+def test_seconds_and_published_figures_may_move() -> None:
+    one = results(kind="compared", rows=[{"name": "kivi-2", "figures": {"fit_seconds": 1.0, "kl_mean": 0.1}}])
+    assert list(moved(one, {"kivi-2": {"fit_seconds": 9.0, "kl_mean": 0.1}})) == []
+
+
 def test_figures_that_moved_beyond_rounding_are_told() -> None:
     now_found = {"--abits 4": {"loss_nats": 0.2512, "loss_nats_stderr": 0.0101, "bits": {"key": 4.2}}}
     assert list(moved(results(), now_found)) == [
