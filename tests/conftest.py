@@ -13,6 +13,7 @@ pytest.register_assert_rewrite("helpers")  # before their import: they assert
 # than most of the functions that it guards: `pytest_runtest_protocol` below says which tests pay for it.
 jaxtyping.install_import_hook(["artifacts", "calib", "simquant"], "beartype.beartype")
 
+import gc
 import random
 from collections.abc import Generator
 from pathlib import Path
@@ -30,6 +31,11 @@ from transformers import (
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # workers share the cores: more threads only wait for each other
+
+
+def pytest_collection_finish() -> None:
+    """From here on the garbage collector leaves the million objects of libraries and tests alone."""
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -22,8 +22,6 @@ from calib.statistics.model_statistics import ModelStatistics
 from calib.statistics.site_statistics import SAMPLE_TOKENS, Tier
 from calib.text.corpus import CorpusError
 
-pytestmark = pytest.mark.shapes
-
 WINDOWS = torch.randint(0, 64, (4, 40), generator=torch.Generator().manual_seed(0))
 FITTED = ["default", "kvquant", "kvquant-rank", "kvquant-3-compact", "eigen"]
 """One recipe for each way in which estimators read statistics; all of them are fitted in `test_shipped_recipes.py`."""
@@ -57,6 +55,7 @@ def relative_errors(model: LlamaForCausalLM, artifact: Artifact) -> dict[Site, f
     return found
 
 
+@pytest.mark.shapes
 @every_recipe
 def test_merged_shards_give_the_bytes_of_the_whole(tiny_llama: LlamaForCausalLM, tmp_path: Path, name: str) -> None:
     recipe = load_recipe(name)
@@ -164,6 +163,7 @@ def test_first_tokens_take_no_part_in_a_fit(tiny_llama: LlamaForCausalLM) -> Non
 # From a model to a file
 
 
+@pytest.mark.shapes
 @every_recipe
 def test_calibrate_save_load(tiny_llama: LlamaForCausalLM, tmp_path: Path, name: str) -> None:
     artifact = calib.calibrate(tiny_llama, WINDOWS, name, bits=3)

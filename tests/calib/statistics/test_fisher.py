@@ -31,8 +31,6 @@ from calib.statistics.site_statistics import FISHER, SAMPLE_TOKENS, SiteStatisti
 from calib.statistics.token_histogram import OUTLIER_FRACTIONS, TokenHistogram, token_histogram
 from kvgauge.cli.calibrate import main
 
-pytestmark = pytest.mark.shapes
-
 KEY, VALUE = Site(1, "key", "pre_rope"), Site(1, "value")
 both_stages = pytest.mark.parametrize("stage", ["pre_rope", "post_rope"])
 
@@ -351,6 +349,7 @@ def test_weights_cannot_be_counted(make: Callable[[int], Any]) -> None:
 # Statistics
 
 
+@pytest.mark.shapes
 @pytest.mark.parametrize("sink_tokens", [0, 3, 8])
 def test_statistics_are_those_of_the_gradients(tiny_llama: LlamaForCausalLM, sink_tokens: int) -> None:
     windows = windows_of(3)

@@ -133,6 +133,7 @@ def test_a_small_key_does_not_stretch_the_scales_of_its_group() -> None:
     assert 2 * errors[1] < errors[0]
 
 
+@pytest.mark.shapes
 @pytest.mark.parametrize("name", CAUSAL)
 def test_codes_with_exact_tokens_are_cut_and_chosen_by_token(name: str) -> None:
     x, kept, quantizer = tokens(24), torch.rand(24) < 0.4, KeptExact.around(make(name))

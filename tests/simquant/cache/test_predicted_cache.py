@@ -79,6 +79,7 @@ def test_every_protocol_reads_the_same(model: LlamaForCausalLM, artifact: Artifa
             assert (decoded - full).abs().max() > 1e-2, "a window changes what is read"
 
 
+@pytest.mark.shapes
 def test_codes_depend_neither_on_chunks_nor_on_the_batch(
     double: LlamaForCausalLM, layers: Sequence[AttentionLayer], artifact: Artifact
 ) -> None:

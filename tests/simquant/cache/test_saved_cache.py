@@ -20,8 +20,6 @@ from artifacts.storage import read, write
 from simquant import CachePolicy, CacheStateError, Eviction, load_cache, packed_cache, save_cache
 from simquant.cache.saving.saved_cache import FORMAT, VERSION
 
-pytestmark = pytest.mark.shapes
-
 CHANNELS = 16
 IDS = torch.randint(3, 64, (2, 30), generator=torch.Generator().manual_seed(0))
 POLICIES = {
@@ -97,6 +95,7 @@ def test_a_saved_cache_goes_on_as_if_it_had_not_been(
     assert goes_on(tiny_llama, quantizers(name, stage), POLICIES["windows"], tmp_path / "cache.safetensors")
 
 
+@pytest.mark.shapes
 @pytest.mark.parametrize("policy", [*POLICIES.values(), EVICTING], ids=[*POLICIES, "eviction"])
 def test_it_remembers_what_its_policy_does(policy: CachePolicy, tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
     assert goes_on(tiny_llama, quantizers("percentile-dynamic"), policy, tmp_path / "cache.pkl")
@@ -133,6 +132,7 @@ def test_what_a_sliding_window_has_passed_stays_forgotten(tmp_path: Path, monkey
     assert [first > 0 for first in first_tokens] == [True] * 4 + [False] * 4
 
 
+@pytest.mark.shapes
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["rank-affine", "identity"])
 def test_every_precision_comes_back(

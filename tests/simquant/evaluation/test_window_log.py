@@ -67,6 +67,7 @@ def n_passes(model: nn.Module) -> list[int]:
     return passes
 
 
+@pytest.mark.shapes
 @pytest.mark.parametrize("n_batches", [0, 1, 4])
 def test_going_on_gives_what_an_uninterrupted_run_gives(
     n_batches: int, log: WindowLog, tiny_llama: LlamaForCausalLM

@@ -36,8 +36,6 @@ from simquant.cache.store.cached_sequence import Survivors
 from simquant.cache.store.token_store import TokenStore
 from simquant.evaluation.attention_inputs import attention_inputs
 
-pytestmark = pytest.mark.shapes
-
 CHANNELS = 16
 PROMPT = (torch.arange(40) * 7 % 61 + 2)[None]
 LATER = (torch.arange(14) * 5 % 59 + 3)[None]
@@ -82,6 +80,7 @@ def per_group() -> Quantizer:
 # --- codes and stores
 
 
+@pytest.mark.shapes
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_selected_codes_are_those_of_the_selected_tokens(name: str) -> None:
     quantizer, x = make(name), tokens(24)
@@ -103,6 +102,7 @@ def test_selected_codes_are_those_of_the_selected_tokens(name: str) -> None:
             codes.select(kept)
 
 
+@pytest.mark.shapes
 @pytest.mark.parametrize("name", ["identity", "percentile-dynamic", "rank-affine"])
 def test_a_store_goes_on_with_what_it_kept(name: str) -> None:
     x, quantizer = tokens(60), make(name)
@@ -128,6 +128,7 @@ def test_a_store_goes_on_with_what_it_kept(name: str) -> None:
 # --- scores
 
 
+@pytest.mark.shapes
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("sinks", [False, True])
 def test_scores_are_the_summed_attention_weights(
@@ -151,6 +152,7 @@ def test_scores_are_the_summed_attention_weights(
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.shapes
 @pytest.mark.parametrize("kernel_tokens", [1, 3, 5])
 def test_pooling_looks_at_neighbours(kernel_tokens: int) -> None:
     x, half = torch.rand(2, 11), kernel_tokens // 2
@@ -198,6 +200,7 @@ def test_what_stays_of_later_tokens_is_what_the_last_query_reads_most(tiny_llama
 # --- budgets
 
 
+@pytest.mark.shapes
 @pytest.mark.parametrize(("method", "later"), PAIRS)
 def test_budgets_are_kept_at_every_step(method: Any, later: Any, tiny_llama: LlamaForCausalLM) -> None:
     of_prompt = {"all": [40, 40], "pyramidkv": [4 + 24, 4 + 12]}.get(method, [16, 16])
@@ -265,6 +268,7 @@ def test_tokens_that_the_policy_keeps_exact_are_never_dropped(tiny_llama: LlamaF
             assert (stream.key.n_exact, stream.value.n_exact) == (13, 13)
 
 
+@pytest.mark.shapes
 def test_tokens_that_share_scales_go_together(tiny_llama: LlamaForCausalLM) -> None:
     quantizers = everywhere(per_token)
     quantizers = {site: per_group() if site.tensor == "key" else own for site, own in quantizers.items()}
@@ -290,6 +294,7 @@ def test_tokens_that_share_scales_go_together(tiny_llama: LlamaForCausalLM) -> N
     assert lengths[-1] < lengths[0] + 14
 
 
+@pytest.mark.shapes
 @both_stages
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_running_scales_lose_whole_chunks_and_go_on(wrapped: bool, stage: Any, tiny_llama: LlamaForCausalLM) -> None:
