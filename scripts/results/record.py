@@ -8,7 +8,7 @@ from pathlib import Path
 from kvgauge.running.machine import hardware, versions
 from kvgauge.terminal.outputs import replace_text
 from scripts.results.run import SHARED
-from scripts.results.schema import Conditions, Figures, KindName, Results, Row, load, to_text
+from scripts.results.schema import Conditions, Figures, KindName, Results, ResultsError, Row, load, to_text
 
 
 def now(model: str, text: str, note: str | None = None) -> Conditions:
@@ -52,7 +52,16 @@ def record(
 
 
 def remeasured(results: Results, figures: Mapping[str, Figures]) -> str:
-    """The text of a file whose rows have the figures that its commands give now, and the conditions of now."""
+    """The text of a file whose rows have the figures that its commands give now, and the conditions of now.
+
+    Raises
+    ------
+    ResultsError
+        If the commands gave no figures for a row.
+    """
+    missing = [row.name for row in results.rows if row.name not in figures]
+    if missing:
+        raise ResultsError(f"expected figures for {', '.join(missing)}; the commands gave none. Nothing is written")
     rows = []
     for row in results.rows:
         before = results.conditions_of(row)

@@ -242,6 +242,11 @@ def test_figures_that_moved_beyond_rounding_are_told() -> None:
     ]
 
 
+def test_a_row_that_is_no_longer_measured_is_not_written_over() -> None:
+    with pytest.raises(ResultsError, match="expected figures for --abits 4; the commands gave none"):
+        remeasured(results(), {SHARED: {}})
+
+
 @pytest.fixture
 def printed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Commands that were run; each prints the figures of a row."""
