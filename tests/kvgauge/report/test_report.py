@@ -174,7 +174,7 @@ def test_the_json_alone_gives_the_same_page_again(gathered: Found, made: str, tm
 def test_a_json_that_is_no_report_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "other.json").write_text("{}")
     assert main([str(tmp_path / "other.json")]) == 2
-    assert "other.json: report.json of `evaluate --report`" in capsys.readouterr().err
+    assert "other.json: not a report; expected the report.json" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["other.json"]
 
 
