@@ -33,6 +33,8 @@ def problems(checkout: Path) -> list[str]:
     lines += [f"docs/results/{name}.json: no page shows it" for name in found if name not in shown]
     for file, name in PLOTS.items():
         path = checkout / "docs" / file
-        if not path.exists() or path.read_bytes() != pareto_svg(found[name]):
+        if name not in found:
+            lines.append(f"docs/{file}: there is no docs/results/{name}.json to draw it from")
+        elif not path.exists() or path.read_bytes() != pareto_svg(found[name]):
             lines.append(f"docs/{file}: not as docs/results/{name}.json draws it")
     return lines
