@@ -86,6 +86,7 @@ def test_keys_are_the_same_before_and_after_rotation(tiny_llama: LlamaForCausalL
 # --- one sequence
 
 
+@pytest.mark.shapes
 @every_policy
 @pytest.mark.parametrize("make_one", [per_token, per_group, lambda: make("percentile-dynamic")])
 @pytest.mark.parametrize("sizes", [[40], [1] * 40, [7, 1, 32]], ids=["once", "one by one", "chunks"])

@@ -434,6 +434,7 @@ def test_an_object_without_the_interface_is_refused(cache: object, message: str)
         fake_quant_cache(cache, static())
 
 
+@pytest.mark.shapes
 def test_what_an_update_returns_is_checked() -> None:
     class Silent:
         def update(self, key: Tensor, value: Tensor, layer_idx: int) -> None: ...
