@@ -23,7 +23,8 @@ from calib.recipe.recipe import Recipe, chosen_recipe
 from calib.statistics.model_statistics import ModelStatistics
 from calib.statistics.origin import Origin
 from calib.statistics.site_statistics import Tier
-from calib.text.windows import NGRAM_TOKENS, check_vocabulary, merge_sketches, ngram_sketch
+from calib.text.sketches import NGRAM_TOKENS, merge_sketches, ngram_sketch
+from calib.text.windows import check_vocabulary
 
 _LOG = logging.getLogger(__name__)
 

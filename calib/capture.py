@@ -14,9 +14,9 @@ from artifacts.model.hooks import check_seen
 from artifacts.model.layout import to_rows
 from artifacts.sites import Site, Stage
 from calib.statistics.model_statistics import ModelStatistics
-from calib.statistics.site_statistics import SiteShape
+from calib.statistics.site_shape import SiteShape
 from calib.statistics.token_batch import TokenBatch
-from calib.text.windows import window_digests
+from calib.text.sketches import window_digests
 
 Vectors = dict[Site, Float[Tensor, "_ _"]]
 

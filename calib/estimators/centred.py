@@ -6,7 +6,8 @@ from artifacts.quantizer import Quantizer
 from artifacts.quantizers.centred import Centred
 from calib.estimators.estimator import Fit
 from calib.estimators.wrapping import WrappingEstimator
-from calib.statistics.site_statistics import SiteShape, SiteStatistics
+from calib.statistics.site_shape import SiteShape
+from calib.statistics.site_statistics import SiteStatistics
 
 
 @final

@@ -26,7 +26,8 @@ from calib.estimators.outliers import Outliers
 from calib.estimators.ranges import Ranges, ThresholdDtype, channel_ranges
 from calib.solvers.kmeans import kmeans_1d
 from calib.solvers.lloyd import kmeans_lloyd
-from calib.statistics.site_statistics import SiteShape, SiteStatistics
+from calib.statistics.site_shape import SiteShape
+from calib.statistics.site_statistics import SiteStatistics
 from calib.statistics.token_histogram import OUTLIER_FRACTIONS, bin_centers, token_histogram
 
 Weights = Literal["none", "scale2", "fisher", "fisher_scale2", "query", "query_scale2"]

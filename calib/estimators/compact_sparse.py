@@ -10,7 +10,8 @@ from artifacts.quantizers.float8 import largest_float8
 from artifacts.quantizers.sparse import CompactSparse, clamp_outliers
 from calib.estimators.estimator import Fit
 from calib.estimators.wrapping import WrappingEstimator
-from calib.statistics.site_statistics import SiteShape, SiteStatistics
+from calib.statistics.site_shape import SiteShape
+from calib.statistics.site_statistics import SiteStatistics
 
 _HEADROOM = 2.0
 """Ratio of the largest residual that does not saturate to the largest calibrated one."""

@@ -10,7 +10,8 @@ from artifacts.quantizer import Quantizer
 from artifacts.quantizers.entropy_coded import EntropyCoded, mean_entropy
 from calib.estimators.estimator import Allowance, Estimator, Fit
 from calib.solvers.index_counts import trade, with_rate
-from calib.statistics.site_statistics import SiteShape, SiteStatistics
+from calib.statistics.site_shape import SiteShape
+from calib.statistics.site_statistics import SiteStatistics
 
 _LEAST_BITS, _MOST_BITS = 0.01, 8.0
 

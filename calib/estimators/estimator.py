@@ -16,7 +16,8 @@ from torch import Tensor
 
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
-from calib.statistics.site_statistics import SiteShape, SiteStatistics
+from calib.statistics.site_shape import SiteShape
+from calib.statistics.site_statistics import SiteStatistics
 from calib.statistics.sources import Shrinkage
 
 Steps = tuple[tuple[float, float], ...]

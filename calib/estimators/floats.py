@@ -10,7 +10,8 @@ from artifacts.quantizer import Quantizer
 from artifacts.quantizers.block_float import LARGEST_PER_TENSOR_SCALE, BlockFloat, BlockFormat
 from artifacts.quantizers.float8 import DynamicFloat8, Float8, Float8Format, largest_float8
 from calib.estimators.estimator import EXACT, Estimator, Fit
-from calib.statistics.site_statistics import SiteShape, SiteStatistics
+from calib.statistics.site_shape import SiteShape
+from calib.statistics.site_statistics import SiteStatistics
 
 _TINY = torch.finfo(torch.float32).tiny
 

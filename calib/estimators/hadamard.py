@@ -12,7 +12,8 @@ from artifacts.quantizers.hadamard import Hadamard
 from artifacts.quantizers.identity import Identity
 from calib.estimators.estimator import Fit
 from calib.estimators.wrapping import WrappingEstimator
-from calib.statistics.site_statistics import SiteShape, SiteStatistics
+from calib.statistics.site_shape import SiteShape
+from calib.statistics.site_statistics import SiteStatistics
 
 _SIGN_SEED = 0
 

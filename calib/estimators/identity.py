@@ -5,7 +5,8 @@ from typing import Literal, final
 from artifacts.quantizer import Quantizer
 from artifacts.quantizers.identity import Identity
 from calib.estimators.estimator import EXACT, Estimator, Fit
-from calib.statistics.site_statistics import SiteShape, SiteStatistics
+from calib.statistics.site_shape import SiteShape
+from calib.statistics.site_statistics import SiteStatistics
 
 
 @final

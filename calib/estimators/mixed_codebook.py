@@ -24,7 +24,8 @@ from calib.estimators.normal_values import (
 from calib.estimators.ranges import channel_ranges
 from calib.solvers.compiled import compiled
 from calib.solvers.kmeans import distortion_by_levels, kmeans_1d
-from calib.statistics.site_statistics import SiteShape, SiteStatistics
+from calib.statistics.site_shape import SiteShape
+from calib.statistics.site_statistics import SiteStatistics
 
 _WORD_BITS, _TOO_LONG = 56, 2**62
 """Longest word of mixed radix (`artifacts.coding.mixed_radix`), and the initial value of a minimum."""

@@ -8,7 +8,8 @@ from artifacts.quantizer import Quantizer
 from artifacts.quantizers.normalised import Normalised
 from calib.estimators.estimator import Fit
 from calib.estimators.wrapping import WrappingEstimator
-from calib.statistics.site_statistics import SiteShape, SiteStatistics
+from calib.statistics.site_shape import SiteShape
+from calib.statistics.site_statistics import SiteStatistics
 
 _TINY = torch.finfo(torch.float32).tiny
 

@@ -16,7 +16,8 @@ from artifacts.quantizers.predicted import Predicted
 from artifacts.sites import Site
 from calib.estimators.estimator import Fit
 from calib.estimators.wrapping import WrappingEstimator
-from calib.statistics.site_statistics import SiteShape, SiteStatistics
+from calib.statistics.site_shape import SiteShape
+from calib.statistics.site_statistics import SiteStatistics
 from calib.statistics.sources import Shrinkage, Sources
 
 _MOMENT_WEIGHTS = (0.0, 0.3, 1.0)

@@ -13,7 +13,8 @@ from artifacts.quantizers.identity import Identity
 from artifacts.quantizers.rotated import Rotated
 from calib.estimators.estimator import Fit
 from calib.estimators.wrapping import WrappingEstimator
-from calib.statistics.site_statistics import SiteShape, SiteStatistics
+from calib.statistics.site_shape import SiteShape
+from calib.statistics.site_statistics import SiteStatistics
 
 _FLOOR = 1e-6
 """Least eigenvalue of a metric, relative to their mean, so that the basis is invertible."""

@@ -7,7 +7,8 @@ from pydantic import Field, model_validator
 from artifacts.quantizer import Quantizer
 from artifacts.quantizers.streaming import Streaming
 from calib.estimators.estimator import EXACT, Estimator, Fit
-from calib.statistics.site_statistics import SiteShape, SiteStatistics
+from calib.statistics.site_shape import SiteShape
+from calib.statistics.site_statistics import SiteStatistics
 
 
 @final

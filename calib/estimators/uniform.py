@@ -14,7 +14,8 @@ from artifacts.quantizers.dynamic_affine import DynamicAffine
 from calib.estimators.estimator import EXACT, Estimator, Fit
 from calib.estimators.outliers import Outliers
 from calib.estimators.ranges import Ranges, ThresholdDtype, channel_ranges, constant_step
-from calib.statistics.site_statistics import SiteShape, SiteStatistics
+from calib.statistics.site_shape import SiteShape
+from calib.statistics.site_statistics import SiteStatistics
 
 RATIOS = torch.linspace(1.0, 0.3, 36)
 """Clip ratios of the grid search: from 1 to 0.3 in steps of 2 %."""

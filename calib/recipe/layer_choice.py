@@ -10,7 +10,7 @@ from calib.recipe.errors import RecipeError
 from calib.recipe.override import CachedTensor, Override
 from calib.recipe.patterns import matched
 from calib.recipe.recipe import Recipe
-from calib.statistics.site_statistics import SiteShape
+from calib.statistics.site_shape import SiteShape
 
 
 def resolve(recipe: Recipe, shapes: Sequence[SiteShape]) -> dict[Site, Estimator]:

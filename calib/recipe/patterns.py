@@ -8,7 +8,7 @@ from wcmatch import fnmatch
 
 from artifacts.sites import Site
 from calib.recipe.errors import RecipeError, nearest
-from calib.statistics.site_statistics import SiteShape
+from calib.statistics.site_shape import SiteShape
 
 _FLAGS = fnmatch.BRACE | fnmatch.CASE
 

@@ -21,15 +21,10 @@ from calib.statistics.moments import CrossMoments
 from calib.statistics.origin import Origin
 from calib.statistics.readers import logit_metric, query_energy, query_moment, score_weights
 from calib.statistics.row_sample import RowSample
-from calib.statistics.site_statistics import (
-    FIRST_POSITIONS,
-    SAMPLE_TOKENS,
-    SiteShape,
-    SiteStatistics,
-    Tier,
-)
+from calib.statistics.site_shape import SiteShape
+from calib.statistics.site_statistics import FIRST_POSITIONS, SAMPLE_TOKENS, SiteStatistics, Tier
 from calib.statistics.token_batch import TokenBatch
-from calib.text.windows import merge_sketches
+from calib.text.sketches import merge_sketches
 
 FORMAT = "kvgauge.statistics"
 

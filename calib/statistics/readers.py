@@ -5,7 +5,8 @@ from jaxtyping import Float32, Float64
 from torch import Tensor
 
 from calib.statistics.pair_norms import rotary_pairs
-from calib.statistics.site_statistics import SiteShape, SiteStatistics
+from calib.statistics.site_shape import SiteShape
+from calib.statistics.site_statistics import SiteStatistics
 
 
 def query_moment(key: SiteShape, query: SiteStatistics) -> Float64[Tensor, "kv_heads head_dim head_dim"]:

@@ -1,7 +1,7 @@
 """Calibration statistics of one site."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal, NamedTuple, TypeVar
 
 import torch
@@ -9,11 +9,11 @@ from jaxtyping import Float, Float32, Float64
 from torch import Tensor
 
 from artifacts.errors import MismatchError
-from artifacts.sites import Site
 from calib.statistics.channel_histogram import ChannelHistogram
 from calib.statistics.moments import Moments
 from calib.statistics.pair_norms import PairNorms, rotary_pairs
 from calib.statistics.row_sample import RowChoice, RowSample
+from calib.statistics.site_shape import SiteShape
 from calib.statistics.sources import Sources
 from calib.statistics.statistic import Statistic
 from calib.statistics.tails import Tails
@@ -33,43 +33,6 @@ FISHER = ("gradient_moments", "fisher_histogram", "fisher_token_histogram")
 """Statistics of gradients; all others are updated with vectors alone."""
 
 _RESERVOIR = ("rows", "row_gradients")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SiteShape:
-    """Shape of a site, and the rotary embedding of its layer.
-
-    Parameters
-    ----------
-    site : Site
-        The site.
-    heads, head_dim : int
-        Heads (query heads for queries) and channels of each.
-    rotary_dim : int
-        Leading channels of a head that rotate; 0 without RoPE.
-    interleaved : bool
-        Pairs (0, 1), (2, 3), ... rather than (0, rotary_dim / 2), ...
-    frequencies : sequence of float
-        Radians per position of each rotary pair.
-    module : str
-        Path of the attention module in the model, for recipes that name it; empty if it is not known.
-    """
-
-    site: Site
-    heads: int
-    head_dim: int
-    rotary_dim: int = 0
-    interleaved: bool = False
-    frequencies: Sequence[float] = ()
-    module: str = ""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "frequencies", tuple(self.frequencies))  # JSON has lists only
-
-    @property
-    def channels(self) -> int:
-        """Channels of a token: heads * head_dim."""
-        return self.heads * self.head_dim
 
 
 class _Unread(NamedTuple):

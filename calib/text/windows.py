@@ -1,11 +1,8 @@
 """Token windows of equal length from a corpus: sampled for calibration, consecutive for evaluation."""
 
-import hashlib
 import random
 from dataclasses import replace
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from jaxtyping import Int64
 from torch import Tensor
@@ -14,11 +11,8 @@ from calib.text.corpus import Corpus, CorpusError, LazyDocuments
 
 _C4_EVALUATION_WINDOWS = 256  # KVQuant's `get_c4`, with seed 0
 
-NGRAM_TOKENS = 32
-"""Length of n-grams: equal runs of 32 tokens in two texts are hardly ever chance."""
 
 Windows = Int64[Tensor, "windows tokens"]
-Sketch = Int64[Tensor, "hashes"]
 
 
 def sample_windows(
@@ -59,11 +53,11 @@ def sample_windows(
     ----------
     arXiv:2401.18079, `quant/kvquant/datautils.py`.
     """
-    _require(n_windows, "n_windows", 1)
+    require_at_least(n_windows, "n_windows", 1)
     if start_token is not None:
         rest = without_start(corpus, seqlen, start_token)
         return begun(sample_windows(rest, n_windows=n_windows, seqlen=seqlen - 1, seed=seed), start_token)
-    _require(seqlen, "seqlen", 2)
+    require_at_least(seqlen, "seqlen", 2)
     rng = random.Random(seed)
     too_short: dict[int, int] = {}
     windows = []
@@ -115,9 +109,9 @@ def split_windows(corpus: Corpus, *, seqlen: int, limit: int | None = None, star
     if start_token is not None:
         rest = without_start(corpus, seqlen, start_token)
         return begun(split_windows(rest, seqlen=seqlen - 1, limit=limit), start_token)
-    _require(seqlen, "seqlen", 2)
+    require_at_least(seqlen, "seqlen", 2)
     if limit is not None:
-        _require(limit, "limit", 1)
+        require_at_least(limit, "limit", 1)
     if isinstance(corpus.documents, LazyDocuments):
         n_windows = min(_C4_EVALUATION_WINDOWS, limit or _C4_EVALUATION_WINDOWS)
         return sample_windows(corpus, n_windows=n_windows, seqlen=seqlen, seed=0)
@@ -144,7 +138,7 @@ def without_start(corpus: Corpus, seqlen: int, start_token: int) -> Corpus:
     ValueError
         If `seqlen` is too small.
     """
-    _require(seqlen, "seqlen", 3)
+    require_at_least(seqlen, "seqlen", 3)
 
     def rest(tokens: Int64[Tensor, "_"]) -> Int64[Tensor, "_"]:
         return tokens[1:] if len(tokens) and tokens[0] == start_token else tokens
@@ -160,7 +154,14 @@ def begun(windows: Windows, start_token: int) -> Int64[Tensor, "windows longer"]
     return torch.cat([torch.full_like(windows[:, :1], start_token), windows], 1)
 
 
-def _require(value: int, name: str, least: int) -> None:
+def require_at_least(value: int, name: str, least: int) -> None:
+    """Refuses a number below the least that makes sense.
+
+    Raises
+    ------
+    ValueError
+        If it is lower.
+    """
     if value < least:
         raise ValueError(f"{name}: expected at least {least}; got {value}")
 
@@ -195,109 +196,3 @@ def check_vocabulary(windows: Windows, vocab_size: int, name: str) -> None:
             f"{name}: expected token ids from 0 to {vocab_size - 1}; got {int(outside.sum())} outside, in a text whose "
             f"ids go from {int(windows.min())} to {int(windows.max())}; was it tokenised for another model?"
         )
-
-
-def window_digests(windows: Windows) -> list[str]:
-    """Fingerprint of 16 hexadecimal digits for each window, equal on every machine."""
-    return [hashlib.sha256(row.tobytes()).hexdigest()[:16] for row in windows.numpy().astype("<i8")]
-
-
-def ngram_sketch(windows: Windows, *, ngram_tokens: int = NGRAM_TOKENS, capacity: int = 4096) -> Sketch:
-    """Bottom-k sketch: the `capacity` smallest hashes of all n-grams, a uniform sample of the distinct n-grams.
-
-    Membership of an n-gram depends on its hash alone, so sketches of two texts sample their common n-grams alike.
-
-    Parameters
-    ----------
-    windows : Tensor
-        Token ids; no n-gram spans two windows.
-    ngram_tokens : int
-        Length of an n-gram.
-    capacity : int
-        Most hashes to keep.
-
-    Raises
-    ------
-    ValueError
-        If the windows are shorter than an n-gram.
-
-    References
-    ----------
-    Broder, On the resemblance and containment of documents, 1997 (bottom-k sketch).
-    """
-    _require(capacity, "capacity", 1)
-    return torch.from_numpy(np.unique(_ngram_hashes(windows, ngram_tokens))[:capacity])
-
-
-def merge_sketches(*sketches: Int64[Tensor, "_"], capacity: int = 4096) -> Sketch:
-    """Exact sketch of several texts together, independent of their order.
-
-    Parameters
-    ----------
-    *sketches : Tensor
-        Made by `ngram_sketch` with the same `ngram_tokens` and at least this capacity.
-    capacity : int
-        Most hashes to keep.
-    """
-    _require(capacity, "capacity", 1)
-    _require(len(sketches), "number of sketches", 1)
-    merged: Sketch = torch.unique(torch.cat(sketches))
-    return merged[:capacity]
-
-
-def overlap_fraction(
-    windows: Windows, sketch: Sketch, ngram_tokens: int = NGRAM_TOKENS, *, capacity: int = 4096
-) -> float:
-    """Estimated fraction of the windows' n-grams that occur in the text of the sketch.
-
-    It is the fraction found among n-grams whose hash lies in the range of the sketch. A sketch that is not full has all
-    n-grams of its text, and the fraction is exact; otherwise m such n-grams give a standard error of at most
-    1 / (2 sqrt(m)), somewhat more where text repeats.
-
-    Parameters
-    ----------
-    windows : Tensor
-        Token ids of the text to judge, for instance of the evaluation.
-    sketch : Tensor
-        Sketch of the other text, for instance of the calibration.
-    ngram_tokens, capacity : int
-        As given to `ngram_sketch`.
-
-    Returns
-    -------
-    float
-        From 0 to 1; nan if no n-gram of the windows falls into the sampled range: too little text to tell.
-    """
-    # A proportion p of m samples has the standard error sqrt(p (1 - p) / m), largest at p = 1/2.
-    hashes, kept = _ngram_hashes(windows, ngram_tokens), sketch.numpy()
-    # A full sketch is complete only up to its largest hash: judge the n-grams in that range.
-    if len(kept) >= capacity:
-        hashes = hashes[hashes <= kept[-1]]
-    return float(np.isin(hashes, kept).mean()) if len(hashes) else float("nan")
-
-
-def _ngram_hashes(windows: Windows, ngram_tokens: int) -> npt.NDArray[np.int64]:
-    """Hashes of all n-grams, window by window."""
-    _require(ngram_tokens, "ngram_tokens", 1)
-    n_starts = windows.shape[1] - ngram_tokens + 1
-    if n_starts < 1:
-        raise ValueError(
-            f"ngram_tokens: expected at most {windows.shape[1]}, the length of a window; got {ngram_tokens}; "
-            "choose a smaller one for both texts"
-        )
-    # Polynomial hash by Horner's rule (Karp and Rabin 1987): h = sum_j mix(t_j) base^(n-1-j) modulo 2^64, for all
-    # starts at once. Mixing again makes all bits uniform, as a bottom-k sketch needs; 63 bits fit a signed integer.
-    tokens = _mix(windows.numpy().astype(np.uint64))
-    base = np.uint64(0x9E3779B97F4A7C15)
-    hashes = np.zeros((len(windows), n_starts), dtype=np.uint64)
-    for offset in range(ngram_tokens):
-        hashes = hashes * base + tokens[:, offset : offset + n_starts]
-    return (_mix(hashes) >> np.uint64(1)).astype(np.int64).ravel()
-
-
-def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """One step of splitmix64 (Steele, Lea, Flood 2014): a bijection; every input bit affects every output bit."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))

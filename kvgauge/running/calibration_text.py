@@ -33,7 +33,8 @@ def calibration_windows(
     """
     from artifacts.storage import Stored
     from calib.text.corpus import CorpusError
-    from calib.text.windows import sample_windows, window_digests
+    from calib.text.sketches import window_digests
+    from calib.text.windows import sample_windows
 
     corpus = artifact.manifest.corpus
     source = next((name for name in (DEMO, *text.datasets) if Path(name).name == corpus.name), None)

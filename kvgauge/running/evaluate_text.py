@@ -123,7 +123,7 @@ def _warn_of_other_start(artifact: "Artifact", start_token: int | None) -> None:
 
 def warn_of_overlap(artifact: "Artifact", windows: Any) -> None:
     """Says it where evaluation text has been calibrated on."""
-    from calib.text.windows import NGRAM_TOKENS, overlap_fraction
+    from calib.text.sketches import NGRAM_TOKENS, overlap_fraction
 
     if artifact.ngrams is None or not len(artifact.ngrams) or windows.shape[1] < NGRAM_TOKENS:
         return

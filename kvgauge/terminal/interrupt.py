@@ -44,7 +44,7 @@ def remaining_windows(windows: "Tensor", statistics: "ModelStatistics", source: 
     UsageError
         If they hold windows that are not of this run.
     """
-    from calib.text.windows import window_digests
+    from calib.text.sketches import window_digests
 
     digests, done = window_digests(windows), Counter(statistics.windows)
     foreign = set(done) - set(digests)

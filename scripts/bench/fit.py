@@ -24,7 +24,8 @@ from calib import fit, load_recipe
 from calib.estimators import CodebookEstimator
 from calib.solvers.lloyd import kmeans_lloyd
 from calib.statistics.channel_histogram import ChannelHistogram
-from calib.statistics.site_statistics import SiteShape, SiteStatistics, Tier
+from calib.statistics.site_shape import SiteShape
+from calib.statistics.site_statistics import SiteStatistics, Tier
 from scripts.bench.ratio import Measured, add_json_option, company_row, report, seconds
 from scripts.bench.synthetic import model_statistics, site_values
 

@@ -18,7 +18,7 @@ from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
 from calib.estimators import EntropyCodedEstimator
 from calib.estimators.estimator import trial_statistics
-from calib.statistics.site_statistics import SiteShape
+from calib.statistics.site_shape import SiteShape
 from kvgauge.running.machine import hardware
 from scripts.bench.cache import HEAD_DIM, KV_HEADS, model_of, quantizers, step
 from scripts.bench.ratio import add_json_option, as_typed, seconds

@@ -7,7 +7,8 @@ from torch import Tensor
 from artifacts.sites import Site, Stage
 from calib.statistics.model_statistics import ModelStatistics
 from calib.statistics.origin import Origin
-from calib.statistics.site_statistics import SiteShape, Tier
+from calib.statistics.site_shape import SiteShape
+from calib.statistics.site_statistics import Tier
 from calib.statistics.token_batch import TokenBatch
 
 WINDOW_TOKENS = 512

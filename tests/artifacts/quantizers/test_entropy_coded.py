@@ -17,7 +17,7 @@ from artifacts.quantizers.entropy_coded import EntropyCoded
 from calib.estimators import EntropyCodedEstimator, RotatedEstimator
 from calib.estimators import entropy_coded as entropy_coded_estimator
 from calib.estimators.estimator import Fit, trial_statistics
-from calib.statistics.site_statistics import SiteShape
+from calib.statistics.site_shape import SiteShape
 
 pytestmark = pytest.mark.shapes
 

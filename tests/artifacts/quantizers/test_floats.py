@@ -17,7 +17,8 @@ from artifacts.quantizers.block_float import BlockFloat, BlockFormat
 from artifacts.quantizers.float8 import DynamicFloat8, Float8, Float8Format
 from artifacts.sites import Site
 from calib.estimators import AnyEstimator, BlockFloatEstimator, Float8Estimator
-from calib.statistics.site_statistics import SiteShape, SiteStatistics
+from calib.statistics.site_shape import SiteShape
+from calib.statistics.site_statistics import SiteStatistics
 
 pytestmark = pytest.mark.shapes
 

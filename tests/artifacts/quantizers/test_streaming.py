@@ -16,7 +16,8 @@ from artifacts.sites import Site
 from calib.estimators import StreamingEstimator
 from calib.recipe.compression_config import compression_config
 from calib.recipe.recipe import Recipe
-from calib.statistics.site_statistics import SiteShape, SiteStatistics
+from calib.statistics.site_shape import SiteShape
+from calib.statistics.site_statistics import SiteStatistics
 
 pytestmark = pytest.mark.shapes
 

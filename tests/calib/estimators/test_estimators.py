@@ -20,7 +20,8 @@ from calib.solvers.kmeans import distortion
 from calib.solvers.lloyd import kmeans_lloyd
 from calib.statistics.readers import query_energy, query_moment
 from calib.statistics.row_sample import RowSample, priorities
-from calib.statistics.site_statistics import SiteShape, SiteStatistics
+from calib.statistics.site_shape import SiteShape
+from calib.statistics.site_statistics import SiteStatistics
 
 pytestmark = pytest.mark.shapes
 

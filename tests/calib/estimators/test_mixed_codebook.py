@@ -15,7 +15,8 @@ from calib.estimators import CodebookEstimator, MixedCodebookEstimator, RotatedE
 from calib.estimators.estimator import trial_statistics
 from calib.estimators.mixed_codebook import LEVEL_COUNTS, allocate_levels
 from calib.statistics.readers import logit_metric
-from calib.statistics.site_statistics import SiteShape, SiteStatistics
+from calib.statistics.site_shape import SiteShape
+from calib.statistics.site_statistics import SiteStatistics
 
 pytestmark = pytest.mark.shapes
 

@@ -33,7 +33,7 @@ from calib.fitting.budget import allocate_bits
 from calib.fitting.fit import fit
 from calib.recipe.recipe import Recipe, RecipeError, load_recipe, shipped_recipes
 from calib.statistics.model_statistics import ModelStatistics
-from calib.statistics.site_statistics import SiteShape
+from calib.statistics.site_shape import SiteShape
 from calib.statistics.sources import Shrinkage, Sources
 from kvgauge.cli.calibrate import parser
 from kvgauge.cli.options.common import parsed

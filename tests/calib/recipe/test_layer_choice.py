@@ -21,7 +21,7 @@ from calib.recipe.layer_choice import _check, check, resolve
 from calib.recipe.patterns import names
 from calib.recipe.recipe import Recipe, RecipeError, load_recipe
 from calib.statistics.model_statistics import ModelStatistics
-from calib.statistics.site_statistics import SiteShape
+from calib.statistics.site_shape import SiteShape
 from kvgauge.cli import calibrate
 from kvgauge.terminal.outputs import default_output
 

@@ -14,7 +14,8 @@ from calib.estimators import UniformEstimator
 from calib.estimators.codebook_levels import fixed_levels, lloyd_max
 from calib.recipe.recipe import load_recipe
 from calib.statistics.row_sample import RowSample, priorities
-from calib.statistics.site_statistics import SiteShape, SiteStatistics
+from calib.statistics.site_shape import SiteShape
+from calib.statistics.site_statistics import SiteStatistics
 
 pytestmark = pytest.mark.shapes
 

@@ -18,7 +18,7 @@ from calib.estimators.estimator import trial_statistics
 from calib.fitting.fit import fit
 from calib.recipe.recipe import load_recipe, shipped_recipes
 from calib.statistics.model_statistics import ModelStatistics
-from calib.statistics.site_statistics import SiteShape
+from calib.statistics.site_shape import SiteShape
 
 pytestmark = pytest.mark.shapes
 

@@ -23,7 +23,8 @@ from calib.statistics.model_statistics import ModelStatistics
 from calib.statistics.moments import CrossMoments, Moments
 from calib.statistics.pair_norms import PairNorms, rotary_pairs
 from calib.statistics.row_sample import RowSample, priorities
-from calib.statistics.site_statistics import SAMPLE_TOKENS, SiteShape, SiteStatistics, Tier
+from calib.statistics.site_shape import SiteShape
+from calib.statistics.site_statistics import SAMPLE_TOKENS, SiteStatistics, Tier
 from calib.statistics.statistic import Statistic
 from calib.statistics.tails import Tails
 from calib.statistics.token_batch import TokenBatch

@@ -18,16 +18,8 @@ from torch import Tensor
 from calib.text import corpus as corpus_module
 from calib.text import hub_datasets
 from calib.text.corpus import Corpus, CorpusError, LazyDocuments, PaddingIds, check_dataset, load_corpus
-from calib.text.windows import (
-    check_vocabulary,
-    merge_sketches,
-    ngram_sketch,
-    overlap_fraction,
-    sample_windows,
-    split_windows,
-    window_digests,
-    without_start,
-)
+from calib.text.sketches import merge_sketches, ngram_sketch, overlap_fraction, window_digests
+from calib.text.windows import check_vocabulary, sample_windows, split_windows, without_start
 
 pytestmark = pytest.mark.shapes
 

@@ -32,7 +32,7 @@ import calib.capture
 from artifacts import artifact as artifacts_file
 from artifacts import load, save
 from artifacts.sites import Site
-from calib.text.windows import window_digests
+from calib.text.sketches import window_digests
 from kvgauge.cli import artifact, calibrate, evaluate
 from kvgauge.loading.rope_stretch import stretch
 from kvgauge.terminal.console import UsageError
