@@ -49,12 +49,12 @@ def activations(n_tokens: int = 96) -> Tensor:
     return x + torch.linspace(-1, 1, CHANNELS)
 
 
-@every_recipe
-def test_it_says_where_it_comes_from(name: str) -> None:
-    recipe = load_recipe(name)
-    assert recipe.name == name
-    assert recipe.source
-    assert sum(load_recipe(other).source == recipe.source for other in shipped_recipes()) == 1
+def test_each_says_where_it_comes_from_and_no_other() -> None:
+    recipes = {name: load_recipe(name) for name in shipped_recipes()}
+    assert all(recipe.name == name for name, recipe in recipes.items())
+    sources = [recipe.source for recipe in recipes.values()]
+    assert all(sources)
+    assert len(set(sources)) == len(sources)
 
 
 @every_recipe

@@ -404,11 +404,10 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(
 ) -> None:
     """Everything used to be lost until the last window: hours, for many recipes."""
     more = "--recipes rotated.yaml,sinks.yaml --error-windows 2 --output {}"
-    assert compare(more.format(tmp_path / "whole"))[0] == 0
     owner, name, n = STEPS[step]
     calls, function = [], getattr(owner, name)
     monkeypatch.setattr(owner, name, lambda *args, **kwargs: calls.append(1) or function(*args, **kwargs))
-    assert compare(more.format(tmp_path / "counted"))[0] == 0
+    assert compare(more.format(tmp_path / "whole"))[0] == 0
     total = len(calls)
     monkeypatch.setattr(owner, name, Stop(function, n))
     status, out, err = compare(more.format(tmp_path / "out"))
