@@ -15,6 +15,8 @@ MOVED = {
     "scripts.bench_saved_cache": "scripts.bench.saved_cache",
     "scripts.bench_simulate": "scripts.bench.simulate",
     "scripts.compare_recipes": "kvgauge.cli.compare",
+    "scripts.demo": "kvgauge.cli.demo",
+    "scripts.report": "kvgauge.cli.report",
     "scripts.sweep": "kvgauge.cli.sweep",
     "scripts.train_demo_model": "scripts.demo_model.train",
 }

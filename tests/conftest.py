@@ -41,7 +41,9 @@ def pytest_collection_finish() -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, bool, bool]:
     """Shapes are checked in tests marked `shapes` and in the examples of docstrings; between them all are reached."""
-    jaxtyping.config.update("jaxtyping_disable", item.get_closest_marker("shapes") is None)
+    jaxtyping.config.update(
+        "jaxtyping_disable", isinstance(item, pytest.Function) and item.get_closest_marker("shapes") is None
+    )
     try:
         return (yield)
     finally:

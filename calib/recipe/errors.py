@@ -16,6 +16,9 @@ Marks = Mapping[Location, str]
 """`FILE, line N` of the locations that a file contains; `()` is the whole file."""
 
 
+_FORMER_METHODS = {"allotted": "mixed_codebook"}
+"""Names of methods in recipes written before kvgauge, where the new one is not similar."""
+
 _EXPECTED = {
     **dict.fromkeys(("model_type", "dict_type"), "must be entries, such as {method: uniform}"),
     **dict.fromkeys(("tuple_type", "list_type"), "must be a list"),
@@ -116,7 +119,8 @@ def _reason(row: Any, place: _Place) -> str:
     if kind == "extra_forbidden":
         return _unknown("unknown entry", place.location[-1], _entries(place.holders))
     if kind == "union_tag_invalid":
-        return _unknown(f"unknown method {row['ctx']['tag']!r}", row["ctx"]["tag"], methods)
+        method = row["ctx"]["tag"]
+        return _unknown(f"unknown method {method!r}", _FORMER_METHODS.get(method, method), methods)
     if kind == "union_tag_not_found":
         return _unknown("method is missing", "", methods)
     message = _EXPECTED.get(kind, row["msg"].replace("Input should be", "must be"))

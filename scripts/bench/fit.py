@@ -99,10 +99,9 @@ def seconds_more_at_first() -> float:
 
 def _first_less_second() -> float:
     statistics, recipe = model_statistics(64, heads=1, layers=2, tier="full"), load_recipe("predictive-entropy")
-    allotted = load_recipe("eigen")
+    eigen = load_recipe("eigen")
     first, second = (
-        seconds(lambda: (fit(statistics, recipe, jobs=1), fit(statistics, allotted, jobs=1)), repeats=1)
-        for _ in range(2)
+        seconds(lambda: (fit(statistics, recipe, jobs=1), fit(statistics, eigen, jobs=1)), repeats=1) for _ in range(2)
     )
     return first - second
 

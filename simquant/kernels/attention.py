@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -53,7 +54,7 @@ class Partial(NamedTuple):
 
 
 class Geometry(NamedTuple):
-    """What `packed_split` is compiled for, as constants of Triton; its docstring explains the folds.
+    """Constants that `packed_split` is compiled for; its docstring explains the folds.
 
     Parameters
     ----------
@@ -112,23 +113,25 @@ def attend_packed(
     shape = (len(q), sum(cuts))
     peak, total = torch.empty(2, *shape, dtype=torch.float32, device=q.device)
     partial = Partial(torch.empty(*shape, q.shape[1], dtype=torch.float32, device=q.device), peak, total, sum(cuts))
-    for number, (block, cut) in enumerate(zip(blocks, cuts, strict=True)):
-        cosine, sine = (None, None) if block.tables is None else block.tables.contiguous()
-        packed_split[cut, kv_heads](
-            q,
-            side(quantizers[0], block.keys, constexpr),
-            side(quantizers[1], block.values, constexpr),
-            cosine,
-            sine,
-            partial,
-            sum(cuts[:number]),
-            scaling * math.log2(math.e),
-            block.n_tokens,
-            split_tokens,
-            geometry,
-            enable_fp_fusion=True,
-            num_stages=1 if lean else 3,
-        )
+    # Triton starts programs on the current device, which need not be that of the layer.
+    with torch.cuda.device(q.device) if q.device.type == "cuda" else nullcontext():
+        for number, (block, cut) in enumerate(zip(blocks, cuts, strict=True)):
+            cosine, sine = (None, None) if block.tables is None else block.tables.contiguous()
+            packed_split[cut, kv_heads](
+                q,
+                side(quantizers[0], block.keys, constexpr),
+                side(quantizers[1], block.values, constexpr),
+                cosine,
+                sine,
+                partial,
+                sum(cuts[:number]),
+                scaling * math.log2(math.e),
+                block.n_tokens,
+                split_tokens,
+                geometry,
+                enable_fp_fusion=True,
+                num_stages=1 if lean else 3,
+            )
     return partial.acc, peak * math.log(2), total
 
 

@@ -62,7 +62,7 @@ def narrow(x, DTYPE: constexpr):
 
 @jit
 def prepare(q, keys, heads, first, factor, geometry):
-    """What `scores` needs of the queries, whatever the block of keys."""
+    """Parts of `scores` that depend on the queries alone, once for all blocks of keys."""
     HEAD_DIM: tl.constexpr = geometry.head_dim
     GROUP: tl.constexpr = geometry.group
     if geometry.key_fold == "rotated":

@@ -1,4 +1,4 @@
-"""Which values share a scale, as one address computation for every quantizer that the kernels know.
+"""Addresses of scales, by one computation for every quantizer that the kernels know.
 
 The scale of channel c of row t stands at ``(t // span) * per_row + c // group`` of what the quantizer stores.
 """
@@ -15,7 +15,7 @@ from artifacts.quantizers.dynamic_affine import DynamicAffine
 
 
 class Sharing(NamedTuple):
-    """How many values share a scale.
+    """Numbers of tokens and channels that share a scale.
 
     Parameters
     ----------
@@ -43,7 +43,7 @@ class Sharing(NamedTuple):
 
 
 class Side(NamedTuple):
-    """What a program reads of the packed keys or of the packed values; missing tensors are None.
+    """Tensors and constants of the packed keys, or of the packed values, for a program; missing tensors are None.
 
     Parameters
     ----------

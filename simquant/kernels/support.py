@@ -19,9 +19,14 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def runs_on(device: torch.device) -> bool:
-    """True on a CUDA device if Triton is installed; with TRITON_INTERPRET=1, as the tests set it, on the CPU too."""
+    """True if kernels are asked for by KVGAUGE_KERNELS=1, and the device is CUDA with Triton or Triton's interpreter.
+
+    They are not the default while no GPU has run them: they multiply in the dtype of the queries where torch widens to
+    float32, so figures would move in silence.
+    """
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    return (device.type == "cuda" or interpreted) and util.find_spec("triton") is not None
+    asked = os.environ.get("KVGAUGE_KERNELS") == "1"
+    return asked and (device.type == "cuda" or interpreted) and util.find_spec("triton") is not None
 
 
 def reads(quantizer: Quantizer) -> bool:

@@ -20,7 +20,7 @@ def pairs_in(BITS: constexpr):
 
 @jit
 def channel_order(BITS: constexpr, N: constexpr):
-    """Which channel of N comes first, second, ..."""
+    """Order in which the N channels come out of their words."""
     PAIRS: tl.constexpr = pairs_in(BITS)
     WORDS: tl.constexpr = N // (2 * PAIRS)
     k = tl.arange(0, N)
@@ -47,7 +47,7 @@ def load_words(side, row, live, first_channel, CHANNELS: constexpr, N: constexpr
 
 @jit
 def load_steps(side, row, live, first_channel, CHANNELS: constexpr, N: constexpr):
-    """What scales multiply, in float16 where it is exact: codes around their centre, or levels; "tokens channels"."""
+    """Factors of the scales, in float16 where it is exact: codes around their centre, or levels; "tokens channels"."""
     BITS: tl.constexpr = side.bits
     PAIRS: tl.constexpr = pairs_in(BITS)
     word = load_words(side, row, live, first_channel, CHANNELS, N)

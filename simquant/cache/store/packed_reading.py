@@ -6,10 +6,12 @@ are not copied: a block of the cache is one call.
 
 from collections.abc import Iterator
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from artifacts.model.attention import AttentionLayer
+from artifacts.quantizer import Quantizer
 from simquant.cache.attention.block_attention import BlockAttention, Scoring
 from simquant.cache.store.cached_sequence import CachedSequence
 from simquant.kernels.support import DTYPES, HEAD_DIMS, reads, runs_on
@@ -29,11 +31,19 @@ def can_read(
         and query.dtype in DTYPES
         and layer.head_dim in HEAD_DIMS
         and layer.sliding_window is None
-        and (tables is None or (layer.rotation == "half" and tables.shape[-1] == layer.head_dim))
+        and not (torch.is_grad_enabled() and query.requires_grad)
+        and (tables is None or _rotates_whole_words(layer, sequence.key.quantizer, tables))
         and scoring.softcap is None
         and sequence.survivors is None
         and all(reads(store.quantizer) for store in sequence.stores())
     )
+
+
+def _rotates_whole_words(layer: AttentionLayer, keys: Quantizer, tables: Tensor) -> bool:
+    # Kernels read the two halves of a head apart: each has to be whole words of 32 bits (three bits: of 24 bits).
+    word_bits = 24 if keys.spec.bits == 3 else 32
+    whole = layer.head_dim // 2 * keys.spec.bits % word_bits == 0
+    return layer.rotation == "half" and tables.shape[-1] == layer.head_dim and whole
 
 
 def all_seen(sequence: CachedSequence, visible: Bool[Tensor, "1 columns"]) -> bool:

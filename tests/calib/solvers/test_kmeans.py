@@ -119,6 +119,16 @@ def test_sklearn_is_called_as_kvquant_calls_it() -> None:
         assert np.array_equal(found[0].numpy(), np.sort(theirs.cluster_centers_[:, 0]))
 
 
+def test_sklearn_with_weights_is_called_with_a_tolerance_in_their_variance() -> None:
+    values, weights = random_problems(1, 300, seed=5, empty=0)
+    x, w = values[0].numpy(), weights[0].numpy()
+    mean = np.average(x, weights=w)
+    tolerance = 1e-4 * np.average((x - mean) ** 2, weights=w) / x.var()  # sklearn multiplies it by the plain variance
+    theirs = KMeans(n_clusters=6, random_state=0, n_init="auto", max_iter=50, tol=tolerance)
+    wanted = theirs.fit(x[:, None], sample_weight=w).cluster_centers_[:, 0]
+    assert np.allclose(kmeans_lloyd(values, weights, 6)[0].numpy(), np.sort(wanted), rtol=1e-12)
+
+
 def test_sklearn_stops_at_the_same_levels_wherever_values_fall_into_bins() -> None:
     """Bins of zero weight, and bins that hold many values, change neither the start nor the rule to stop."""
     values, _ = random_problems(1, 500, seed=13, empty=0)

@@ -2,7 +2,7 @@
 
 Triton decides when it is imported whether programs are interpreted. So the tests below run in a process of their own,
 started by the one test that the suite sees; ``TRITON_INTERPRET=1 python -m pytest tests/simquant/kernels`` runs them
-directly, and with 0 on a GPU.
+directly if KVGAUGE_KERNELS=1 is set too, and with 0 on a GPU.
 """
 
 import os
@@ -37,7 +37,7 @@ DEVICE = torch.device("cuda" if os.environ.get("TRITON_INTERPRET") == "0" else "
 ROOT = Path(__file__).parents[3]
 inside = pytest.mark.skipif(not INSIDE or find_spec("triton") is None, reason="runs in a process of its own")
 
-BITS = (2, 3, 4, 8)
+BITS = (1, 2, 3, 4, 8)
 KV_HEADS, HEAD_DIM = 2, 64
 KINDS = (
     "affine",
@@ -90,11 +90,17 @@ def values(n_tokens: int, channels: int) -> Tensor:
 
 
 def found_and_wanted(
-    keys: Quantizer, held: Quantizer, sizes: list[int], dtype: torch.dtype = torch.float32, rotated: bool = False
+    keys: Quantizer,
+    held: Quantizer,
+    sizes: list[int],
+    dtype: torch.dtype = torch.float32,
+    *,
+    rotated: bool = False,
+    group: int = 4,
 ) -> tuple[Tensor, Tensor]:
     """Attention over blocks of so many tokens by the kernels, and over what the quantizers decode, in float64."""
     head_dim = keys.channels // KV_HEADS
-    q = torch.randn(4 * KV_HEADS, head_dim).to(DEVICE, dtype)
+    q = torch.randn(group * KV_HEADS, head_dim).to(DEVICE, dtype)
     blocks, decoded = [], []
     for n_tokens in sizes:
         codes = [each.encode(values(n_tokens, each.channels)) for each in (keys, held)]
@@ -108,7 +114,9 @@ def found_and_wanted(
         decoded.append((key if tables is None else rotate(key[None], *tables[:, None], "half")[0], value))
     attention = BlockAttention(q[:, None], KV_HEADS, Scoring(scaling=head_dim**-0.5))
     attention.add_splits(*attend_packed(q, (keys, held), blocks, head_dim**-0.5))
-    key, value = (torch.cat(parts, dim=1).double().repeat_interleave(4, dim=0) for parts in zip(*decoded, strict=True))
+    key, value = (
+        torch.cat(parts, dim=1).double().repeat_interleave(group, dim=0) for parts in zip(*decoded, strict=True)
+    )
     scores = torch.einsum("hd,htd->ht", q.double(), key) * head_dim**-0.5
     return attention.result()[0], torch.einsum("ht,htd->hd", scores.softmax(-1), value)
 
@@ -122,7 +130,7 @@ def error(found: Tensor, wanted: Tensor) -> float:
 def test_every_kernel_agrees_with_the_torch_path_in_the_interpreter() -> None:
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "KVGAUGE_KERNELS": "1"}
     run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
 
@@ -140,8 +148,11 @@ assert not support.runs_on(torch.device("cpu"))
 
 def test_what_kernels_do_not_know_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("KVGAUGE_KERNELS", "1")
     assert not support.runs_on(torch.device("cpu"))
-    assert all(support.reads(quantizer(kind, bits)) for kind in KINDS for bits in BITS)
+    monkeypatch.delenv("KVGAUGE_KERNELS")
+    assert not support.runs_on(torch.device("cuda"))  # off unless asked for
+    assert all(support.reads(quantizer(kind, bits)) for kind in KINDS for bits in BITS[1:])
     levels, one = torch.linspace(-1, 1, 4)[None].half(), torch.ones(8)
     assert not support.reads(DynamicCodebook(channels=8, bits=2, levels=levels))
     assert not support.reads(Codebook(channels=8, bits=2, scale=one, offset=one, levels=levels[:, :3]))
@@ -153,6 +164,8 @@ def test_what_kernels_do_not_know_is_left_to_torch(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("place", range(len(KINDS)))
 @pytest.mark.parametrize("bits", BITS)
 def test_attention_reads_every_kind_as_the_torch_path_does(place: int, bits: int) -> None:
+    if bits == 1 and "symmetric" in KINDS[place] + KINDS[place - 3]:
+        pytest.skip("one bit around zero has one level")
     assert error(*found_and_wanted(quantizer(KINDS[place], bits), quantizer(KINDS[place - 3], bits), [77])) < 1e-5
 
 
@@ -171,6 +184,29 @@ def test_attention_in_16_bits_is_as_exact_as_16_bits_are(kind: str, dtype: torch
 def test_keys_before_the_rotary_embedding_are_rotated_inside(kind: str, head_dim: int) -> None:
     sides = quantizer(kind, 4, head_dim), quantizer("per token", 4, head_dim)
     assert error(*found_and_wanted(*sides, [64, 20], rotated=True)) < 1e-5
+
+
+@inside
+@pytest.mark.parametrize("group", [1, 3, 12])
+def test_any_number_of_queries_share_a_head(group: int) -> None:
+    sides = quantizer("affine", 4), quantizer("per token, a head", 4)
+    assert error(*found_and_wanted(*sides, [77], rotated=True, group=group)) < 1e-5
+
+
+@inside
+@pytest.mark.parametrize("bits", [1, 2, 3])
+def test_halves_of_a_head_that_are_no_whole_words_are_left_to_torch(bits: int) -> None:
+    """A head of 32 channels at one bit once asked a kernel for no words at all."""
+    model = build("llama", hidden_size=128, num_attention_heads=4, num_key_value_heads=KV_HEADS).to(DEVICE)
+    sides = {"key": quantizer("affine", bits, head_dim=32), "value": quantizer("per token", 4, head_dim=32)}
+    quantizers = {
+        Site(layer, tensor, "pre_rope" if tensor == "key" else None): sides[tensor]  # type: ignore[arg-type]
+        for layer in range(2)
+        for tensor in ("key", "value")
+    }
+    ids = torch.arange(3, 23, device=DEVICE)[None]
+    with torch.no_grad(), packed_cache(model, quantizers) as new_cache:
+        assert generate(model, ids, new_cache(), max_new_tokens=3).shape == (1, 23)
 
 
 @inside
