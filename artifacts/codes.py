@@ -9,6 +9,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from artifacts.coding.span import Span
+from artifacts.errors import InvalidValueError
 
 _ONE_EACH = Span()
 
@@ -43,7 +44,7 @@ class Codes:
             span = self.span(name)
             wanted = span.n_entries(self.shape[0])
             if wanted not in (None, len(tensor)):
-                raise ValueError(
+                raise InvalidValueError(
                     f"Codes: {name} has {len(tensor)} entries; {self.shape[0]} tokens with {span.entries} for each "
                     f"{span.tokens} need {wanted}. Give the number of entries for each run of tokens in `spans`"
                 )
@@ -63,7 +64,9 @@ class Codes:
         for name, tensor in self.tensors.items():
             n_counted = int(self.tensors["counts"].sum()) if self.span(name).entries == "counts" else len(tensor)
             if n_counted != len(tensor):
-                raise ValueError(f"Codes: {name} must have the {n_counted} entries that counts says; got {len(tensor)}")
+                raise InvalidValueError(
+                    f"Codes: {name} must have the {n_counted} entries that counts says; got {len(tensor)}"
+                )
 
     @property
     def nbytes(self) -> int:
@@ -144,7 +147,7 @@ class Codes:
             return runs.repeat_interleave(span.entries)
         # entries is None: chunks of different lengths follow one another, and only the quantizer knows where each ends.
         if runs.any():
-            raise ValueError(
+            raise InvalidValueError(
                 f"Codes: cannot drop {int((~kept).sum())} of {len(kept)} tokens: {name} does not say where the entries "
                 f"of each {span.tokens} tokens end; drop all of them or none"
             )
@@ -154,7 +157,7 @@ class Codes:
         for part, following in pairwise((self, *others)):
             cut = [name for name in part.tensors if part.shape[0] % part.span(name).tokens]
             if cut or part.spans != following.spans:
-                raise ValueError(
+                raise InvalidValueError(
                     f"Codes: {part.shape[0]} tokens cannot be followed by {following.shape[0]}: expected whole groups "
                     f"of one size; got {dict(part.spans)} and {dict(following.spans)}"
                 )

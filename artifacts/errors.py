@@ -8,6 +8,10 @@ class KVGaugeError(Exception):
     """
 
 
+class InvalidValueError(KVGaugeError, ValueError):
+    """An argument or a setting has a value that cannot be."""
+
+
 class ArtifactError(KVGaugeError, ValueError):
     """A file of kvgauge or another tool cannot be used. Base of all errors of reading."""
 

@@ -6,7 +6,7 @@ from importlib import metadata
 from types import UnionType
 from typing import Any, get_origin
 
-from artifacts.errors import CorruptArtifactError
+from artifacts.errors import CorruptArtifactError, InvalidValueError
 from artifacts.sites import Site
 from artifacts.spec import QuantSpec
 
@@ -81,7 +81,7 @@ class Manifest:
     def __post_init__(self) -> None:
         _check_types(self)
         if type(self.sink_tokens) is not int or self.sink_tokens < 0:
-            raise ValueError(f"sink_tokens must be an integer from 0; got {self.sink_tokens!r}")
+            raise InvalidValueError(f"sink_tokens must be an integer from 0; got {self.sink_tokens!r}")
 
     def to_json(self) -> dict[str, Any]:
         """Manifest as JSON values."""
@@ -122,4 +122,4 @@ def _check_types(record: Manifest | CorpusRecord) -> None:
         wanted: Any = f.type if isinstance(f.type, UnionType) else get_origin(f.type) or f.type
         value = getattr(record, f.name)
         if not isinstance(value, wanted):
-            raise ValueError(f"{f.name} must be of type {f.type}; got {value!r:.60}")
+            raise InvalidValueError(f"{f.name} must be of type {f.type}; got {value!r:.60}")

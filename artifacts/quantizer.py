@@ -19,7 +19,7 @@ from torch import Tensor
 
 from artifacts.codes import Codes
 from artifacts.coding.finite import answered_together, expect_finite
-from artifacts.errors import MismatchError, NonFiniteError
+from artifacts.errors import InvalidValueError, MismatchError, NonFiniteError
 from artifacts.sites import Site
 from artifacts.spec import QuantSpec
 
@@ -55,9 +55,11 @@ class Quantizer(ABC):
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type in (bool, int, float) and type(value) is not field.type:
-                raise ValueError(f"{self.kind}: {field.name} must be of type {field.type.__name__}; got {value!r:.60}")
+                raise InvalidValueError(
+                    f"{self.kind}: {field.name} must be of type {field.type.__name__}; got {value!r:.60}"
+                )
         if self.channels < 1:
-            raise ValueError(f"{self.kind}: channels must be at least 1; got {self.channels}")
+            raise InvalidValueError(f"{self.kind}: channels must be at least 1; got {self.channels}")
 
     @property
     def tokens_per_scale(self) -> int | None:

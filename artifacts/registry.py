@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from artifacts.errors import ArtifactError, CorruptArtifactError, UnknownKindError
+from artifacts.errors import ArtifactError, CorruptArtifactError, InvalidValueError, UnknownKindError
 from artifacts.quantizer import Quantizer
 from artifacts.quantizers.affine import Affine
 from artifacts.quantizers.block_float import BlockFloat
@@ -77,7 +77,7 @@ def build(spec: QuantSpec, tensors: Mapping[str, Tensor], site: Site) -> Quantiz
         kind: Callable[..., Quantizer] = KINDS[spec.kind]
         wrapped = {} if spec.inner is None else {"inner": build(spec.inner, inner, site)}
         if spec.inner is None and inner:
-            raise ValueError(f"{spec.kind}: it has no wrapped quantizer; got tensors {sorted(inner)} of one")
+            raise InvalidValueError(f"{spec.kind}: it has no wrapped quantizer; got tensors {sorted(inner)} of one")
         return kind(**spec.options, **own, **wrapped, site=site)
     except ArtifactError:
         raise

@@ -5,6 +5,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from artifacts.errors import InvalidValueError
+
 Stage = Literal["pre_rope", "post_rope"]
 
 # Predictors use the key of the same layer for a value, never the reverse: keys come first.
@@ -47,7 +49,7 @@ class Site:
 
     def __post_init__(self) -> None:
         if _PATTERN.fullmatch(str(self)) is None or (self.stage is None) != (self.tensor == "value"):
-            raise ValueError(
+            raise InvalidValueError(
                 "Site: expected a layer from 0, key or query with stage pre_rope or post_rope, or value without stage; "
                 f"got layer={self.layer!r}, tensor={self.tensor!r}, stage={self.stage!r}"
             )
@@ -73,6 +75,8 @@ class Site:
         """
         match = _PATTERN.fullmatch(text)
         if match is None:
-            raise ValueError(f"Site: expected a name such as layers.3.key.pre_rope or layers.3.value; got {text!r}")
+            raise InvalidValueError(
+                f"Site: expected a name such as layers.3.key.pre_rope or layers.3.value; got {text!r}"
+            )
         layer, tensor, stage = match.groups()
         return cls(int(layer), tensor, stage)  # type: ignore[arg-type]  # the pattern admits only the literals

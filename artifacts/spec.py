@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from artifacts.errors import InvalidValueError
+
 Option = int | float | bool | str
 
 _FORMAT_BITS: Mapping[object, Option] = {"e4m3": 8, "e5m2": 8, "mxfp4": 4, "nvfp4": 4}
@@ -42,10 +44,10 @@ class QuantSpec:
 
     def __post_init__(self) -> None:
         if not isinstance(self.kind, str) or not self.kind.isidentifier():
-            raise ValueError(f"QuantSpec: kind must be a name such as 'affine'; got {self.kind!r}")
+            raise InvalidValueError(f"QuantSpec: kind must be a name such as 'affine'; got {self.kind!r}")
         for name, value in self.options.items():
             if not isinstance(name, str) or not isinstance(value, Option):
-                raise ValueError(f"QuantSpec: option {name!r} must be a number, a bool or a text; got {value!r}")
+                raise InvalidValueError(f"QuantSpec: option {name!r} must be a number, a bool or a text; got {value!r}")
         object.__setattr__(self, "options", MappingProxyType(dict(sorted(self.options.items()))))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -67,9 +69,11 @@ class QuantSpec:
             If `data` has another shape.
         """
         if not isinstance(data, dict) or not {"kind", "options"} <= set(data) <= {"kind", "options", "inner"}:
-            raise ValueError(f"QuantSpec: expected an object with kind, options and at most inner; got {data!r:.200}")
+            raise InvalidValueError(
+                f"QuantSpec: expected an object with kind, options and at most inner; got {data!r:.200}"
+            )
         if not isinstance(data["options"], dict):
-            raise ValueError(f"QuantSpec: options must be an object; got {data['options']!r:.200}")
+            raise InvalidValueError(f"QuantSpec: options must be an object; got {data['options']!r:.200}")
         inner = cls.from_json(data["inner"]) if "inner" in data else None
         return cls(kind=data["kind"], options=data["options"], inner=inner)
 
@@ -87,7 +91,7 @@ class QuantSpec:
         # Kinds without `bits` store 16-bit values (identity), except floating-point formats, which imply their width.
         bits = _FORMAT_BITS.get(self.options.get("format"), self.options.get("bits", 16))
         if isinstance(bits, bool | str) or not 0 <= bits <= 16:
-            raise ValueError(f"{self.kind}: bits must be a number from 0 to 16; got {bits!r:.60}")
+            raise InvalidValueError(f"{self.kind}: bits must be a number from 0 to 16; got {bits!r:.60}")
         return float(bits)
 
     def describe(self) -> str:

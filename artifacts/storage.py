@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from artifacts.errors import ArtifactError, CorruptArtifactError, UnsupportedVersionError
+from artifacts.errors import ArtifactError, CorruptArtifactError, InvalidValueError, UnsupportedVersionError
 from artifacts.whole_file import write_whole
 
 Array = NDArray[Any]
@@ -255,7 +255,7 @@ def _check_instructions(data: bytes) -> None:
             raise ArtifactError(f"it uses the instruction {instruction.name}")
     # `genops` and `load` stop at STOP: data behind it would go unnoticed, and equal content have several files.
     if position != len(data) - 1:
-        raise ValueError("data follows its end")
+        raise InvalidValueError("data follows its end")
 
 
 def _from_pickle(path: Path, data: bytes) -> tuple[str, dict[str, Array]]:
@@ -282,5 +282,5 @@ def _from_pickle(path: Path, data: bytes) -> tuple[str, dict[str, Array]]:
 
 def _to_array(name: str, dtype: str, shape: tuple[int, ...], data: bytes) -> Array:
     if not isinstance(name, str) or dtype not in _DTYPES or not isinstance(data, bytes):
-        raise ValueError(f"expected a named array of a known dtype; got {name!r:.60} of dtype {dtype!r:.20}")
+        raise InvalidValueError(f"expected a named array of a known dtype; got {name!r:.60} of dtype {dtype!r:.20}")
     return np.frombuffer(data, dtype=dtype).reshape(shape)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from artifacts.artifact import Artifact
 from artifacts.coding.finite import answered_each_step
+from artifacts.errors import InvalidValueError
 from artifacts.model.attention import AttentionLayer, attention_layers, hooked
 from artifacts.model.layout import from_rows, to_rows
 from artifacts.quantizer import Context, Quantizer
@@ -59,7 +60,7 @@ def simulate(
     check_fit(model, quantizers, layers)
     policy = policy or default_policy(quantizers, sinks_alone=True)
     if not policy.encodes_at_once:
-        raise ValueError(
+        raise InvalidValueError(
             "simulate: expected a policy with sinks alone, since every other token is quantized before it is read; got "
             f"{policy.describe()}. Use decode_exact or packed_cache (the protocols 'decode' and 'cache')."
         )

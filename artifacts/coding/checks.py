@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from artifacts.errors import InvalidValueError
+
 
 def check_bits(who: str, bits: int, *, least: int = 1) -> None:
     """Validates a code width.
@@ -13,7 +15,9 @@ def check_bits(who: str, bits: int, *, least: int = 1) -> None:
         If it is not an integer from `least` to 8.
     """
     if type(bits) is not int or not least <= bits <= 8:
-        raise ValueError(f"{who}: bits must be an integer from {least} to 8 (16 is the kind 'identity'); got {bits!r}")
+        raise InvalidValueError(
+            f"{who}: bits must be an integer from {least} to 8 (16 is the kind 'identity'); got {bits!r}"
+        )
 
 
 def check_vector(who: str, name: str, tensor: Tensor, channels: int, *, positive: bool = False) -> None:
@@ -25,13 +29,13 @@ def check_vector(who: str, name: str, tensor: Tensor, channels: int, *, positive
         If shape, dtype or values are otherwise.
     """
     if tuple(tensor.shape) != (channels,) or tensor.dtype != torch.float32:
-        raise ValueError(
+        raise InvalidValueError(
             f"{who}: {name} must be float32 of shape ({channels},); got {tensor.dtype} of shape {tuple(tensor.shape)}"
         )
     bad = ~torch.isfinite(tensor) | (tensor <= 0 if positive else False)
     if bad.any():
         wanted = "finite and positive" if positive else "finite"
-        raise ValueError(f"{who}: {name} must be {wanted}; {int(bad.sum())} of {channels} entries are not")
+        raise InvalidValueError(f"{who}: {name} must be {wanted}; {int(bad.sum())} of {channels} entries are not")
 
 
 def check_levels(who: str, levels: Tensor, bits: int, channels: int) -> None:
@@ -45,13 +49,13 @@ def check_levels(who: str, levels: Tensor, bits: int, channels: int) -> None:
     # At most 2^(bits-1) levels would fit codes of one bit less: such a table has the wrong code width.
     n_tables, n_levels = levels.shape if levels.ndim == 2 else (0, 0)
     if channels % max(1, n_tables) or not 2 ** (bits - 1) < n_levels <= 2**bits or levels.dtype != torch.float16:
-        raise ValueError(
+        raise InvalidValueError(
             f"{who}: levels must be float16, more than {2 ** (bits - 1)} and at most {2**bits} of them in each table, "
             f"and the number of tables must divide {channels}; got {levels.dtype} of shape {tuple(levels.shape)}"
         )
     wide = levels.float()
     if not torch.isfinite(wide).all() or (wide.diff(dim=1) < 0).any():
-        raise ValueError(f"{who}: levels must be finite and in ascending order; {_disorder(wide)}")
+        raise InvalidValueError(f"{who}: levels must be finite and in ascending order; {_disorder(wide)}")
 
 
 def check_boundaries(who: str, boundaries: Tensor | None, levels: Tensor) -> None:
@@ -66,12 +70,12 @@ def check_boundaries(who: str, boundaries: Tensor | None, levels: Tensor) -> Non
         return
     wanted = (levels.shape[0], levels.shape[1] - 1)
     if tuple(boundaries.shape) != wanted or boundaries.dtype != torch.float32:
-        raise ValueError(
+        raise InvalidValueError(
             f"{who}: boundaries must be float32 of shape {wanted}; got {boundaries.dtype} of shape "
             f"{tuple(boundaries.shape)}"
         )
     if not torch.isfinite(boundaries).all() or (boundaries.diff(dim=1) < 0).any():
-        raise ValueError(f"{who}: boundaries must be finite and in ascending order; {_disorder(boundaries)}")
+        raise InvalidValueError(f"{who}: boundaries must be finite and in ascending order; {_disorder(boundaries)}")
 
 
 def _disorder(rows: Tensor) -> str:
@@ -88,10 +92,10 @@ def check_group(who: str, group_size: int, channels: int | None) -> None:
         If it is not; names the nearest sizes that are.
     """
     if type(group_size) is not int or group_size < 1:
-        raise ValueError(f"{who}: group_size must be an integer from 1; got {group_size!r:.60}")
+        raise InvalidValueError(f"{who}: group_size must be an integer from 1; got {group_size!r:.60}")
     if channels is not None and channels % group_size:
         fitting = [size for size in range(1, channels + 1) if channels % size == 0]
         nearest = min(fitting, key=lambda size: abs(size - group_size))
-        raise ValueError(
+        raise InvalidValueError(
             f"{who}: group_size must divide the {channels} channels; got {group_size}. Nearest that does: {nearest}"
         )

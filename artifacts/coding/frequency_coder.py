@@ -9,6 +9,8 @@ from constriction import stream
 from jaxtyping import Int32, UInt32
 from numpy.typing import NDArray
 
+from artifacts.errors import InvalidValueError
+
 TOTAL = 2**15
 """Sum of the frequencies of a table; each frequency fits a signed 16-bit integer."""
 
@@ -61,7 +63,7 @@ class FrequencyCoder:
         """
         least, largest = indices.min(initial=0), indices.max(initial=0)
         if max(-int(least), int(largest)) > LARGEST_INDEX:
-            raise ValueError(
+            raise InvalidValueError(
                 f"FrequencyCoder: expected indices from {-LARGEST_INDEX} to {LARGEST_INDEX}; got {least} to {largest}"
             )
         symbols, beyond = self._symbols(indices)
@@ -93,7 +95,7 @@ class FrequencyCoder:
             indices = symbols + self._first
             indices[escaped] = self._from_beyond(_decode_beyond(decoder, int(escaped.sum())), escaped)
             if not decoder.maybe_exhausted():
-                raise ValueError("words follow the last token")
+                raise InvalidValueError("words follow the last token")
         return indices
 
     def ideal_bits(self, indices: Int32[np.ndarray, "channels tokens"]) -> float:
@@ -127,7 +129,9 @@ def _decode_beyond(decoder: stream.queue.RangeDecoder, n_escaped: int) -> Int32[
         return np.zeros(0, dtype=np.int32)
     lengths = decoder.decode(stream.model.Uniform(_LENGTHS), n_escaped)
     if lengths.min() < 1 or lengths.max() > _LONGEST:  # no model of so many values: constriction would panic
-        raise ValueError(f"escapes have bit lengths from 1 to {_LONGEST}; got {lengths.min()} to {lengths.max()}")
+        raise InvalidValueError(
+            f"escapes have bit lengths from 1 to {_LONGEST}; got {lengths.min()} to {lengths.max()}"
+        )
     beyond: NDArray[np.int32] = decoder.decode(stream.model.Uniform(), 1 << lengths) + (1 << lengths)
     return beyond
 
@@ -148,7 +152,7 @@ def _panics_as_errors(problem: str) -> Iterator[None]:
         yield
     except BaseException as error:
         if isinstance(error, ValueError | AssertionError) or type(error).__name__ == "PanicException":
-            raise ValueError(f"FrequencyCoder: {problem} ({error})") from error
+            raise InvalidValueError(f"FrequencyCoder: {problem} ({error})") from error
         raise
 
 

@@ -8,6 +8,7 @@ from jaxtyping import Integer, UInt8
 from torch import Tensor
 
 from artifacts.coding.packing import pack, unpack
+from artifacts.errors import InvalidValueError
 
 _WORD_BITS = 56
 """Longest word in bits: shifted by up to seven bits it still fits a signed 64-bit integer."""
@@ -80,7 +81,7 @@ class MixedRadix:
             If the rows have another number of bytes.
         """
         if packed.shape[1] != self.bytes_per_token:
-            raise ValueError(f"unpack: expected {self.bytes_per_token} bytes a token, got {packed.shape[1]}")
+            raise InvalidValueError(f"unpack: expected {self.bytes_per_token} bytes a token, got {packed.shape[1]}")
         codes = torch.zeros(self.channels, len(packed), dtype=torch.uint8, device=packed.device)
         for part, rows in zip(codes.split(_TOKENS, dim=1), packed.split(_TOKENS), strict=True):
             self._unpack(rows.T, part)

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Integer, UInt8
 from torch import Tensor
 
+from artifacts.errors import InvalidValueError
+
 _SPREADS: dict[int, tuple[torch.dtype, tuple[tuple[int, int], ...]]] = {
     1: (torch.int64, ((28, 0x0000000F_0000000F), (14, 0x00030003_00030003), (7, 0x01010101_01010101))),
     2: (torch.int32, ((12, 0x000F000F), (6, 0x03030303))),
@@ -62,7 +64,7 @@ def unpack(packed: UInt8[Tensor, "tokens bytes"], bits: int, channels: int) -> U
     """
     expected = packed_bytes(channels, bits)
     if packed.shape[1] != expected:
-        raise ValueError(
+        raise InvalidValueError(
             f"unpack: expected {expected} bytes a token ({channels} codes of {bits} bits), got {packed.shape[1]}"
         )
     if bits in _SPREADS:

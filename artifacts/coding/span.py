@@ -6,6 +6,8 @@ from typing import Literal
 from jaxtyping import Bool
 from torch import Tensor
 
+from artifacts.errors import InvalidValueError
+
 
 @dataclass(frozen=True)
 class Span:
@@ -30,7 +32,7 @@ class Span:
 
     def __post_init__(self) -> None:
         if type(self.tokens) is not int or self.tokens < 1 or not self._has_entries():
-            raise ValueError(f"Span: expected positive whole numbers of tokens and entries; got {self}")
+            raise InvalidValueError(f"Span: expected positive whole numbers of tokens and entries; got {self}")
 
     def n_entries(self, n_tokens: int) -> int | None:
         """Entries of `n_tokens` tokens; None where their number varies."""
@@ -52,7 +54,7 @@ class Span:
         whole[len(kept) :] = kept[-1:]
         groups = whole.view(-1, self.tokens)
         if (groups != groups[:, :1]).any():
-            raise ValueError(
+            raise InvalidValueError(
                 f"Codes: cannot drop {int((~kept).sum())} of {len(kept)} tokens: they share scale groups with kept "
                 f"tokens; drop whole groups (of {self.tokens} tokens, counted from the first)"
             )

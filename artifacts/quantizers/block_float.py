@@ -10,6 +10,7 @@ from torch import Tensor
 from artifacts.codes import Codes
 from artifacts.coding.checks import check_vector
 from artifacts.coding.packing import pack, unpack
+from artifacts.errors import InvalidValueError
 from artifacts.quantizer import Context, Quantizer
 from artifacts.quantizers.codebook import look_up
 from artifacts.quantizers.float8 import from_float8, largest_float8, largest_of_blocks, over_channels, to_float8
@@ -61,10 +62,12 @@ class BlockFloat(Quantizer):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.format not in _BLOCK_SIZES:
-            raise ValueError(f"{self.kind}: format must be 'mxfp4' or 'nvfp4'; got {self.format!r:.60}")
+            raise InvalidValueError(f"{self.kind}: format must be 'mxfp4' or 'nvfp4'; got {self.format!r:.60}")
         if (self.tensor_scale is None) != (self.format == "mxfp4"):
             given = "none" if self.tensor_scale is None else "one"
-            raise ValueError(f"{self.kind}: nvfp4 needs a tensor_scale and mxfp4 none; got {given} for {self.format}")
+            raise InvalidValueError(
+                f"{self.kind}: nvfp4 needs a tensor_scale and mxfp4 none; got {given} for {self.format}"
+            )
         if self.tensor_scale is not None:
             check_vector(self.kind, "tensor_scale", self.tensor_scale, 1, positive=True)
             # Neither the scale of the smallest block nor the largest magnitude may vanish or overflow in float32.

@@ -13,6 +13,7 @@ from artifacts.coding.checks import check_bits, check_group
 from artifacts.coding.packing import pack, unpack
 from artifacts.coding.rounding import round_outward
 from artifacts.coding.span import Span
+from artifacts.errors import InvalidValueError
 from artifacts.quantizer import Context, Quantizer
 from artifacts.quantizers.affine import symmetric_offset, top_code
 
@@ -60,17 +61,17 @@ class DynamicAffine(Quantizer):
         super().__post_init__()
         check_bits(self.kind, self.bits, least=2 if self.symmetric else 1)
         if self.per not in _SHARING:
-            raise ValueError(f"{self.kind}: per must be one of {', '.join(_SHARING)}; got {self.per!r}")
+            raise InvalidValueError(f"{self.kind}: per must be one of {', '.join(_SHARING)}; got {self.per!r}")
         if self.group_size is not None:
             check_group(self.kind, self.group_size, self.channels if self.per == "token" else None)
         if self.group_size is not None and self.per == "tensor":
-            raise ValueError(
+            raise InvalidValueError(
                 f"{self.kind}: group_size needs per 'token' or 'channel'; got {self.group_size} with per 'tensor'"
             )
         if self.symmetric and self.whole_zero_point:
-            raise ValueError(f"{self.kind}: a symmetric range has no zero point to round; drop whole_zero_point")
+            raise InvalidValueError(f"{self.kind}: a symmetric range has no zero point to round; drop whole_zero_point")
         if self.clip_ratio is not None and not 0 < self.clip_ratio < 1:
-            raise ValueError(f"{self.kind}: clip_ratio must be above 0 and below 1; got {self.clip_ratio!r}")
+            raise InvalidValueError(f"{self.kind}: clip_ratio must be above 0 and below 1; got {self.clip_ratio!r}")
 
     @property
     def tokens_per_scale(self) -> int | None:

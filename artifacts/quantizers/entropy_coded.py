@@ -15,6 +15,7 @@ from artifacts.coding.checks import check_vector
 from artifacts.coding.finite import answer_now
 from artifacts.coding.frequency_coder import LARGEST_INDEX, TOTAL, FrequencyCoder
 from artifacts.coding.span import Span
+from artifacts.errors import InvalidValueError
 from artifacts.quantizer import Context, Quantizer
 
 _ROUNDING = 1e-6
@@ -62,13 +63,13 @@ class EntropyCoded(Quantizer):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.group_tokens < 1:
-            raise ValueError(f"{self.kind}: group_tokens must be at least 1; got {self.group_tokens}")
+            raise InvalidValueError(f"{self.kind}: group_tokens must be at least 1; got {self.group_tokens}")
         check_vector(self.kind, "step", self.step, 1, positive=True)
         check_vector(self.kind, "offset", self.offset, self.channels)
         self._check_tables()
         entropy = mean_entropy(self.frequencies, self.channels)
         if not math.isclose(self.bits, entropy, abs_tol=_ROUNDING):
-            raise ValueError(f"{self.kind}: bits must be {entropy}, as frequencies says; got {self.bits}")
+            raise InvalidValueError(f"{self.kind}: bits must be {entropy}, as frequencies says; got {self.bits}")
 
     @property
     def tokens_per_scale(self) -> int:
@@ -100,7 +101,7 @@ class EntropyCoded(Quantizer):
         streams = [part.numpy().view(np.uint32) for part in words.cpu().split(codes.tensors["counts"].tolist())]
         starts = range(0, codes.shape[0], self.group_tokens)
         if len(streams) != len(starts):
-            raise ValueError(
+            raise InvalidValueError(
                 f"{self.label}: {codes.shape[0]} tokens must have {len(starts)} streams of {self.group_tokens} tokens; "
                 f"got {len(streams)}"
             )
@@ -143,32 +144,34 @@ class EntropyCoded(Quantizer):
     def _check_tables(self) -> None:
         for name, tensor in (("first", self.first), ("n_indices", self.n_indices)):
             if tensor.dtype != torch.int16 or tensor.shape != (self.channels,):
-                raise ValueError(
+                raise InvalidValueError(
                     f"{self.kind}: {name} must be int16 of shape ({self.channels},); got {tensor.dtype} of shape "
                     f"{tuple(tensor.shape)}"
                 )
         lengths = self.n_indices.long()
         n = int(lengths.clamp_min(1).sum())
         if (lengths < 1).any():
-            raise ValueError(f"{self.kind}: n_indices must be at least 1; got {int(lengths.min())}")
+            raise InvalidValueError(f"{self.kind}: n_indices must be at least 1; got {int(lengths.min())}")
         if self.frequencies.dtype != torch.int16 or self.frequencies.shape != (n + self.channels,):
-            raise ValueError(
+            raise InvalidValueError(
                 f"{self.kind}: frequencies must be int16 of shape ({n + self.channels},), as n_indices says; got "
                 f"{self.frequencies.dtype} of shape {tuple(self.frequencies.shape)}"
             )
         if (self.frequencies < 1).any() or (_table_sums(self.frequencies.long(), lengths) != TOTAL).any():
             sums = _table_sums(self.frequencies.long(), lengths).unique().tolist()
-            raise ValueError(
+            raise InvalidValueError(
                 f"{self.kind}: frequencies must be positive, and {TOTAL} in each table; got a smallest of "
                 f"{int(self.frequencies.min())} and sums {sums[:8]}"
             )
         if self.shifts is not None and (self.shifts.dtype != torch.float16 or self.shifts.shape != (n,)):
-            raise ValueError(
+            raise InvalidValueError(
                 f"{self.kind}: shifts must be float16 of shape ({n},), as n_indices says; got {self.shifts.dtype} of "
                 f"shape {tuple(self.shifts.shape)}"
             )
         if self.shifts is not None and not (self.shifts.abs() <= 1).all():
-            raise ValueError(f"{self.kind}: shifts must be from -1 to 1; got {float(self.shifts.abs().max()):.4g}")
+            raise InvalidValueError(
+                f"{self.kind}: shifts must be from -1 to 1; got {float(self.shifts.abs().max()):.4g}"
+            )
 
 
 def mean_entropy(frequencies: Int16[Tensor, " symbols"], channels: int) -> float:

@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 from artifacts.codes import Codes
 from artifacts.coding.checks import check_group, check_vector
 from artifacts.coding.rounding import round_outward
+from artifacts.errors import InvalidValueError
 from artifacts.quantizer import RANGE_SLACK, Context, Quantizer
 
 Float8Format = Literal["e4m3", "e5m2"]
@@ -36,7 +37,7 @@ class AbstractFloat8(Quantizer):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.format not in _DTYPES:
-            raise ValueError(f"{self.kind}: format must be 'e4m3' or 'e5m2'; got {self.format!r:.60}")
+            raise InvalidValueError(f"{self.kind}: format must be 'e4m3' or 'e5m2'; got {self.format!r:.60}")
 
 
 @final

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float32, Int8
 from torch import Tensor
 
+from artifacts.errors import InvalidValueError
 from artifacts.quantizers.wrapper import AbstractTransform
 
 
@@ -37,7 +38,7 @@ class Hadamard(AbstractTransform):
         super().__post_init__()
         largest = self.channels & -self.channels
         if self.group_size < 1 or largest % self.group_size:
-            raise ValueError(
+            raise InvalidValueError(
                 f"{self.kind}: group_size must be a power of two that divides {self.channels} channels; "
                 f"got {self.group_size}. The largest is {largest}"
             )
@@ -62,13 +63,13 @@ class Hadamard(AbstractTransform):
         if self.signs is None:
             return
         if tuple(self.signs.shape) != (self.channels,) or self.signs.dtype != torch.int8:
-            raise ValueError(
+            raise InvalidValueError(
                 f"{self.kind}: signs must be int8 of shape ({self.channels},); got {self.signs.dtype} of shape "
                 f"{tuple(self.signs.shape)}"
             )
         n_bad = int((self.signs.abs() != 1).sum())
         if n_bad:
-            raise ValueError(f"{self.kind}: signs must be +1 or -1; {n_bad} of {self.channels} are not")
+            raise InvalidValueError(f"{self.kind}: signs must be +1 or -1; {n_bad} of {self.channels} are not")
 
 
 def hadamard(x: Float32[Tensor, "tokens channels"], group_size: int) -> Float32[Tensor, "tokens channels"]:

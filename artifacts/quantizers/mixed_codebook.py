@@ -12,6 +12,7 @@ from torch import Tensor
 from artifacts.codes import Codes
 from artifacts.coding.checks import check_vector
 from artifacts.coding.mixed_radix import MixedRadix
+from artifacts.errors import InvalidValueError
 from artifacts.quantizer import RANGE_SLACK, Context, Quantizer
 
 _MOST_LEVELS = 256
@@ -50,7 +51,9 @@ class MixedCodebook(Quantizer):
         check_vector(self.kind, "offset", self.offset, self.channels)
         self._check_tables()
         if not math.isclose(self.bits, mean_bits(self.n_levels), abs_tol=_ROUNDING):
-            raise ValueError(f"{self.kind}: bits must be {mean_bits(self.n_levels)}, as n_levels says; got {self.bits}")
+            raise InvalidValueError(
+                f"{self.kind}: bits must be {mean_bits(self.n_levels)}, as n_levels says; got {self.bits}"
+            )
 
     def _encode(self, x: Float[Tensor, "tokens channels"], context: Context) -> Codes:
         a = ((x.float() - self.offset) / self.scale).T.contiguous()
@@ -104,14 +107,16 @@ class MixedCodebook(Quantizer):
     def _check_tables(self) -> None:
         tables, n = self.n_levels, int(self.n_levels.sum())
         if tables.dtype != torch.int16 or tables.shape != (self.channels,):
-            raise ValueError(
+            raise InvalidValueError(
                 f"{self.kind}: n_levels must be int16 of shape ({self.channels},); "
                 f"got {tables.dtype} of shape {tuple(tables.shape)}"
             )
         if (tables < 1).any() or (tables > _MOST_LEVELS).any():
-            raise ValueError(f"{self.kind}: n_levels must be from 1 to {_MOST_LEVELS}; got {tables.unique().tolist()}")
+            raise InvalidValueError(
+                f"{self.kind}: n_levels must be from 1 to {_MOST_LEVELS}; got {tables.unique().tolist()}"
+            )
         if self.levels.dtype != torch.float16 or self.levels.shape != (n,):
-            raise ValueError(
+            raise InvalidValueError(
                 f"{self.kind}: levels must be float16 of shape ({n},), as n_levels says; "
                 f"got {self.levels.dtype} of shape {tuple(self.levels.shape)}"
             )
@@ -119,7 +124,7 @@ class MixedCodebook(Quantizer):
         first[tables.long().cumsum(0)[:-1]] = True
         wide = self.levels.float()
         if not torch.isfinite(wide).all() or ((wide.diff() < 0) & ~first[1:]).any():
-            raise ValueError(
+            raise InvalidValueError(
                 f"{self.kind}: levels must be finite and in ascending order within each table; got "
                 f"{int((~torch.isfinite(wide)).sum())} of {n} not finite, "
                 f"{int(((wide.diff() < 0) & ~first[1:]).sum())} below the one before"

@@ -12,6 +12,7 @@ from artifacts.codes import Codes
 from artifacts.coding.checks import check_group
 from artifacts.coding.exact_sums import norm
 from artifacts.coding.rounding import nearest_half
+from artifacts.errors import InvalidValueError
 from artifacts.quantizer import Context
 from artifacts.quantizers.wrapper import AbstractWrapper
 
@@ -51,7 +52,7 @@ class Normalised(AbstractWrapper):
         if self.group_size is not None:
             check_group(self.kind, self.group_size, self.channels)
         if self.target not in ("unit_variance", "unit_norm"):
-            raise ValueError(f"{self.kind}: target must be 'unit_variance' or 'unit_norm'; got {self.target!r}")
+            raise InvalidValueError(f"{self.kind}: target must be 'unit_variance' or 'unit_norm'; got {self.target!r}")
 
     def _encode(self, x: Float[Tensor, "tokens channels"], context: Context) -> Codes:
         wide = x.float()

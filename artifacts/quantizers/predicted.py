@@ -12,7 +12,7 @@ from artifacts.codes import Codes
 from artifacts.coding.checks import check_vector
 from artifacts.coding.exact_sums import on_grid
 from artifacts.coding.finite import expect_finite
-from artifacts.errors import MismatchError, NonFiniteError
+from artifacts.errors import InvalidValueError, MismatchError, NonFiniteError
 from artifacts.quantizer import Context, Quantizer
 from artifacts.quantizers.wrapper import AbstractWrapper
 from artifacts.sites import Site
@@ -119,7 +119,7 @@ class Predicted(AbstractWrapper):
 
     def _check_sources(self) -> None:
         if not self.sources or (self.site is not None and max(self.sources) >= self.site):
-            raise ValueError(
+            raise InvalidValueError(
                 f"{self.kind}: source_sites must name sites before {self.site}; got {self.source_sites!r:.200}"
             )
 
@@ -137,12 +137,14 @@ class Predicted(AbstractWrapper):
 def _check_matrix(name: str, matrix: Float[Tensor, "..."], columns: int) -> None:
     shape = tuple(matrix.shape)
     if len(shape) != 2 or shape[0] < 1 or shape[1] != columns or matrix.dtype != torch.float16:
-        raise ValueError(
+        raise InvalidValueError(
             f"predicted: {name} must be float16 with at least one row and {columns} columns; got {matrix.dtype} of "
             f"shape {shape}"
         )
     if not torch.isfinite(matrix).all():
-        raise ValueError(f"predicted: {name} must be finite; {int((~torch.isfinite(matrix)).sum())} entries are not")
+        raise InvalidValueError(
+            f"predicted: {name} must be finite; {int((~torch.isfinite(matrix)).sum())} entries are not"
+        )
 
 
 def _product(

@@ -9,6 +9,7 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from artifacts.coding.exact_sums import on_grid
+from artifacts.errors import InvalidValueError
 from artifacts.quantizers.wrapper import AbstractTransform
 
 _LARGEST_CONDITION = 2.0**13
@@ -45,7 +46,7 @@ class Rotated(AbstractTransform):
         shape = tuple(self.basis.shape)
         square = len(shape) == 3 and shape[1] == shape[2] and shape[0] * shape[1] == self.channels
         if not square or self.basis.dtype != torch.float32:
-            raise ValueError(
+            raise InvalidValueError(
                 f"{self.kind}: basis must be float32 of shape (groups, width, width) with groups * width = "
                 f"{self.channels}; got {self.basis.dtype} of shape {shape}"
             )
@@ -79,14 +80,16 @@ class Rotated(AbstractTransform):
     def _check_condition(self) -> None:
         finite = torch.isfinite(self.basis).all(dim=(1, 2))
         if not finite.all():
-            raise ValueError(f"{self.kind}: basis must be finite; that of group {int(finite.int().argmin())} is not")
+            raise InvalidValueError(
+                f"{self.kind}: basis must be finite; that of group {int(finite.int().argmin())} is not"
+            )
         # Relative error of x is at most |M| |M^-1| times that of z (Golub and Van Loan, chapter 2). The Frobenius
         # product is `width` for an orthogonal M, which the division normalises to 1.
         sizes = [torch.linalg.matrix_norm(matrix.double()) for matrix in (self._used, self._inverse)]
         condition = (sizes[0] * sizes[1] / self.basis.shape[1]).nan_to_num(torch.inf, posinf=torch.inf)
         if (condition > _LARGEST_CONDITION).any():
             worst = int(condition.argmax())
-            raise ValueError(
+            raise InvalidValueError(
                 f"{self.kind}: basis must have condition numbers of at most {_LARGEST_CONDITION:.0f}; that of group "
                 f"{worst} is {float(condition[worst]):.4g}. Raise its smallest weights or singular values."
             )

@@ -17,7 +17,7 @@ from artifacts.coding.checks import check_vector
 from artifacts.coding.finite import expect_finite
 from artifacts.coding.packing import pack, unpack
 from artifacts.coding.span import Span
-from artifacts.errors import NonFiniteError
+from artifacts.errors import InvalidValueError, NonFiniteError
 from artifacts.quantizer import Context
 from artifacts.quantizers.float8 import from_float8, to_float8
 from artifacts.quantizers.wrapper import AbstractWrapper
@@ -103,7 +103,7 @@ class ThresholdSparse(AbstractSparse):
         check_vector(self.kind, "upper", self.upper, self.channels)
         if (self.lower > self.upper).any():
             n_bad = int((self.lower > self.upper).sum())
-            raise ValueError(f"{self.kind}: lower must not exceed upper; got {n_bad} of {self.channels} that do")
+            raise InvalidValueError(f"{self.kind}: lower must not exceed upper; got {n_bad} of {self.channels} that do")
 
     def mask(self, x: Float32[Tensor, "tokens channels"]) -> Bool[Tensor, "tokens channels"]:
         """True beyond the thresholds of the channel."""
@@ -134,7 +134,7 @@ class PercentileSparse(AbstractSparse):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.outlier_fraction < 0.5:
-            raise ValueError(f"{self.kind}: outlier_fraction must be in (0, 0.5); got {self.outlier_fraction!r}")
+            raise InvalidValueError(f"{self.kind}: outlier_fraction must be in (0, 0.5); got {self.outlier_fraction!r}")
 
     def mask(self, x: Float32[Tensor, "tokens channels"]) -> Bool[Tensor, "tokens channels"]:
         """True at and beyond the percentiles of the token."""
@@ -161,7 +161,7 @@ class RankSparse(AbstractSparse):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.outliers_per_token < self.channels:
-            raise ValueError(
+            raise InvalidValueError(
                 f"{self.kind}: outliers_per_token must be from 1 to {self.channels - 1}; got {self.outliers_per_token}"
             )
 
@@ -243,11 +243,11 @@ class CompactSparse(AbstractWrapper):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 2 <= self.head_dim <= 256 or self.channels % self.head_dim:
-            raise ValueError(
+            raise InvalidValueError(
                 f"{self.kind}: head_dim must be from 2 to 256 and divide {self.channels} channels; got {self.head_dim}"
             )
         if not 0 < self.outliers_per_head < self.head_dim:
-            raise ValueError(
+            raise InvalidValueError(
                 f"{self.kind}: outliers_per_head must be from 1 to {self.head_dim - 1}; got {self.outliers_per_head}"
             )
         check_vector(self.kind, "value_scale", self.value_scale, 1, positive=True)

@@ -18,7 +18,7 @@ from artifacts.coding.finite import answered_together
 from artifacts.coding.packing import pack, packed_bytes, unpack
 from artifacts.coding.rounding import round_outward
 from artifacts.coding.span import Span
-from artifacts.errors import MismatchError
+from artifacts.errors import InvalidValueError, MismatchError
 from artifacts.quantizer import Context, Quantizer
 
 
@@ -89,9 +89,9 @@ class Streaming(Quantizer):
         check_bits(self.kind, self.bits, least=2)
         check_bits(f"{self.kind}: promoted channels", self.high_bits, least=self.bits)
         if self.chunk_tokens < 2:  # scales that depend on earlier tokens must not pass for scales of one token
-            raise ValueError(f"{self.kind}: chunk_tokens must be at least 2; got {self.chunk_tokens}")
+            raise InvalidValueError(f"{self.kind}: chunk_tokens must be at least 2; got {self.chunk_tokens}")
         if not 0 <= self.decay < 1:
-            raise ValueError(f"{self.kind}: decay must be in [0, 1); got {self.decay!r}")
+            raise InvalidValueError(f"{self.kind}: decay must be in [0, 1); got {self.decay!r}")
         _check_groups(self.groups, self.channels)
         _check_threshold("outlier_threshold_relative", self.outlier_threshold_relative, 1)
         _check_threshold("outlier_threshold_abs", self.outlier_threshold_abs, 0)
@@ -228,7 +228,7 @@ def _check_groups(groups: int, channels: int) -> None:
     if groups < 0 or (groups and channels % groups):
         fitting = (number for number in range(1, channels + 1) if channels % number == 0)
         near = min(fitting, key=lambda number: abs(number - groups))
-        raise ValueError(
+        raise InvalidValueError(
             f"{Streaming.kind}: groups must divide the {channels} channels, or be 0 for a scale per channel; "
             f"got {groups}. Nearest that does: {near}"
         )
@@ -236,4 +236,4 @@ def _check_groups(groups: int, channels: int) -> None:
 
 def _check_threshold(name: str, value: float | None, above: int) -> None:
     if value is not None and (type(value) is not float or not above < value < torch.inf):
-        raise ValueError(f"{Streaming.kind}: {name} must be a finite number above {above}; got {value!r:.60}")
+        raise InvalidValueError(f"{Streaming.kind}: {name} must be a finite number above {above}; got {value!r:.60}")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from artifacts.codes import Codes
 from artifacts.coding.finite import expect_finite
-from artifacts.errors import NonFiniteError
+from artifacts.errors import InvalidValueError, NonFiniteError
 from artifacts.quantizer import Context, Quantizer
 
 
@@ -29,7 +29,7 @@ class AbstractWrapper(Quantizer):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.inner, Quantizer) or self.inner.channels != self.channels:
-            raise ValueError(
+            raise InvalidValueError(
                 f"{self.kind}: inner must be a quantizer of {self.channels} channels; got {self.inner!r:.60}"
             )
 

@@ -2,6 +2,7 @@
 
 from typing import Literal, final
 
+from artifacts.errors import InvalidValueError
 from artifacts.quantizer import Quantizer
 from artifacts.quantizers.centred import Centred
 from calib.estimators.estimator import Fit
@@ -44,4 +45,4 @@ class CentredEstimator(WrappingEstimator):
 
     def dynamic(self, shape: SiteShape) -> Quantizer:
         """Raises ValueError: means are fitted."""
-        raise ValueError("the mean is fitted; calibrate first")
+        raise InvalidValueError("the mean is fitted; calibrate first")

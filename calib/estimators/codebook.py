@@ -9,6 +9,7 @@ from jaxtyping import Float16, Float64
 from pydantic import Field, model_serializer, model_validator
 from torch import Tensor
 
+from artifacts.errors import InvalidValueError
 from artifacts.quantizer import Quantizer
 from artifacts.quantizers.codebook import Codebook, DynamicCodebook
 from calib.estimators.codebook_levels import Levels, Solver, fitted, fixed
@@ -114,22 +115,24 @@ class CodebookEstimator(Estimator):
     @model_validator(mode="after")
     def _possible(self) -> "CodebookEstimator":
         if self.per == "token" and self.tables != "site":
-            raise ValueError("a range per token needs one table per site; use tables: site, or per: channel")
+            raise InvalidValueError("a range per token needs one table per site; use tables: site, or per: channel")
         if self.per == "token" and self.weights.startswith("query"):
-            raise ValueError("query weights are per key channel; with per: token use weights: scale2 or none")
+            raise InvalidValueError("query weights are per key channel; with per: token use weights: scale2 or none")
         if self.per == "token" and self.levels in ("gaussian", "laplace"):
-            raise ValueError(f"{self.levels} levels need mean and deviation; with per: token use normal_float")
+            raise InvalidValueError(f"{self.levels} levels need mean and deviation; with per: token use normal_float")
         if self.per == "unit" and self.levels not in ("gaussian", "laplace"):
-            raise ValueError("per: unit does not normalise values; use levels: gaussian or laplace")
+            raise InvalidValueError("per: unit does not normalise values; use levels: gaussian or laplace")
         if self.n_levels is not None and not 2 ** (self.bits - 1) < self.n_levels <= 2**self.bits:
             needed = (self.n_levels - 1).bit_length()
-            raise ValueError(f"{self.n_levels} levels need {needed} bits; use bits: {needed}, or drop n_levels")
+            raise InvalidValueError(f"{self.n_levels} levels need {needed} bits; use bits: {needed}, or drop n_levels")
         if self.qnorm and self.levels != "fitted":
-            raise ValueError("qnorm adjusts fitted levels; drop it, or use levels: fitted")
+            raise InvalidValueError("qnorm adjusts fitted levels; drop it, or use levels: fitted")
         if self.kmeans != "exact" and self.levels != "fitted":
-            raise ValueError(f"kmeans: {self.kmeans} fits levels; drop it, or use levels: fitted")
+            raise InvalidValueError(f"kmeans: {self.kmeans} fits levels; drop it, or use levels: fitted")
         if self.kmeans == "exact" and self.random_state:
-            raise ValueError("the exact solver draws no random numbers; drop random_state, or use kmeans: sklearn")
+            raise InvalidValueError(
+                "the exact solver draws no random numbers; drop random_state, or use kmeans: sklearn"
+            )
         return self
 
     @property
@@ -146,8 +149,8 @@ class CodebookEstimator(Estimator):
     def dynamic(self, shape: SiteShape) -> Quantizer:
         """Fixed levels over the range of each token, or without normalisation."""
         if self.levels == "fitted" or self.per == "channel":
-            raise ValueError(
-                "codebooks are fitted; calibrate first: calibrate MODEL --nuq --quantizer-path q.safetensors"
+            raise InvalidValueError(
+                "codebooks are fitted; calibrate first: calibrate MODEL --recipe NAME --quantizer-path q.safetensors"
             )
         channels, table = shape.channels, fixed(self.levels, self._n_levels)
         inner: Quantizer = DynamicCodebook(channels=channels, bits=self.bits, levels=table)
@@ -227,7 +230,7 @@ class CodebookEstimator(Estimator):
         weights = torch.ones(len(scale), dtype=torch.float64)
         if self.weights.startswith("query"):
             if statistics.query_energy is None:
-                raise ValueError(
+                raise InvalidValueError(
                     f"{statistics.shape.site}: weights: {self.weights} needs a key site with queries; got none. Use "
                     "weights: scale2 or none."
                 )

@@ -9,6 +9,7 @@ from jaxtyping import Float16, Float64
 from scipy import stats
 from torch import Tensor
 
+from artifacts.errors import InvalidValueError
 from artifacts.importers.tables import normal_float
 from calib.estimators.normal_values import Histogram
 from calib.solvers.kmeans import kmeans_1d
@@ -64,7 +65,7 @@ def fixed_levels(table: Literal["normal_float", "gaussian", "laplace"], n_levels
         return lloyd_max(table, n_levels)
     bits = (n_levels - 1).bit_length()
     if n_levels != 2**bits:
-        raise ValueError(f"NormalFloat has 2^bits levels; got {n_levels}; use {2**bits}, or levels: gaussian")
+        raise InvalidValueError(f"NormalFloat has 2^bits levels; got {n_levels}; use {2**bits}, or levels: gaussian")
     return normal_float(bits).double()
 
 

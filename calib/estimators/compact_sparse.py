@@ -5,6 +5,7 @@ from typing import Literal, final
 import torch
 from pydantic import Field
 
+from artifacts.errors import InvalidValueError
 from artifacts.quantizer import Quantizer
 from artifacts.quantizers.float8 import largest_float8
 from artifacts.quantizers.sparse import CompactSparse, clamp_outliers
@@ -47,7 +48,7 @@ class CompactSparseEstimator(WrappingEstimator):
 
     def dynamic(self, shape: SiteShape) -> Quantizer:
         """Raises ValueError: the unit of the residuals is fitted."""
-        raise ValueError("the unit of the residuals is fitted; calibrate first")
+        raise InvalidValueError("the unit of the residuals is fitted; calibrate first")
 
     def _around(self, inner: Quantizer, shape: SiteShape, unit: float) -> CompactSparse:
         return CompactSparse(

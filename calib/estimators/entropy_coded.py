@@ -6,6 +6,7 @@ from typing import Literal, final
 import torch
 from pydantic import Field
 
+from artifacts.errors import InvalidValueError
 from artifacts.quantizer import Quantizer
 from artifacts.quantizers.entropy_coded import EntropyCoded, mean_entropy
 from calib.estimators.estimator import Allowance, Estimator, Fit
@@ -77,7 +78,7 @@ class EntropyCodedEstimator(Estimator):
         """Bits per channel for indices, without the overhead of streams."""
         ends = _STREAM_BITS / (group_tokens * shape.channels)
         if self.bits <= ends:
-            raise ValueError(
+            raise InvalidValueError(
                 f"{shape.site}: bits must exceed the overhead of {ends:.3g} bits per channel of streams of "
                 f"{group_tokens} tokens and {shape.channels} channels; got {self.bits}. Raise bits or group_tokens."
             )
@@ -85,4 +86,4 @@ class EntropyCodedEstimator(Estimator):
 
     def dynamic(self, shape: SiteShape) -> Quantizer:
         """Raises ValueError: frequencies are counted."""
-        raise ValueError("frequencies of indices are counted; calibrate first")
+        raise InvalidValueError("frequencies of indices are counted; calibrate first")

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
+from artifacts.errors import InvalidValueError
 from artifacts.quantizer import Quantizer
 from artifacts.quantizers.block_float import LARGEST_PER_TENSOR_SCALE, BlockFloat, BlockFormat
 from artifacts.quantizers.float8 import DynamicFloat8, Float8, Float8Format, largest_float8
@@ -54,7 +55,7 @@ class Float8Estimator(Estimator):
         if self.scale in ("token", "head_token"):
             group_size = shape.head_dim if self.scale == "head_token" else None
             return DynamicFloat8(channels=shape.channels, format=self.format, group_size=group_size)
-        raise ValueError(
+        raise InvalidValueError(
             f"a float8 scale for each {self.scale} is fitted; calibrate first, or use scale: token, head_token or one"
         )
 
@@ -83,7 +84,7 @@ class BlockFloatEstimator(Estimator):
     def dynamic(self, shape: SiteShape) -> Quantizer:
         """Mxfp4, whose block scales are dynamic."""
         if self.format == "nvfp4":
-            raise ValueError("nvfp4 has a fitted scale for each site; calibrate first, or use format: mxfp4")
+            raise InvalidValueError("nvfp4 has a fitted scale for each site; calibrate first, or use format: mxfp4")
         return BlockFloat(channels=shape.channels, format=self.format)
 
 

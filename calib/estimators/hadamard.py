@@ -7,6 +7,7 @@ from jaxtyping import Int8
 from pydantic import Field
 from torch import Tensor
 
+from artifacts.errors import InvalidValueError
 from artifacts.quantizer import Quantizer
 from artifacts.quantizers.hadamard import Hadamard
 from artifacts.quantizers.identity import Identity
@@ -60,7 +61,7 @@ class HadamardEstimator(WrappingEstimator):
         heads = min(self.heads, shape.heads)
         width = heads * shape.head_dim
         if shape.heads % heads:
-            raise ValueError(f"heads must divide the {shape.heads} heads; got {self.heads}; use 1")
+            raise InvalidValueError(f"heads must divide the {shape.heads} heads; got {self.heads}; use 1")
         return width & -width  # the lowest set bit: the largest power of two that divides it
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Float64, Int64
 from pydantic import Field
 from torch import Tensor
 
+from artifacts.errors import InvalidValueError
 from artifacts.quantizer import Quantizer
 from artifacts.quantizers.mixed_codebook import MixedCodebook, mean_bits
 from calib.estimators.estimator import Allowance, Estimator, Fit
@@ -240,7 +241,7 @@ class MixedCodebookEstimator(Estimator):
 
     def dynamic(self, shape: SiteShape) -> Quantizer:
         """Raises ValueError: levels are fitted."""
-        raise ValueError("levels are allocated and fitted; calibrate first")
+        raise InvalidValueError("levels are allocated and fitted; calibrate first")
 
 
 def _distortions(

@@ -10,6 +10,7 @@ from jaxtyping import Float, Float16, Float32, Float64
 from pydantic import Field
 from torch import Tensor
 
+from artifacts.errors import InvalidValueError
 from artifacts.quantizer import Quantizer
 from artifacts.quantizers.identity import Identity
 from artifacts.quantizers.predicted import Predicted
@@ -214,7 +215,7 @@ class PredictedEstimator(WrappingEstimator):
 
     def dynamic(self, shape: SiteShape) -> Quantizer:
         """Raises ValueError: predictors are fitted."""
-        raise ValueError("a predictor is fitted; calibrate first")
+        raise InvalidValueError("a predictor is fitted; calibrate first")
 
     def _predictor(
         self, sources: Sources, statistics: SiteStatistics, weight: Float64[Tensor, "inputs channels"]

@@ -8,6 +8,7 @@ from jaxtyping import Float64
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from artifacts.errors import InvalidValueError
 from artifacts.quantizer import Quantizer
 from artifacts.quantizers.identity import Identity
 from artifacts.quantizers.rotated import Rotated
@@ -52,7 +53,7 @@ class RotatedEstimator(WrappingEstimator):
     @model_validator(mode="after")
     def _possible(self) -> "RotatedEstimator":
         if self.tokens == "queries" and self.scope == "layer":
-            raise ValueError("queries read one head each; with tokens: queries use scope: head")
+            raise InvalidValueError("queries read one head each; with tokens: queries use scope: head")
         return self
 
     @property
@@ -79,7 +80,7 @@ class RotatedEstimator(WrappingEstimator):
 
     def dynamic(self, shape: SiteShape) -> Quantizer:
         """Raises ValueError: bases are fitted."""
-        raise ValueError("a basis is fitted; calibrate first, or use method: hadamard")
+        raise InvalidValueError("a basis is fitted; calibrate first, or use method: hadamard")
 
     def _metric(self, statistics: SiteStatistics) -> Float64[Tensor, "heads head_dim head_dim"]:
         shape = statistics.shape
@@ -122,7 +123,7 @@ class RotatedEstimator(WrappingEstimator):
 
     def _weighted_covariance(self, statistics: SiteStatistics) -> Float64[Tensor, "groups width width"]:
         if statistics.token_weights is None:
-            raise ValueError(f"{statistics.shape.site}: tokens: score is for values only; use tokens: alike")
+            raise InvalidValueError(f"{statistics.shape.site}: tokens: score is for values only; use tokens: alike")
         groups = 1 if self.scope == "layer" else statistics.shape.heads
         # C_V = sum_t w_t (v_t - m)(v_t - m)^T with w_t = k_t^T C_K k_t normalised (OSCAR, arXiv 2605.17757).
         weights = statistics.token_weights.double() / statistics.token_weights.double().sum()
@@ -133,7 +134,9 @@ class RotatedEstimator(WrappingEstimator):
 
 def _query_metric(statistics: SiteStatistics) -> Float64[Tensor, "heads head_dim head_dim"]:
     if statistics.query_metric is None:
-        raise ValueError(f"{statistics.shape.site}: a query metric is for keys only; use metric: none for values")
+        raise InvalidValueError(
+            f"{statistics.shape.site}: a query metric is for keys only; use metric: none for values"
+        )
     return statistics.query_metric
 
 

@@ -4,6 +4,7 @@ from typing import Literal, final
 
 from pydantic import Field, model_validator
 
+from artifacts.errors import InvalidValueError
 from artifacts.quantizer import Quantizer
 from artifacts.quantizers.streaming import Streaming
 from calib.estimators.estimator import EXACT, Estimator, Fit
@@ -46,14 +47,18 @@ class StreamingEstimator(Estimator):
     @model_validator(mode="after")
     def _possible(self) -> "StreamingEstimator":
         if self.high_bits < self.bits:
-            raise ValueError(f"promoted channels need at least the {self.bits} bits of the others; raise high_bits")
+            raise InvalidValueError(
+                f"promoted channels need at least the {self.bits} bits of the others; raise high_bits"
+            )
         if not self.outlier_detection:
             if self.outlier_threshold_abs is not None:
-                raise ValueError("outlier_threshold_abs promotes nothing without outlier_detection; drop one of them")
+                raise InvalidValueError(
+                    "outlier_threshold_abs promotes nothing without outlier_detection; drop one of them"
+                )
         elif self.outlier_threshold_abs is None and self.outlier_threshold_relative * (1 - self.decay) >= 1:
             # e' = decay * e + (1 - decay) * m >= (1 - decay) * m, so m / e' never exceeds 1 / (1 - decay).
             most = 1 / (1 - self.decay)
-            raise ValueError(
+            raise InvalidValueError(
                 f"an absmax exceeds the running one, which includes it, at most {most:.4g} times at decay "
                 f"{self.decay:g}; use outlier_threshold_relative below {most:.4g}, or outlier_detection: false"
             )

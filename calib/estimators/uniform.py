@@ -8,6 +8,7 @@ from jaxtyping import Float32
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from artifacts.errors import InvalidValueError
 from artifacts.quantizer import Quantizer
 from artifacts.quantizers.affine import Affine
 from artifacts.quantizers.dynamic_affine import DynamicAffine
@@ -102,19 +103,21 @@ class UniformEstimator(Estimator):
     @model_validator(mode="after")
     def _possible(self) -> "UniformEstimator":
         if self.symmetric and self.whole_zero_point:
-            raise ValueError("a symmetric range has no zero point to round; drop symmetric or whole_zero_point")
+            raise InvalidValueError("a symmetric range has no zero point to round; drop symmetric or whole_zero_point")
         if self.symmetric and self.bits == 1:
-            raise ValueError("one bit leaves a symmetric grid with the level 0 alone; use at least 2 bits")
+            raise InvalidValueError("one bit leaves a symmetric grid with the level 0 alone; use at least 2 bits")
         if self.group_size and self.per in ("tensor", "head"):
-            raise ValueError(f"per: {self.per} has no groups; use per: token (of channels) or per: channel (of tokens)")
+            raise InvalidValueError(
+                f"per: {self.per} has no groups; use per: token (of channels) or per: channel (of tokens)"
+            )
         if self.static and (self.per == "token" or self.group_size):
-            raise ValueError(
+            raise InvalidValueError(
                 "scales of tokens or groups cannot be static; drop static: true, or use per: channel without group_size"
             )
         if self._is_dynamic and self.range == "percentile":
-            raise ValueError("percentiles need static ranges; for a dynamic one use clip_ratio, or range: mse")
+            raise InvalidValueError("percentiles need static ranges; for a dynamic one use clip_ratio, or range: mse")
         if not self._is_dynamic and self.clip_ratio != 1:
-            raise ValueError("clip_ratio needs dynamic ranges; for a static one use range: percentile or mse")
+            raise InvalidValueError("clip_ratio needs dynamic ranges; for a static one use range: percentile or mse")
         return self
 
     def fit(self, statistics: SiteStatistics) -> Fit:

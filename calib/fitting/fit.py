@@ -113,7 +113,7 @@ def _fits(
                 delayed(_fit_site)(statistics, estimator, site, recipe.sink_tokens)
                 for site, estimator in estimators.items()
             )
-            return dict(zip(estimators, progress(fits), strict=True))
+            return _without_errors(dict(zip(estimators, progress(fits), strict=True)))
     widest = max(statistics.sites[site].shape.channels for site in estimators)
     # Threads inside an operation pay only for wide matrices, see _WIDE_CHANNELS.
     with torch_threads(jobs if widest >= _WIDE_CHANNELS else 1):
@@ -123,5 +123,19 @@ def _fits(
         return fit_budget(chain, estimators, recipe.target_bits, progress)
 
 
-def _fit_site(statistics: ModelStatistics, estimator: Estimator, site: Site, sink_tokens: int) -> Fit:
-    return estimator.fit(statistics.site(site, sink_tokens)).kept()
+def _fit_site(statistics: ModelStatistics, estimator: Estimator, site: Site, sink_tokens: int) -> Fit | Exception:
+    try:
+        return estimator.fit(statistics.site(site, sink_tokens)).kept()
+    except Exception as error:
+        return error
+
+
+def _without_errors(found: Mapping[Site, Fit | Exception]) -> dict[Site, Fit]:
+    # An error is raised when all sites are done. Raised at once, it could end the process while threads still run, and
+    # the C++ runtime then aborted it (status 134) behind the message.
+    fits: dict[Site, Fit] = {}
+    for site, fit in found.items():
+        if isinstance(fit, Exception):
+            raise fit
+        fits[site] = fit
+    return fits

@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from artifacts.errors import InvalidValueError
 from calib.estimators.streaming import StreamingEstimator
 from calib.statistics.site_statistics import FIRST_POSITIONS
 
@@ -76,7 +77,7 @@ def compression_config(**options: Any) -> dict[str, Any]:
         except ValidationError as error:
             problems += [_in_their_words(row, tensor) for row in error.errors()]
     if problems:
-        raise ValueError("compression_config: " + "; ".join(dict.fromkeys(problems)))
+        raise InvalidValueError("compression_config: " + "; ".join(dict.fromkeys(problems)))
     return {
         "name": "streaming",
         "source": "Real-Time Prefill KV Cache Compression: running maxima, promoted outlier channels, no calibration",

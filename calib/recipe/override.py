@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, final
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from artifacts.errors import InvalidValueError
 from calib.estimators import AnyEstimator
 from calib.recipe.patterns import Patterns
 
@@ -41,9 +42,9 @@ class Override(BaseModel):
     @model_validator(mode="after")
     def _whole(self) -> "Override":
         if (self.layers is None) == (self.sites is None):
-            raise ValueError("give exactly one of layers and sites, such as layers: [0, -1]")
+            raise InvalidValueError("give exactly one of layers and sites, such as layers: [0, -1]")
         if not self.tensors:
-            raise ValueError("give changes for key or value, such as key: {bits: 8}")
+            raise InvalidValueError("give changes for key or value, such as key: {bits: 8}")
         return self
 
     @property

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field
 from wcmatch import fnmatch
 
+from artifacts.errors import InvalidValueError
 from artifacts.sites import Site
 from calib.recipe.errors import RecipeError, nearest
 from calib.statistics.site_shape import SiteShape
@@ -17,7 +18,7 @@ def _possible(pattern: str) -> str:
     try:
         fnmatch.translate(pattern, flags=_FLAGS)
     except Exception as error:  # wcmatch has no public class for it
-        raise ValueError(f"expected a glob such as layers.[0-3].key*; got {pattern!r:.80}: {error}") from error
+        raise InvalidValueError(f"expected a glob such as layers.[0-3].key*; got {pattern!r:.80}: {error}") from error
     return pattern
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, final
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
+from artifacts.errors import InvalidValueError
 from artifacts.sites import Stage
 from calib.estimators import AnyEstimator, Estimator
 from calib.recipe.errors import Marks, RecipeError, mark, recipe_error
@@ -56,7 +57,7 @@ class CacheEntry(_Window):
 
 def _file_name(name: str) -> str:
     if not name.strip(". ") or not name.isprintable() or {"/", "\\"} & set(name):
-        raise ValueError(f"expected a file name without / and \\; got {name!r:.80}")
+        raise InvalidValueError(f"expected a file name without / and \\; got {name!r:.80}")
     return name
 
 
@@ -122,7 +123,7 @@ class Recipe(BaseModel):
         _OVERRIDES.validate_json(json.dumps({"overrides": entries}), strict=True)
         for tensor in ("key", "value"):
             if self.target_bits is not None and getattr(self, tensor).allowance is None:
-                raise ValueError(
+                raise InvalidValueError(
                     f"target_bits allocates bits; {tensor} needs an entry with method: mixed_codebook or entropy_coded"
                 )
         return self

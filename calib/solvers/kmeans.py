@@ -22,6 +22,7 @@ from jaxtyping import Float, Float64, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
+from artifacts.errors import InvalidValueError
 from calib.solvers.compiled import compiled
 from calib.solvers.threads import in_parts
 
@@ -246,7 +247,7 @@ def distortion(
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
-        raise ValueError(message)
+        raise InvalidValueError(message)
 
 
 def _check(who: str, centers: Tensor, weights: Tensor, n_levels: int) -> None:

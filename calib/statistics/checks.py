@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from artifacts.errors import NonFiniteError
+from artifacts.errors import InvalidValueError, NonFiniteError
 from artifacts.sites import Site
 from calib.solvers.threads import for_each
 
@@ -39,7 +39,9 @@ def check_vectors(
     """
     different = sorted(map(str, set(wanted) ^ set(given)))
     if different:
-        raise ValueError(f"statistics: expected {what} of exactly the sites they are of; got others: {different}")
+        raise InvalidValueError(
+            f"statistics: expected {what} of exactly the sites they are of; got others: {different}"
+        )
     for_each(lambda site: _check_finite(f"{site}: %d of {given[site].numel()} {what}", given[site], windows), given)
 
 

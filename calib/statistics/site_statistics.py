@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Float32, Float64
 from torch import Tensor
 
-from artifacts.errors import MismatchError
+from artifacts.errors import InvalidValueError, MismatchError
 from calib.statistics.channel_histogram import ChannelHistogram
 from calib.statistics.moments import Moments
 from calib.statistics.pair_norms import PairNorms, rotary_pairs
@@ -232,7 +232,9 @@ class SiteStatistics:
             rows = state.get(name)
             if rows is None or rows.ndim != 2 or rows.shape[1] != self.shape.channels:
                 got = "nothing" if rows is None else f"shape {tuple(rows.shape)}"
-                raise ValueError(f"{self.shape.site}: {name} must have {self.shape.channels} channels; got {got}")
+                raise InvalidValueError(
+                    f"{self.shape.site}: {name} must have {self.shape.channels} channels; got {got}"
+                )
             self.samples[name] = rows
 
     def estimated_bytes(self) -> int:
@@ -266,7 +268,7 @@ class SiteStatistics:
     def _unchanged(self, name: str, n_changes: int) -> Statistic:
         """Statistic by name, if there was no update since the `n_changes`-th."""
         if self._n_changes != n_changes:
-            raise ValueError(
+            raise InvalidValueError(
                 f"{self.shape.site}: tokens were added before {name} of a selection of positions was first read; "
                 "select the positions again"
             )

@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from artifacts.errors import InvalidValueError
+
 
 class Statistic(ABC):
     """Accumulator over a stream of tokens."""
@@ -43,7 +45,9 @@ class Statistic(ABC):
             given = state.get(name)
             if given is None or given.shape != own.shape or given.dtype != own.dtype:
                 got = "nothing" if given is None else f"{given.dtype} {tuple(given.shape)}"
-                raise ValueError(f"{type(self).__name__}.{name}: expected {own.dtype} {tuple(own.shape)}, got {got}")
+                raise InvalidValueError(
+                    f"{type(self).__name__}.{name}: expected {own.dtype} {tuple(own.shape)}, got {got}"
+                )
             setattr(self, name, given.clone())
 
     @property

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from artifacts.errors import InvalidValueError
 from calib.demo.pages import demo_text
 from calib.text.errors import CorpusError
 from calib.text.hub_datasets import HUB_DATASETS, KNOWN_DATASETS, hub_rows
@@ -124,7 +125,7 @@ def load_corpus(
     (tensor([97, 98, 99]),)
     """
     if split not in get_args(Split):
-        raise ValueError(f"load_corpus: expected split {' or '.join(get_args(Split))}; got {split!r}")
+        raise InvalidValueError(f"load_corpus: expected split {' or '.join(get_args(Split))}; got {split!r}")
     path = Path(dataset)
     if dataset not in KNOWN_DATASETS and is_token_ids(path):
         documents = read_token_ids(path, padding)

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from artifacts.errors import InvalidValueError
 from calib.text.windows import Windows, require_at_least
 
 NGRAM_TOKENS = 32
@@ -101,7 +102,7 @@ def _ngram_hashes(windows: Windows, ngram_tokens: int) -> npt.NDArray[np.int64]:
     require_at_least(ngram_tokens, "ngram_tokens", 1)
     n_starts = windows.shape[1] - ngram_tokens + 1
     if n_starts < 1:
-        raise ValueError(
+        raise InvalidValueError(
             f"ngram_tokens: expected at most {windows.shape[1]}, the length of a window; got {ngram_tokens}; "
             "choose a smaller one for both texts"
         )

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from artifacts.errors import InvalidValueError
 from calib.text.corpus import Corpus, CorpusError, LazyDocuments
 
 _C4_EVALUATION_WINDOWS = 256  # KVQuant's `get_c4`, with seed 0
@@ -163,7 +164,7 @@ def require_at_least(value: int, name: str, least: int) -> None:
         If it is lower.
     """
     if value < least:
-        raise ValueError(f"{name}: expected at least {least}; got {value}")
+        raise InvalidValueError(f"{name}: expected at least {least}; got {value}")
 
 
 def _too_short(corpus: Corpus, needed_tokens: int, longest_tokens: int) -> CorpusError:

@@ -56,7 +56,7 @@ def without_weights(setup: Setup) -> Setup | None:
 
 
 def without_window(setup: Setup) -> Setup | None:
-    """Under the protocols that have one: no recent token stays exact, but those that do not fill a group of tokens."""
+    """Protocols with a window: no recent token stays in full precision but those that do not fill a group."""
     recipe, settings = setup.recipe, setup.settings
     asked = settings.residual_tokens or settings.block_tokens or settings.residual_length
     if settings.protocol == "full" or not (asked or recipe.cache):
@@ -125,7 +125,7 @@ def without_allotment(setup: Setup) -> Setup | None:
 
 
 def without_budget(setup: Setup) -> Setup | None:
-    """Every site has the mean bits that were shared out among all."""
+    """Every site has the mean bits that were allocated among all."""
     target = setup.recipe.target_bits
     if target is None:
         return None

@@ -1,4 +1,4 @@
-"""The protocol of an evaluation: which tokens stay exact or are dropped, and how the text enters the cache."""
+"""The protocol of an evaluation: tokens in full precision, tokens that are dropped, and chunks of the text."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -35,7 +35,7 @@ class ProtocolConfig:
     protocol : {'full', 'decode', 'cache'}
         See `simquant.evaluate`.
     residual_tokens, block_tokens : int or None
-        Recent tokens that stay exact, and tokens that are encoded at once.
+        Recent tokens that stay in full precision, and tokens that are encoded at once.
     residual_length : int or None
         Both, as KIVI has them.
     keep_smallest_norm : int or None
@@ -74,9 +74,9 @@ def protocol_settings(
     config : ProtocolConfig
         What was asked for.
     quantizers : Artifact or mapping from Site to Quantizer
-        An artifact's recipe says which tokens stay exact where no option does.
+        An artifact's recipe says which tokens stay in full precision where no option does.
     sink_tokens : int
-        First tokens that stay exact.
+        First tokens that stay in full precision.
     cache : mapping or None
         A recipe's entry `cache`, for quantizers without an artifact.
     answering : bool

@@ -24,7 +24,7 @@ class RecipeConfig:
     abits, key_bits, value_bits : int or None
         Bits for both, for keys, for values; 16 is exact.
     target_bits : float or None
-        Mean bits of all sites, shared out among them.
+        Mean bits of all sites, allocated among them.
     nuq : bool or None
         Codebooks by k-means, or uniform grids.
     include_sparse : bool or None

@@ -32,7 +32,7 @@ class Evaluated:
     quantizers : Artifact or mapping from Site to Quantizer
         Fitted, or with dynamic scales.
     sink_tokens : int
-        First tokens that stay exact.
+        First tokens that stay in full precision.
     cache : mapping or None
         What the recipe of dynamic scales says of other exact tokens; an artifact knows that itself.
     """
@@ -69,7 +69,7 @@ def fitted(
     recipe : Recipe or None
         Of either; None for an imported artifact.
     sink_tokens : int or None
-        First tokens that stay exact; None is as the artifact or the recipe says.
+        First tokens that stay in full precision; None is as the artifact or the recipe says.
 
     Raises
     ------

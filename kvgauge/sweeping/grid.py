@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from artifacts.errors import KVGaugeError
+from artifacts.errors import InvalidValueError, KVGaugeError
 from calib.recipe.errors import RecipeError, mark, recipe_error
 from calib.recipe.recipe import Recipe, load_recipe
 from calib.recipe.recipe_file import Document, parse_document
@@ -55,7 +55,7 @@ def _known_task(name: str) -> str:
     try:
         task_names(TaskConfig(tasks=name))
     except UsageError as error:
-        raise ValueError(str(error).removeprefix("--tasks: ")) from error
+        raise InvalidValueError(str(error).removeprefix("--tasks: ")) from error
     return name
 
 
@@ -95,7 +95,7 @@ class Grid(Settings):
         for what, names in (("models", self.models), ("recipes", recipes), ("tasks", self.tasks)):
             twice = [name for name in names if names.count(name) > 1]
             if twice:
-                raise ValueError(f"{what}: {twice[0]} is there twice; keep one, or give one its own name:")
+                raise InvalidValueError(f"{what}: {twice[0]} is there twice; keep one, or give one its own name:")
         return self
 
 

@@ -5,6 +5,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from artifacts.errors import InvalidValueError
 from calib.statistics.site_statistics import Tier
 from kvgauge.configuration.evaluate import EvaluateConfig
 from kvgauge.configuration.fields import filled
@@ -79,7 +80,7 @@ class Settings(BaseModel):
     def _possible(self) -> "Settings":
         given = [name for name in OF_STEPS if getattr(self, name) is not None]
         if self.protocol == "full" and given:
-            raise ValueError(f"{', '.join(given)}: no effect with protocol: full; use protocol: decode or cache")
+            raise InvalidValueError(f"{', '.join(given)}: no effect with protocol: full; use protocol: decode or cache")
         return self
 
     def evaluation(self, model: str) -> EvaluateConfig:

@@ -6,6 +6,7 @@ from typing import final
 
 import torch
 
+from artifacts.errors import InvalidValueError
 from artifacts.model.attention import AttentionLayer
 from artifacts.quantizer import Quantizer
 from artifacts.quantizers.dynamic_affine import DynamicAffine
@@ -50,11 +51,13 @@ class KIVISettings:
         for name in ("k_bits", "v_bits"):
             bits = getattr(self, name)
             if type(bits) is not int or bits not in (*range(1, 9), 16):
-                raise ValueError(f"KIVI: {name} must be an integer from 1 to 8, or 16 for full precision; got {bits!r}")
+                raise InvalidValueError(
+                    f"KIVI: {name} must be an integer from 1 to 8, or 16 for full precision; got {bits!r}"
+                )
         for name, least in (("group_size", 2), ("residual_length", 0)):
             value = getattr(self, name)
             if type(value) is not int or value < least:
-                raise ValueError(f"KIVI: {name} must be an integer from {least}; got {value!r}")
+                raise InvalidValueError(f"KIVI: {name} must be an integer from {least}; got {value!r}")
 
     @property
     def policy(self) -> CachePolicy:
@@ -121,7 +124,7 @@ def memory_savings(
     [3.46, 4.7]
     """
     if type(seq_len) is not int or seq_len < 1:
-        raise ValueError(f"memory_savings: seq_len must be an integer from 1; got {seq_len!r}")
+        raise InvalidValueError(f"memory_savings: seq_len must be an integer from 1; got {seq_len!r}")
     kivi = KIVISettings(**settings)
     # One block for the whole sequence, rounded up to groups. Sizes depend on shapes alone, so that zeros will do.
     block_tokens = -(-seq_len // kivi.group_size) * kivi.group_size

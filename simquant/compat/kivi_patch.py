@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from artifacts.errors import InvalidValueError
 from artifacts.model.transformers_release import cache_argument, passed_cache
 from simquant.compat.kivi import KIVISettings
 from simquant.compat.kivi_cache import KIVICache
@@ -34,7 +35,9 @@ def patch_model(model: nn.Module, *, auto_inject_cache: bool = True, **settings:
         If a setting is out of range, or the model is patched already.
     """
     if "new_kivi_cache" in vars(model):
-        raise ValueError(f"patch_model: {type(model).__name__} is patched already; call unpatch_model(model) first")
+        raise InvalidValueError(
+            f"patch_model: {type(model).__name__} is patched already; call unpatch_model(model) first"
+        )
     KIVISettings(**settings)  # raises here rather than at the first text
     vars(model)["new_kivi_cache"] = partial(KIVICache, model, **settings)
     # Attributes of the instance hide the class's methods; removing them restores the model.

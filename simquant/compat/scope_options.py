@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from artifacts.errors import InvalidValueError
 from simquant.policy.eviction import Eviction
 
 _SCOPE_NAMES = {
@@ -42,16 +43,16 @@ def from_scope_options(**options: Any) -> Eviction:
         if name not in _SCOPE_NAMES:
             near = difflib.get_close_matches(name, _SCOPE_NAMES, n=1)
             nearest = f" Nearest: {near[0]}." if near else ""
-            raise ValueError(f"SCOPE: unknown option {name!r}; known are {', '.join(_SCOPE_NAMES)}.{nearest}")
+            raise InvalidValueError(f"SCOPE: unknown option {name!r}; known are {', '.join(_SCOPE_NAMES)}.{nearest}")
         if _SCOPE_NAMES[name] in found:
-            raise ValueError(
+            raise InvalidValueError(
                 f"SCOPE: expected one option for {_SCOPE_NAMES[name]}; got {name} beside another. Remove one of them"
             )
         found[_SCOPE_NAMES[name]] = _scope_value(value)
     try:
         return Eviction(**found)
     except ValueError as error:
-        raise ValueError(_in_scope_names(str(error), options)) from error
+        raise InvalidValueError(_in_scope_names(str(error), options)) from error
 
 
 def _in_scope_names(message: str, options: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from artifacts.errors import InvalidValueError
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
 from simquant.evaluation.scoring import Scores
@@ -94,7 +95,7 @@ def _scores_from_json(data: Mapping[str, str]) -> Scores:
     floats = {name: _unpacked(data[name], "<f8") for name in _FLOATS}
     agrees = _unpacked(data["agrees"], "u1").bool()
     if len({len(column) for column in (*floats.values(), agrees)}) != 1:
-        raise ValueError(
+        raise InvalidValueError(
             "scores: expected as many targets in each column; got "
             + ", ".join(f"{name} {len(column)}" for name, column in {**floats, "agrees": agrees}.items())
         )

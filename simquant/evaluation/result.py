@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from artifacts.errors import InvalidValueError
 from simquant.evaluation.costs import Costs
 from simquant.evaluation.figures import error_text, mean_of_sums
 
@@ -93,7 +94,7 @@ class EvalResult:
         # standard error is smaller than that of either loss.
         same_text = math.isclose(self.fp_perplexity, other.fp_perplexity, rel_tol=1e-3)  # batch size changes rounding
         if not self.cluster_targets or self.cluster_targets != other.cluster_targets or not same_text:
-            raise ValueError(
+            raise InvalidValueError(
                 "results: expected two evaluations of the same windows; got "
                 + " and ".join(
                     f"{r.n_targets} targets in {r.n_windows} windows of full-precision perplexity {r.fp_perplexity:.4f}"

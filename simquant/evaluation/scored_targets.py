@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from artifacts.errors import InvalidValueError
 from simquant.evaluation.scoring import Scores
 
 
@@ -63,20 +64,20 @@ def scored_targets(
         If there are no windows or no targets, or the normalization does not suit strided windows.
     """
     if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
-        raise ValueError(
+        raise InvalidValueError(
             f"windows: expected at least one window of at least 2 tokens; got shape {tuple(windows.shape)}. Use a "
             "longer text or a smaller seqlen"
         )
     n_windows, most = windows.shape[0], windows.shape[1] - 1
     scored = ScoredTargets((most,) * n_windows) if scored is None else scored
     if len(scored.n_scored) != n_windows or not all(1 <= n <= most for n in scored.n_scored):
-        raise ValueError(
+        raise InvalidValueError(
             f"scored targets: expected {n_windows} numbers from 1 to {most}, one for each window of {most + 1} tokens; "
             f"got {len(scored.n_scored)}, from {min(scored.n_scored, default=None)} to "
             f"{max(scored.n_scored, default=None)}. Take windows and targets from the same call of `strided_windows`"
         )
     if scored.stride is not None and normalization != "targets":
-        raise ValueError(
+        raise InvalidValueError(
             f"normalization: {normalization!r} averages windows with equally many scored targets; got windows with a "
             f"stride of {scored.stride} tokens. Use 'targets'"
         )
@@ -113,7 +114,7 @@ def strided_windows(
     transformers documentation, "Perplexity of fixed-length models": the strided sliding window.
     """
     if seqlen < 2 or not 1 <= stride <= seqlen or (limit is not None and limit < 1):
-        raise ValueError(
+        raise InvalidValueError(
             "strided windows: expected seqlen from 2, stride from 1 to seqlen and a limit from 1; "
             f"got seqlen={seqlen}, stride={stride}, limit={limit}"
         )
@@ -126,7 +127,7 @@ def strided_windows(
             parts.append(document.unfold(0, seqlen, stride))  # a view: overlaps are in memory once
             n_scored += [seqlen - 1] + [min(stride, seqlen - 1)] * (len(parts[-1]) - 1)
     if not parts:
-        raise ValueError(
+        raise InvalidValueError(
             f"strided windows: expected a document of at least {seqlen} tokens; got none. Use a smaller seqlen or a "
             "longer text"
         )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from artifacts.errors import KVGaugeError
+from artifacts.errors import InvalidValueError, KVGaugeError
 from artifacts.storage import canonical_json
 from artifacts.whole_file import write_whole
 
@@ -85,7 +85,7 @@ class WindowLog:
         try:
             top = json.loads(header)
             if top["format"] != _FORMAT or top["version"] != _VERSION:
-                raise ValueError(f"format {top['format']!r:.40}, version {top['version']!r:.20}")
+                raise InvalidValueError(f"format {top['format']!r:.40}, version {top['version']!r:.20}")
             held = dict(top["settings"])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise WindowLogError(

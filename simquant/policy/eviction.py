@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from artifacts.errors import InvalidValueError
+
 PREFILL_METHODS = ("all", "snapkv", "pyramidkv", "h2o", "streaming_llm")
 DECODING_METHODS = ("slide", "adaptive", "discontinuous", "h2o")
 
@@ -91,7 +93,7 @@ class Eviction:
         for name in ("kernel_tokens", "growth_steps"):
             _check_count(name, getattr(self, name))
         if self.kernel_tokens % 2 == 0:
-            raise ValueError(f"Eviction: kernel_tokens must be odd; got {self.kernel_tokens}")
+            raise InvalidValueError(f"Eviction: kernel_tokens must be odd; got {self.kernel_tokens}")
         _check_budget("prefill", self.prefill_tokens, self.prefill_recent_tokens)
         _check_budget("decoding", self.decoding_tokens, self.decoding_recent_tokens)
 
@@ -150,19 +152,19 @@ def _in_pyramid(mean: int, older: int, layer: int, n_layers: int) -> int:
 
 def _check_name(name: str, value: object, known: tuple[object, ...]) -> None:
     if value not in known:
-        raise ValueError(f"Eviction: {name}: expected one of {', '.join(map(str, known))}; got {value!r:.60}")
+        raise InvalidValueError(f"Eviction: {name}: expected one of {', '.join(map(str, known))}; got {value!r:.60}")
 
 
 def _check_count(name: str, value: object) -> None:
     if type(value) is not int or value < 1:
-        raise ValueError(f"Eviction: {name} must be an integer from 1; got {value!r:.60}")
+        raise InvalidValueError(f"Eviction: {name} must be an integer from 1; got {value!r:.60}")
 
 
 def _check_budget(phase: str, n_tokens: int, n_recent: int) -> None:
     _check_count(f"{phase}_tokens", n_tokens)
     _check_count(f"{phase}_recent_tokens", n_recent)
     if n_recent >= n_tokens:
-        raise ValueError(
+        raise InvalidValueError(
             f"Eviction: {phase}_recent_tokens must be below {phase}_tokens, of which they are a part; got {n_recent} "
             f"and {n_tokens}"
         )

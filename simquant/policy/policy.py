@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from artifacts.errors import InvalidValueError
 from simquant.policy.eviction import Eviction
 
 TENSORS: tuple[Literal["key"], Literal["value"]] = ("key", "value")
@@ -83,7 +84,7 @@ class CachePolicy:
         """
         reserved = {"sink_tokens", "eviction"} & entry.keys()
         if reserved:
-            raise ValueError(
+            raise InvalidValueError(
                 f"{cls.__name__}: expected a cache entry of a recipe without {', '.join(sorted(reserved))}; got "
                 f"{', '.join(sorted(entry))}. Set the sinks at the top of the recipe, and eviction where the cache is "
                 "made."
@@ -93,7 +94,7 @@ class CachePolicy:
             window = None if values is None else ResidualWindow(**values)
             return cls(**{**entry, "values": window}, sink_tokens=sink_tokens)
         except TypeError as error:
-            raise ValueError(
+            raise InvalidValueError(
                 f"{cls.__name__}: expected a cache entry of a recipe with fields of a policy; {error}. Remove the "
                 "unknown field."
             ) from error
@@ -143,6 +144,6 @@ def _check_fields(policy: CachePolicy | ResidualWindow) -> None:
     for field in fields(policy):
         value, least = getattr(policy, field.name), 1 if field.name == "block_tokens" else 0
         if field.type is int and (type(value) is not int or value < least):
-            raise ValueError(f"{who}: {field.name} must be an integer from {least}; got {value!r}")
+            raise InvalidValueError(f"{who}: {field.name} must be an integer from {least}; got {value!r}")
         if field.type is bool and type(value) is not bool:  # any text of a file would pass for true
-            raise ValueError(f"{who}: {field.name} must be true or false; got {value!r:.60}")
+            raise InvalidValueError(f"{who}: {field.name} must be true or false; got {value!r:.60}")

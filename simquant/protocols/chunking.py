@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from jaxtyping import Int64
 from torch import Tensor, arange
 
+from artifacts.errors import InvalidValueError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Chunking:
@@ -29,7 +31,7 @@ class Chunking:
     def __post_init__(self) -> None:
         for name, value in (("prefill_tokens", self.prefill_tokens), ("chunk_tokens", self.chunk_tokens)):
             if type(value) is not int or value < 1:
-                raise ValueError(f"Chunking: {name} must be an integer from 1; got {value!r}")
+                raise InvalidValueError(f"Chunking: {name} must be an integer from 1; got {value!r}")
 
     def spans(self, n_tokens: int) -> list[tuple[int, int]]:
         """Start and end token of each step."""

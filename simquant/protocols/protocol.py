@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from artifacts.artifact import Artifact
+from artifacts.errors import InvalidValueError
 from artifacts.model.attention import AttentionLayer
 from artifacts.model.transformers_release import cache_argument
 from artifacts.quantizer import Quantizer
@@ -47,9 +48,9 @@ class Protocol:
 
     def __post_init__(self) -> None:
         if self.name not in get_args(ProtocolName):
-            raise ValueError(f"protocol: expected one of {', '.join(get_args(ProtocolName))}; got {self.name!r}")
+            raise InvalidValueError(f"protocol: expected one of {', '.join(get_args(ProtocolName))}; got {self.name!r}")
         if self.name == "full" and not (self.policy.encodes_at_once and self.chunking == Chunking()):
-            raise ValueError(
+            raise InvalidValueError(
                 f"protocol: 'full' quantizes every token but the sinks in one pass; got {self.policy.describe()}, "
                 f"{self.chunking.describe()}. Use the protocol 'decode', or drop the residual window and the chunking."
             )

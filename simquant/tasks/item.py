@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, final
 
+from artifacts.errors import InvalidValueError
+
 CellValue = str | int | float
 
 
@@ -47,7 +49,7 @@ class Item:
 
     def __post_init__(self) -> None:
         if not self.prompt or self.max_new_tokens < 1 or not all(self.stop):
-            raise ValueError(
+            raise InvalidValueError(
                 f"{self.task} {self.id}: expected a prompt, at least 1 new token, and no empty stop string; got "
                 f"{len(self.prompt)} characters, {self.max_new_tokens} tokens, stop {self.stop}. Correct the item"
             )

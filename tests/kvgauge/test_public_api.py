@@ -131,6 +131,12 @@ def _used_twice(model: LlamaForCausalLM) -> None:
 FAMILIES: dict[str, Callable[[LlamaForCausalLM], Any]] = {
     "CorruptArtifactError": lambda model: kg.load("none.safetensors"),
     "CorruptArtifactError of a foreign file": lambda model: kg.open_foreign("none.pkl"),
+    "InvalidValueError of a policy": lambda model: kg.CachePolicy(sink_tokens=-1),
+    "InvalidValueError of a site": lambda model: kg.Site.parse("layers.0.kye"),
+    "InvalidValueError of windows": lambda model: kg.perplexity(model, torch.arange(3, 9)),
+    "InvalidValueError of a protocol": lambda model: kg.evaluate(
+        model, torch.arange(3, 11)[None], kg.dynamic(model), protocol="decod"
+    ),
     "MismatchError": _another_model,
     "RecipeError": lambda model: kg.load_recipe("kvquent"),
     "RecipeError without calibration": lambda model: kg.dynamic(model, "default"),

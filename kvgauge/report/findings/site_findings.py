@@ -36,7 +36,7 @@ class Seen:
     quantizers : mapping from Site to Quantizer
         Of the cache.
     sink_tokens : int
-        First tokens of a window that stay exact.
+        First tokens of a window that stay in full precision.
     errors : dict from int to AttentionErrors
         By layer.
     norms : dict from Site to Tensor

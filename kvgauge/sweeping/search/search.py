@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from artifacts.errors import InvalidValueError
 from calib.recipe.errors import RecipeError
 from calib.recipe.recipe import Recipe
 from kvgauge.sweeping.cell import Cell
@@ -117,7 +118,7 @@ def search(grid: Grid, n_trials: int, sampler: Sampler, runner: Runner) -> Found
     [base], [base_held_out] = chooses.run([{}]), reports.run([{}])
     for trial in (base_held_out, base):
         if trial.error:
-            raise ValueError(f"search: {wanted.recipe} cannot be scored unchanged: {trial.error}")
+            raise InvalidValueError(f"search: {wanted.recipe} cannot be scored unchanged: {trial.error}")
     trials = [base]
     while len(trials) <= n_trials and (settings := sampler.ask(n_trials + 1 - len(trials))):
         tried = chooses.run(settings)

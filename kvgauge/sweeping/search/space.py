@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from artifacts.errors import InvalidValueError
 from calib.recipe.recipe import Recipe, load_recipe
 from kvgauge.sweeping.recipe_edits import edited
 
@@ -38,14 +39,16 @@ class Parameter(BaseModel):
     def _possible(self) -> "Parameter":
         if self.choices is not None:
             if self.low is not None or self.high is not None:
-                raise ValueError("expected a list of values, such as [2, 3, 4], or low and high; got both")
+                raise InvalidValueError("expected a list of values, such as [2, 3, 4], or low and high; got both")
             return self
         if self.low is None or self.high is None:
-            raise ValueError("expected a list of values, such as [2, 3, 4], or a range: {low: 0.001, high: 0.02}")
+            raise InvalidValueError(
+                "expected a list of values, such as [2, 3, 4], or a range: {low: 0.001, high: 0.02}"
+            )
         if not (self.low < self.high and math.isfinite(self.high - self.low)):
-            raise ValueError(f"low must be below high; got {self.low} and {self.high}")
+            raise InvalidValueError(f"low must be below high; got {self.low} and {self.high}")
         if self.log and self.low <= 0:
-            raise ValueError(f"log: true needs low above 0; got {self.low}")
+            raise InvalidValueError(f"log: true needs low above 0; got {self.low}")
         return self
 
     @property

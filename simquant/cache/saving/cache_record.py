@@ -9,6 +9,7 @@ from torch import Tensor
 
 from artifacts.codes import Codes
 from artifacts.coding.span import Span
+from artifacts.errors import InvalidValueError
 from artifacts.quantizers.streaming import StreamingState
 from artifacts.storage import Array
 from simquant.cache.saving.tensor_pool import TensorPool, take
@@ -96,7 +97,7 @@ class CacheReader:
             store.restore(self._tokens(store.state(), stored))
         survivors, small = self._state(Survivors, record["survivors"]), self._state(SmallNorms, record["small"])
         if (survivors is None, small is None) != (empty.survivors is None, empty.small is None):
-            raise ValueError(
+            raise InvalidValueError(
                 "survivors and small norms: expected both as the policy asks for them; got survivors "
                 f"{'missing' if survivors is None else 'given'}, small norms {'missing' if small is None else 'given'}"
             )

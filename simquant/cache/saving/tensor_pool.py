@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from artifacts.errors import InvalidValueError
 from artifacts.storage import Array
 
 Place = list[str | int]
@@ -57,6 +58,6 @@ def take(arrays: Mapping[str, Array], place: Place, device: torch.device | None 
     name, start, n_rows = str(place[0]), int(place[1]), int(place[2])
     rows = arrays[name][start : start + n_rows]
     if start < 0 or len(rows) != n_rows:
-        raise ValueError(f"{name}: expected {n_rows} rows from {start} on; got {len(rows)}")
+        raise InvalidValueError(f"{name}: expected {n_rows} rows from {start} on; got {len(rows)}")
     tensor = torch.from_numpy(np.array(rows))
     return (tensor.view(torch.bfloat16) if name.startswith("bfloat16") else tensor).to(device)

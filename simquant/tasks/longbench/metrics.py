@@ -7,6 +7,8 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Literal
 
+from artifacts.errors import InvalidValueError
+
 Language = Literal["en", "zh"]
 
 _ARTICLES = frozenset({"a", "an", "the"})
@@ -88,7 +90,9 @@ def number_match(text: str, reference: str) -> float:
     """
     wanted, found = (re.findall(r"\d+", each) for each in (reference, text))
     if not wanted:
-        raise ValueError(f"number_match: expected a number in the reference; got {reference!r:.100}. Correct the data")
+        raise InvalidValueError(
+            f"number_match: expected a number in the reference; got {reference!r:.100}. Correct the data"
+        )
     return sum(int(number) == int(wanted[0]) for number in found) / len(found) if found else 0.0
 
 

@@ -1,5 +1,6 @@
 """From statistics to an artifact: shards, jobs and files leave no trace, and the manifest tells what was done."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,25 @@ def test_jobs_leave_no_trace(tiny_llama: LlamaForCausalLM, tmp_path: Path, name:
     together = fit(statistics, load_recipe(name), jobs=2, progress=progress)  # type: ignore[arg-type]
     assert saved(alone, tmp_path / "a.safetensors") == saved(together, tmp_path / "b.safetensors")
     assert len(seen) == len(alone) == 4
+
+
+def test_an_error_is_raised_when_no_thread_runs_any_more(
+    tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error that left the pool at once ended the process inside its threads, which then aborted it."""
+    statistics, done = gathered(tiny_llama), []
+
+    def slow(self: ModelStatistics, site: Site, sink_tokens: int) -> None:
+        if site.layer == 0:
+            raise ValueError("the first of them")
+        time.sleep(0.05)
+        done.append(site)
+        raise ValueError("a later one")
+
+    monkeypatch.setattr(ModelStatistics, "site", slow)
+    with pytest.raises(ValueError, match="the first of them"):
+        fit(statistics, load_recipe("default"), jobs=2)
+    assert len(done) == 2
 
 
 def test_tiers_agree(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
