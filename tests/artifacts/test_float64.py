@@ -15,6 +15,8 @@ from simquant.cache.saving.saved_cache import load_cache
 from simquant.evaluate import evaluate
 from simquant.protocols.decode import decode_exact
 
+pytestmark = pytest.mark.shapes
+
 IDS = torch.randint(3, 64, (2, 24), generator=torch.Generator().manual_seed(2))
 MODEL = random_llama().double()
 LAYERS = attention_layers(MODEL)

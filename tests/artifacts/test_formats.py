@@ -39,6 +39,8 @@ from artifacts.storage import Stored, read, write
 from simquant import load_cache
 from simquant.cache.saving.tensor_pool import take
 
+pytestmark = pytest.mark.shapes
+
 every_family = pytest.mark.parametrize("family", FAMILIES)
 every_cache = pytest.mark.parametrize("name", CACHES)
 

@@ -28,6 +28,8 @@ from artifacts.quantizers.streaming import Streaming
 from simquant import CachePolicy, packed_cache
 from simquant.policy.checks import check_cacheable
 
+pytestmark = pytest.mark.shapes
+
 CHANNELS = 16
 HELD = [
     "identity",

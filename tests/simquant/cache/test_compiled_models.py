@@ -17,6 +17,8 @@ from calib import calibrate
 from calib.capture import capture
 from simquant import decode_exact, packed_cache, simulate
 
+pytestmark = pytest.mark.shapes
+
 
 def in_place(model: nn.Module) -> nn.Module:
     model.compile(backend="eager")

@@ -15,6 +15,8 @@ from transformers import LlamaForCausalLM
 from artifacts.errors import UnsupportedModelError
 from simquant import decode_exact, packed_cache
 
+pytestmark = pytest.mark.shapes
+
 
 def run_decode(model: nn.Module) -> Tensor:
     with decode_exact(model, everywhere(identity)):

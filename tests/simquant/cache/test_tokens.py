@@ -17,6 +17,8 @@ from artifacts.quantizers.dynamic_affine import DynamicAffine
 from artifacts.sites import Site
 from simquant import CachePolicy, Usage, decode_exact, packed_cache, simulate
 
+pytestmark = pytest.mark.shapes
+
 IDS = torch.arange(3, 19).view(1, 16)
 SINKS = CachePolicy(sink_tokens=2)
 QUANTIZERS: dict[Site, Quantizer] = {

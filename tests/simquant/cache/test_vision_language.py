@@ -33,6 +33,8 @@ from artifacts.quantizers.identity import Identity
 from artifacts.sites import Site
 from simquant import packed_cache
 
+pytestmark = pytest.mark.shapes
+
 IMAGE = 63  # the token that stands for a patch
 TEXT: dict[str, Any] = {
     "vocab_size": 64,

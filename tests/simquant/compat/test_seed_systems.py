@@ -42,6 +42,8 @@ from simquant import (
     unpatch_model,
 )
 
+pytestmark = pytest.mark.shapes
+
 IDS = torch.arange(3, 43).reshape(2, 20)
 ONE = IDS[:1]
 SMALL = {"k_bits": 2, "v_bits": 2, "group_size": 4, "residual_length": 6}
@@ -102,7 +104,6 @@ def test_a_group_far_from_zero_keeps_its_bits() -> None:
         assert (quantizer.simulate(x) - x).abs().max() <= 0.55 * step_size
 
 
-@pytest.mark.shapes
 @every_model
 def test_sixteen_bits_are_exact(make: Callable[[], PreTrainedModel]) -> None:
     model = make()
@@ -162,7 +163,6 @@ def test_beams_are_reordered(tiny_llama: LlamaForCausalLM) -> None:
         assert generate(tiny_llama, IDS, **cache_argument(tiny_llama, cache), **beams).shape == expected.shape
 
 
-@pytest.mark.shapes
 def test_a_patched_model_has_a_fresh_cache_for_each_call(tiny_llama: LlamaForCausalLM) -> None:
     plain, plain_logits = generate(tiny_llama, IDS), logits(tiny_llama)
     with KIVICache(tiny_llama, **SMALL) as cache:
@@ -434,7 +434,6 @@ def test_an_object_without_the_interface_is_refused(cache: object, message: str)
         fake_quant_cache(cache, static())
 
 
-@pytest.mark.shapes
 def test_what_an_update_returns_is_checked() -> None:
     class Silent:
         def update(self, key: Tensor, value: Tensor, layer_idx: int) -> None: ...

@@ -17,6 +17,8 @@ from simquant import Chunking, evaluate, packed_cache
 from simquant.cache.attention import replaced_attention
 from simquant.protocols.protocol import ProtocolName
 
+pytestmark = pytest.mark.shapes
+
 WINDOWS = torch.randint(3, 64, (2, 40), generator=torch.Generator().manual_seed(5))
 
 every_protocol = pytest.mark.parametrize("protocol", ["full", "decode", "cache"])

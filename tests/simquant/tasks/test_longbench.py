@@ -11,6 +11,8 @@ import pytest
 from simquant.tasks import TASKS, Item, TaskError, TaskOptions
 from simquant.tasks.longbench.tasks import LongBench, longbench_group, longbench_tasks
 
+pytestmark = pytest.mark.shapes
+
 # Of the paper's table 1, and of the extended sets.
 ENGLISH = [
     "narrativeqa",

@@ -17,6 +17,8 @@ from simquant.tasks.longbench.metrics import (
     token_f1,
 )
 
+pytestmark = pytest.mark.shapes
+
 WORDS = ["the", "a", "red", "Red", "car.", "car", "is", "7", "twenty-one", "(old)", "naïve", "an"]
 
 

@@ -38,6 +38,8 @@ from simquant.tasks.answers import first_number_fits, found_share
 from simquant.tasks.drift import first_divergence
 from simquant.tasks.gsm8k import EXAMPLES, flexible_match, strict_match
 
+pytestmark = pytest.mark.shapes
+
 GRIDS = ("passkey", "needle")
 SYNTHETIC = ("multi_key", "multi_value", "variables", "common_words")
 MADE = (*GRIDS, *SYNTHETIC)
