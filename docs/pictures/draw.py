@@ -55,7 +55,7 @@ def seen(left: float, top: float, sinks: int, recent: int, n: int = 9, side: int
 
 
 def protocols() -> None:
-    """What a query reads under full, decode and cache."""
+    """Tokens that a query reads under full, decode and cache."""
     parts = []
     for left, title, how, sinks, recent in (
         (50, "full", "one pass; every token is codes", 0, 0),

@@ -70,7 +70,7 @@ class Side(NamedTuple):
 
 
 def side(quantizer: Quantizer, codes: Codes, constexpr: Any) -> Side:
-    """What the programs read of some tokens that `quantizer` encoded."""
+    """Tensors and constants of some tokens that `quantizer` encoded, for the programs."""
     sharing = Sharing.of(quantizer)
     found = {**quantizer.tensors(), **codes.tensors}
     levels, offset = found.get("levels"), found.get("offset")
