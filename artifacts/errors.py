@@ -42,3 +42,7 @@ class UnsupportedReleaseError(KVGaugeError, ValueError):
 
 class NonFiniteError(KVGaugeError, ValueError):
     """Values are NaN or infinite."""
+
+
+class UnsupportedLayer(KVGaugeError):
+    """A layer is not supported; the message is the reason."""

@@ -12,8 +12,8 @@ from typing import Literal
 
 from torch import nn
 
-from artifacts.errors import UnsupportedModelError
-from artifacts.model.evidence import Evidence, UnsupportedLayer, projection, text_config, understand, why_nothing_cached
+from artifacts.errors import UnsupportedLayer, UnsupportedModelError
+from artifacts.model.evidence import Evidence, projection, text_config, understand, why_nothing_cached
 from artifacts.model.hooks import AttentionLayer, Hook, hooked
 from artifacts.model.probe import probe
 from artifacts.model.rope import Rotation, rotate
