@@ -25,22 +25,12 @@ help:  ## print this list
 setup: $(STAMP)  ## make the virtual environment and install everything, pinned; quick when nothing changed
 
 # --no-compile: bytecode is written on first import anyway, and compiling all of torch's doubles the time of the install.
-ifeq ($(TRANSFORMERS),)
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"python: 3.11 or newer is needed; {sys.executable} is {sys.version.split()[0]}; try make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev,docs]'
+	sed -e '$(if $(TRANSFORMERS),s/^transformers==.*/transformers==$(TRANSFORMERS)/)' constraints.txt > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install --quiet --no-compile --constraint $(VENV)/constraints.txt --editable '.[dev,docs]'
 	touch $@
-else
-# All but transformers is that of the first environment, whose packages stand behind those of this one.
-$(STAMP): pyproject.toml constraints.txt
-	$(MAKE) setup TRANSFORMERS= VENV=.venv
-	test -x $(BIN)/python || $(PYTHON) -m venv --without-pip $(VENV)
-	.venv/bin/python -m pip --python $(BIN)/python install --quiet --no-compile --no-deps transformers==$(TRANSFORMERS)
-	.venv/bin/python .ci/borrow.py all $(BIN)/python
-	$(BIN)/python -m pip check
-	touch $@
-endif
 
 demo: $(STAMP)  ## calibrate and evaluate the bundled model at 4, 3 and 2 bits
 	$(BIN)/kvgauge demo

@@ -1,10 +1,12 @@
 """Devices and quantizers for which there are kernels."""
 
 import os
+from functools import cache
 from importlib import util
 
 import torch
 
+from artifacts.errors import InvalidValueError
 from artifacts.quantizer import Quantizer
 from artifacts.quantizers.affine import Affine
 from artifacts.quantizers.codebook import Codebook
@@ -23,10 +25,26 @@ def runs_on(device: torch.device) -> bool:
 
     They are not the default while no GPU has run them: they multiply in the dtype of the queries where torch widens to
     float32, so figures would move in silence.
+
+    Raises
+    ------
+    InvalidValueError
+        If they are asked for on such a device and Triton is not installed.
     """
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    asked = os.environ.get("KVGAUGE_KERNELS") == "1"
-    return asked and (device.type == "cuda" or interpreted) and util.find_spec("triton") is not None
+    if os.environ.get("KVGAUGE_KERNELS") != "1":
+        return False
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return False
+    if not _has_triton():
+        raise InvalidValueError(
+            "KVGAUGE_KERNELS=1: kernels need Triton, which is not installed; pip install 'kvgauge[triton]', or unset it"
+        )
+    return True
+
+
+@cache  # each layer asks at every step
+def _has_triton() -> bool:
+    return util.find_spec("triton") is not None
 
 
 def reads(quantizer: Quantizer) -> bool:

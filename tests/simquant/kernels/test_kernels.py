@@ -137,11 +137,19 @@ def test_every_kernel_agrees_with_the_torch_path_in_the_interpreter() -> None:
 
 def test_without_triton_every_module_imports_and_no_kernel_is_chosen() -> None:
     code = """
-import sys
+import os, sys
 sys.modules["triton"] = None  # as if it were not installed
+os.environ.pop("KVGAUGE_KERNELS", None)
 import torch, simquant, simquant.kernels.support as support
 assert "simquant.kernels.attention" not in sys.modules
 assert not support.runs_on(torch.device("cpu"))
+os.environ["KVGAUGE_KERNELS"] = "1"
+try:
+    support.runs_on(torch.device("cuda"))
+except ValueError as error:
+    assert "pip install 'kvgauge[triton]'" in str(error)
+else:
+    raise AssertionError("asked for and missing, in silence")
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
