@@ -118,9 +118,9 @@ class LayerStore:
         for row, sequence in enumerate(self.sequences):
             attention = BlockAttention(query[row], self.layer.kv_heads, scoring)
             seen = visible[min(row, len(visible) - 1)]
-            rotary = tables.of_tokens(self.layer, row, slice(None)) if self.rotates else None
             spans = sequence.spans()
-            if can_read(self.layer, sequence, query, scoring, rotary) and all_seen(sequence, seen):
+            if can_read(self.layer, sequence, query, scoring, rotates=self.rotates) and all_seen(sequence, seen):
+                rotary = tables.of_tokens(self.layer, row, slice(None)) if self.rotates else None
                 spans = add_packed(attention, query[row, :, 0], sequence, scoring.scaling, rotary)
             for start, end in spans:
                 tokens = slice(start, end)

@@ -18,12 +18,13 @@ from simquant.kernels.support import DTYPES, HEAD_DIMS, reads, runs_on
 
 
 def can_read(
-    layer: AttentionLayer, sequence: CachedSequence, query: Tensor, scoring: Scoring, tables: Tensor | None
+    layer: AttentionLayer, sequence: CachedSequence, query: Tensor, scoring: Scoring, *, rotates: bool
 ) -> bool:
     """True if kernels compute the attention of a step over the quantized tokens of a sequence.
 
-    The step has a single query and a device with Triton; the layer full attention without softcap, and rotates whole
-    heads by halves if it does; the cache no eviction, and quantizers that the kernels know.
+    The step has a single query and a device with Triton; the layer full attention without softcap, and whole heads that
+    rotate by halves if `rotates` (keys are stored before RoPE); the cache no eviction, and quantizers that the kernels
+    know.
     """
     return (
         query.shape[2] == 1
@@ -32,18 +33,18 @@ def can_read(
         and layer.head_dim in HEAD_DIMS
         and layer.sliding_window is None
         and not (torch.is_grad_enabled() and query.requires_grad)
-        and (tables is None or _rotates_whole_words(layer, sequence.key.quantizer, tables))
+        and (not rotates or _rotates_whole_words(layer, sequence.key.quantizer))
         and scoring.softcap is None
         and sequence.survivors is None
         and all(reads(store.quantizer) for store in sequence.stores())
     )
 
 
-def _rotates_whole_words(layer: AttentionLayer, keys: Quantizer, tables: Tensor) -> bool:
+def _rotates_whole_words(layer: AttentionLayer, keys: Quantizer) -> bool:
     # Kernels read the two halves of a head apart: each has to be whole words of 32 bits (three bits: of 24 bits).
     word_bits = 24 if keys.spec.bits == 3 else 32
     whole = layer.head_dim // 2 * keys.spec.bits % word_bits == 0
-    return layer.rotation == "half" and tables.shape[-1] == layer.head_dim and whole
+    return layer.rotation == "half" and layer.rotary_dim == layer.head_dim and whole
 
 
 def all_seen(sequence: CachedSequence, visible: Bool[Tensor, "1 columns"]) -> bool:
