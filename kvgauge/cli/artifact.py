@@ -71,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
         "validate", help="check a file against the format, and with --model that it fits a model"
     )
     validate.add_argument("file", type=Path, metavar="FILE", help="artifact")
-    validate.add_argument("--model", metavar="MODEL", help="folder or hub id of the model that it should fit")
+    validate.add_argument("--model", metavar="MODEL", help="model that it should fit, as calibrate takes it")
     validate.add_argument("--device", help="device of the model (default: cpu)")
     validate.add_argument(
         "--dtype", choices=get_args(Dtype), help="dtype of the model's weights (default: auto, as stored)"

@@ -14,6 +14,7 @@ PROGRAMS = {
     "sweep": "run recipes on models for tasks; or search for the best setting within a bit budget",
     "ablate": "measure the worth of each ingredient of a recipe",
     "report": "write the page of a report again from its report.json",
+    "models": "list small models that are known by name, or download one",
     "demo": "calibrate and evaluate the bundled model at 4, 3 and 2 bits",
 }
 

@@ -78,7 +78,7 @@ def ablate(setup: Setup, model: str, ingredients: Sequence[str]) -> Ablation:
     setup : Setup
         The full recipe.
     model : str
-        Folder, hub id, or `demo`.
+        Folder, GGUF file, hub id, `demo` or another known name.
     ingredients : sequence of str
         Of `INGREDIENTS`.
 

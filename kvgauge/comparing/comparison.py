@@ -59,7 +59,7 @@ class Comparison:
         Parameters
         ----------
         model : str
-            Folder, hub id, or `demo`.
+            Folder, GGUF file, hub id, `demo` or another known name.
         settings : Settings
             Text, windows and tier of the statistics.
         """

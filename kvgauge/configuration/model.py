@@ -17,7 +17,7 @@ class ModelConfig:
     Parameters
     ----------
     model : str or None
-        Folder, hub id, or `demo`; None where none was named.
+        Folder, GGUF file, hub id, `demo` or another known name; None where none was named.
     device : str or None
         As torch names it, or 'auto' for accelerate's device map; None is CUDA where there is one.
     dtype : {'auto', 'float64', 'float32', 'bfloat16', 'float16'}
@@ -38,5 +38,11 @@ class ModelConfig:
 
 
 def short_name(model: str) -> str:
-    """A model's name for a folder."""
-    return Path(model.rstrip("/")).name or "model"
+    """A model's name for a folder.
+
+    Examples
+    --------
+    >>> short_name("path/to/model/"), short_name("owner/name:model-Q8_0.gguf")
+    ('model', 'name-model-Q8_0')
+    """
+    return Path(model.rstrip("/")).name.removesuffix(".gguf").replace(":", "-") or "model"

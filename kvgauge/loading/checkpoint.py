@@ -30,8 +30,13 @@ _QUANTIZED = re.compile(
 _WEIGHTS = (".safetensors", ".bin", ".index.json")
 
 
+def holds_weights(folder: Path) -> bool:
+    """True for a folder with weights as transformers writes them."""
+    return any(file.name.endswith(_WEIGHTS) for file in folder.iterdir())
+
+
 def other_format(name: str, offline: bool) -> str | None:
-    """Says what a path holds instead of a whole transformers model, and how to convert it; None for a model.
+    """Says what a path holds instead of a whole model, and what to do; None for a model.
 
     Parameters
     ----------
@@ -42,17 +47,9 @@ def other_format(name: str, offline: bool) -> str | None:
     """
     path = Path(name)
     if path.is_file():
-        if path.suffix.lower() == ".gguf":
-            return _of_gguf(str(path.parent), path.name)
-        return f"is a file. A model is a folder with config.json and its weights: pass {path.parent}"
+        return f"is a file. A model is a .gguf file, or a folder with config.json and its weights: pass {path.parent}"
     adapter = _adapter(name, offline)
-    if adapter is not None:
-        return _of_adapter(name, adapter)
-    files = sorted(file.name for file in path.iterdir()) if path.is_dir() else []
-    packed = [file for file in files if file.lower().endswith(".gguf")]
-    if packed and not any(file.endswith(_WEIGHTS) for file in files):
-        return _of_gguf(name, packed[0])
-    return None
+    return None if adapter is None else _of_adapter(name, adapter)
 
 
 def remote_code(name: str, offline: bool) -> str | None:
@@ -151,12 +148,4 @@ def _of_adapter(name: str, adapter: str) -> str:
         f"is an adapter (adapter_config.json) of {base or 'a base model'}, no whole model. Merge it first: python -c "
         f"\"from peft import AutoPeftModelForCausalLM as M; M.from_pretrained('{name}').merge_and_unload()"
         ".save_pretrained('merged')\", put the base model's tokenizer files beside it, and pass merged"
-    )
-
-
-def _of_gguf(folder: str, file: str) -> str:
-    return (
-        f"holds a GGUF file, whose weights are packed for llama.cpp. Unpack them first (pip install gguf): python -c "
-        f"\"from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; [X.from_pretrained('{folder}', "
-        f"gguf_file='{file}').save_pretrained('unpacked') for X in (M, T)]\", and pass unpacked"
     )

@@ -2,6 +2,8 @@
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +14,12 @@ from artifacts.model.attention import AttentionLayer, attention_layers
 from artifacts.model.evidence import text_config
 from artifacts.model.fingerprint import model_fingerprint, vocabulary_digest
 from artifacts.model.transformers_release import check_release
-from calib.demo import model_folder
 from calib.text.corpus import Corpus, PaddingIds, Split, load_corpus
 from kvgauge.configuration.model import DEMO, ModelConfig
 from kvgauge.loading.checkpoint import check_weights, other_format, remote_code
+from kvgauge.loading.gguf_file import cut_hint, make_plain
 from kvgauge.loading.rope_stretch import stretch
+from kvgauge.loading.source import Source, find_source
 from kvgauge.terminal.console import UsageError, say
 
 
@@ -31,7 +34,7 @@ class LoadedModel:
     tokenizer : object or None
         The model's tokenizer, where the folder has one.
     model_id : str or None
-        Hub id; None for a local folder.
+        Name by which others find it, such as a hub id; None for a local path.
     """
 
     model: nn.Module
@@ -123,7 +126,7 @@ def load_model(config: ModelConfig) -> LoadedModel:
     Raises
     ------
     UsageError
-        If the device does not exist.
+        If the device does not exist, or a known model is not downloaded yet.
     OSError
         If there is no such model, or something else than a whole one.
     UnsupportedReleaseError
@@ -131,20 +134,21 @@ def load_model(config: ModelConfig) -> LoadedModel:
     """
     check_release()
     name, dtype = config.name, config.dtype
-    if name == DEMO:
-        name, dtype = str(model_folder()), "float32" if dtype == "auto" else dtype
+    if name == DEMO and dtype == "auto":
+        dtype = "float32"
     device = _device(config.device)
-    offline = _is_offline(name)
-    told = other_format(name, offline)
+    source = find_source(name)
+    told = other_format(source.place, source.is_offline)
     if told is not None:
         raise OSError(f"{name} {told}")
-    model = _model(name, offline, config.maxseqlen, dtype=dtype, **({"device_map": "auto"} if device == "auto" else {}))
+    placed = {"device_map": "auto"} if device == "auto" else {}
+    model = _model(name, source, config.maxseqlen, dtype=dtype, **placed)
     if device != "auto":
         model = model.to(device)
-    return LoadedModel(model.eval(), _load_tokenizer(name, offline), _model_id(config.name))
+    return LoadedModel(model.eval(), _load_tokenizer(name, source), source.model_id)
 
 
-def _model(name: str, offline: bool, max_tokens: int | None, **options: Any) -> Any:
+def _model(name: str, source: Source, max_tokens: int | None, **options: Any) -> Any:
     """The model with all of its weights, and no code but that of transformers.
 
     Raises
@@ -154,29 +158,50 @@ def _model(name: str, offline: bool, max_tokens: int | None, **options: Any) -> 
     OSError
         If there is no such model, or its files do not make it up.
     """
-    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    try:
-        config: Any = AutoConfig.from_pretrained(name, trust_remote_code=False, local_files_only=offline)
-        stretch(config, max_tokens)
+    with _told(name, source):
+        config: Any = AutoConfig.from_pretrained(source.place, **source.options)
+    if source.gguf is not None:
+        source.gguf.check_rope(config)
+    stretch(config, max_tokens)
+    with _told(name, source):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name,
+            source.place,
             config=config,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are told with their shapes below
-            trust_remote_code=False,  # else transformers asks on a terminal, and runs what comes with the model
-            local_files_only=offline,
+            **source.options,
             **options,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        told = remote_code(name, offline) if isinstance(error, ValueError) else None
-        raise OSError(told or f"{name}: no model could be loaded: {_first_line(error)}{_hint(name, error)}") from error
     model, loading = loaded
     spare = check_weights(name, type(model).__name__, loading)
+    if source.gguf is not None:
+        source.gguf.check_used(model)
+        make_plain(model)
     if spare:
         say(f"note: {name}: {len(spare)} weights are not part of the language model, such as {spare[0]}; left out")
     return model
+
+
+@contextmanager
+def _told(name: str, source: Source) -> Iterator[None]:
+    """Errors of transformers, told in a line with what to do.
+
+    Raises
+    ------
+    OSError
+        In their place.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        told = remote_code(source.place, source.is_offline) if isinstance(error, ValueError) else None
+        raise OSError(
+            told or f"{name}: no model could be loaded: {_first_line(error)}{_hint(source, error)}"
+        ) from error
 
 
 def _device(name: str | None) -> str:
@@ -197,35 +222,11 @@ def _device(name: str | None) -> str:
     return name
 
 
-def _model_id(name: str) -> str | None:
-    """Name of the model that an artifact may record: never a path."""
-    return None if name != DEMO and os.path.isdir(name) else name
-
-
-def _is_offline(name: str) -> bool:
-    """True for a hub id that must be looked for in the local cache, because the hub does not answer.
-
-    Raises
-    ------
-    OSError
-        If the name is that of a folder, and there is none.
-    """
-    from huggingface_hub import constants
-
-    from calib.text.hub_datasets import hub_answers
-
-    if os.path.exists(name):
-        return False
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise OSError(f"{name}: no such folder. A model is a folder with config.json, or a hub id such as owner/name")
-    return not hub_answers(constants.ENDPOINT)
-
-
-def _load_tokenizer(name: str, offline: bool) -> Any:
+def _load_tokenizer(name: str, source: Source) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=offline)
+        return AutoTokenizer.from_pretrained(source.place, **source.options)
     except (OSError, ValueError, KeyError) as error:
         say(f"note: {name} has no tokenizer that can be loaded ({_first_line(error)}); pass token ids as .npy")
         return None
@@ -235,9 +236,11 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
 
 
-def _hint(name: str, error: Exception) -> str:
+def _hint(source: Source, error: Exception) -> str:
+    if source.gguf is not None:
+        return cut_hint(source.gguf.path)
     if isinstance(error, RuntimeError):
         return ""
-    if os.path.isdir(name):
+    if os.path.isdir(source.place):
         return " A folder needs config.json and model.safetensors as transformers writes them."
     return " Pass the path of a local folder, or check the hub id and the network."

@@ -24,7 +24,7 @@ class Cell:
     Parameters
     ----------
     model : str
-        Folder, hub id, or `demo`.
+        Folder, GGUF file, hub id, `demo` or another known name.
     recipe : Recipe
         What is fitted.
     task : str

@@ -36,7 +36,7 @@ class Gathering:
     Parameters
     ----------
     model : str
-        Folder, hub id, or `demo`.
+        Folder, GGUF file, hub id, `demo` or another known name.
     settings : Settings
         Those of calibration count.
     stage : {'pre_rope', 'post_rope'}

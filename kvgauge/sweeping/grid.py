@@ -65,7 +65,7 @@ class Grid(Settings):
     Parameters
     ----------
     models : list of str
-        `demo`, folders, or hub ids.
+        `demo` and other known names, folders, GGUF files, or hub ids.
     recipes : list of RecipeChoice
         In a file also the bare name of a recipe.
     tasks : list of str

@@ -22,7 +22,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "model",
         nargs="?",
         metavar="MODEL",
-        help="folder or hub id of a causal language model (default: demo, the bundled model)",
+        help="folder, .gguf file or hub id (owner/name, owner/name:file.gguf) of a causal language model, or a name "
+        "that kvgauge models lists (default: demo, the bundled model)",
     )
     group.add_argument(
         "--device", help="cpu, cuda, cuda:1, ..., or auto for accelerate's device map (default: cuda, else cpu)"

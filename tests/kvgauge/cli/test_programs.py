@@ -649,17 +649,13 @@ def test_tied_weights_are_whole(works: Program, here: Path) -> None:
 
 
 def test_what_is_no_whole_model_is_told_by_name(type_in: Program, here: Path) -> None:
-    """Regression: adapters, GGUF files and models with code of their own were said to need config.json."""
+    """Regression: adapters and models with code of their own were said to need config.json."""
     (here / "lora").mkdir()
     (here / "lora" / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base", "peft_type": "LORA"}')
-    (here / "packed").mkdir()
-    (here / "packed" / "model-Q4_0.gguf").write_bytes(b"GGUF")
     edited_model(here / "strange", lambda w: None, model_type="strange", auto_map={"AutoConfig": "conf.StrangeConfig"})
     (here / "strange" / "conf.py").write_text("raise SystemExit('code of a model was run')")
     for name, words in (
         ("lora", ["adapter (adapter_config.json) of owner/base", "merge_and_unload().save_pretrained"]),
-        ("packed", ["GGUF", "gguf_file='model-Q4_0.gguf'", "save_pretrained"]),
-        ("packed/model-Q4_0.gguf", ["GGUF", "from_pretrained('packed', gguf_file='model-Q4_0.gguf')"]),
         ("strange", ["model type 'strange'", "auto_map", "never run"]),
         ("model/model.safetensors", ["is a file", "pass model"]),
     ):
