@@ -13,8 +13,7 @@ from kvgauge.terminal.console import UsageError
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 """Names of the parts that llama-gguf-split makes."""
 
-_ROPE_FACTORS = re.compile(r"rope_(freqs|factors_\w+)\.weight$")
-"""Divisors of single frequencies, which a scaled RoPE has as tensors."""
+_ROPE_TENSOR = re.compile(r"rope_(freqs|factors_\w+)\.weight$")
 
 _DOWNLOAD_AGAIN = "Compare its size and SHA-256 with those at its source, and download it again"
 
@@ -65,6 +64,11 @@ class GgufFile:
         """Architecture by llama.cpp's name."""
         return str(self.metadata["general.architecture"])
 
+    @property
+    def rope_tensors(self) -> list[str]:
+        """Names of tensors that divide single frequencies of RoPE."""
+        return [name for name in self.tensors if _ROPE_TENSOR.search(name)]
+
     def _check_kind(self, path: Path) -> None:
         if self.architecture == "clip":
             raise OSError(
@@ -81,30 +85,6 @@ class GgufFile:
             raise OSError(
                 f"{path}: has no tokenizer (tokenizer.ggml.tokens), from which transformers takes the size of the "
                 "vocabulary. Convert the model with its tokenizer, or pass its folder"
-            )
-
-    def check_rope(self, config: Any) -> None:
-        """Refuses a scaled RoPE that transformers has not read from the file: without it all positions would be wrong.
-
-        Parameters
-        ----------
-        config : PretrainedConfig
-            What transformers has made of the header.
-
-        Raises
-        ------
-        OSError
-            If the file scales RoPE, and the configuration does not.
-        """
-        kind = self.metadata.get(f"{self.architecture}.rope.scaling.type", "none")
-        factor = self.metadata.get(f"{self.architecture}.rope.scaling.factor", 1.0)
-        tensors = [name for name in self.tensors if _ROPE_FACTORS.search(name)]
-        scaled = tensors or (kind != "none" and factor not in (0.0, 1.0))
-        if scaled and not _scales_rope(config.get_text_config()):
-            told = tensors[0] if tensors else f"{kind} scaling by {factor:g}"
-            raise OSError(
-                f"{self.path.name}: its RoPE is scaled ({told}), which transformers does not read from GGUF files of "
-                f"the architecture {self.architecture!r}: positions would be wrong. Pass the model's folder or hub id"
             )
 
     def check_used(self, model: Any) -> None:
@@ -128,12 +108,19 @@ class GgufFile:
         kind: Any = TENSOR_PROCESSORS.get(self.architecture, TensorProcessor)
         processor = kind(config=model.config.to_dict())
         known = get_gguf_hf_weights_map(model, processor)
-        unused = [name for name in self.tensors if name not in known and not _ROPE_FACTORS.search(name)]
+        unused = [name for name in self.tensors if name not in known and name not in self.rope_tensors]
         if unused:
             raise OSError(
                 f"{self.path.name}: {len(unused)} of its tensors have no place in {type(model).__name__}, such as "
                 f"{unused[0]}; it would run without them. Pass the model's folder or hub id"
             )
+
+
+def unpacked() -> dict[str, Any]:
+    """Arguments of `from_pretrained` by which weights are unpacked, also where kernels could read them as they are."""
+    from transformers import GgufConfig
+
+    return {"quantization_config": GgufConfig(dequantize=True)}
 
 
 def make_plain(model: Any) -> None:
@@ -200,9 +187,3 @@ def _readable_architectures() -> list[str]:
 def _plain(architecture: str) -> str:
     # llama.cpp writes qwen2moe and gpt-oss where transformers writes qwen2_moe and gpt_oss.
     return architecture.replace("-", "").replace("_", "")
-
-
-def _scales_rope(config: Any) -> bool:
-    parameters = getattr(config, "rope_parameters", None) or {}
-    by_type = [rope for rope in parameters.values() if isinstance(rope, dict)] or [parameters]
-    return any(rope.get("rope_type", "default") != "default" for rope in by_type)

@@ -17,7 +17,8 @@ from artifacts.model.transformers_release import check_release
 from calib.text.corpus import Corpus, PaddingIds, Split, load_corpus
 from kvgauge.configuration.model import DEMO, ModelConfig
 from kvgauge.loading.checkpoint import check_weights, other_format, remote_code
-from kvgauge.loading.gguf_file import cut_hint, make_plain
+from kvgauge.loading.gguf_file import cut_hint, make_plain, unpacked
+from kvgauge.loading.gguf_rope import complete_rope
 from kvgauge.loading.rope_stretch import stretch
 from kvgauge.loading.source import Source, find_source
 from kvgauge.terminal.console import UsageError, say
@@ -163,7 +164,7 @@ def _model(name: str, source: Source, max_tokens: int | None, **options: Any) ->
     with _told(name, source):
         config: Any = AutoConfig.from_pretrained(source.place, **source.options)
     if source.gguf is not None:
-        source.gguf.check_rope(config)
+        complete_rope(config.get_text_config(), source.gguf)
     stretch(config, max_tokens)
     with _told(name, source):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -172,6 +173,7 @@ def _model(name: str, source: Source, max_tokens: int | None, **options: Any) ->
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are told with their shapes below
             **source.options,
+            **({} if source.gguf is None else unpacked()),
             **options,
         )
     model, loading = loaded

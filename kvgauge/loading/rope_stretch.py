@@ -39,14 +39,21 @@ def stretch(config: Any, max_tokens: int | None) -> None:
     # Position interpolation (arXiv 2306.15595): RoPE turns pair i of a head by position * frequency_i. With all
     # frequencies divided by f, position f * n has the angle that position n had in training. f is whole, as in KVQuant.
     factor = float(math.ceil(max_tokens / limit))
-    for rope in _ropes(own, who):
+    for rope in global_ropes(own, who):
         rope["rope_type"] = _LINEAR[rope["rope_type"]]
         rope["factor"] = factor * (rope.get("factor") or 1.0)
     own.max_position_embeddings = max_tokens
 
 
-def _ropes(config: Any, who: str) -> list[dict[str, Any]]:
-    """The parameters to change: one set, or that of each type of layer that sees the whole context.
+def global_ropes(config: Any, who: str) -> list[dict[str, Any]]:
+    """Parameters that can be scaled: one set, or that of each type of layer that sees the whole context.
+
+    Parameters
+    ----------
+    config : PretrainedConfig
+        Of the text model.
+    who : str
+        What asks for it, for messages.
 
     Raises
     ------

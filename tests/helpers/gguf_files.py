@@ -31,9 +31,9 @@ _NAMES = {
 """Parts of a Llama, by transformers' names and llama.cpp's."""
 
 
-def save_llama(folder: Path) -> LlamaForCausalLM:
+def save_llama(folder: Path, **changes: Any) -> LlamaForCausalLM:
     """A random Llama of 2 layers, context 64, in a folder with its tokenizer."""
-    save_model(folder, vocab_size=len(PIECES))
+    save_model(folder, vocab_size=len(PIECES), **changes)
     tokenizer = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(PIECES)}, merges=MERGES))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,5 +1,6 @@
 """GGUF files as models: the same logits as the folder with the same weights, and what is refused."""
 
+import math
 import os
 import shutil
 from pathlib import Path
@@ -10,13 +11,14 @@ import pytest
 import torch
 from helpers.gguf_files import save_llama, write_gguf
 from helpers.programs import prose
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaForCausalLM
 
 from artifacts import load
 from kvgauge.cli import calibrate, evaluate
 from kvgauge.configuration.model import ModelConfig
 from kvgauge.loading import gguf_file, source
 from kvgauge.loading.gguf_file import GgufFile
+from kvgauge.loading.gguf_rope import complete_rope
 from kvgauge.loading.models import LoadedModel, load_model
 from kvgauge.terminal.console import UsageError
 
@@ -149,7 +151,10 @@ def test_several_files_are_all_named(here: Path, tmp_path: Path) -> None:
             r"cannot read .* architecture 'rwkv7'; it reads .*gemma3, .*llama, ",
         ),
         ({"tokenizer": False}, r"has no tokenizer \(tokenizer.ggml.tokens\)"),
-        ({"tensors": {"rope_freqs.weight": np.ones(4, np.float32)}}, r"RoPE is scaled \(rope_freqs.weight\)"),
+        (
+            {"tensors": {"rope_freqs.weight": np.arange(1, 5, dtype=np.float32)}},
+            r"RoPE is scaled \(rope_freqs.weight\)",
+        ),
         (
             {"keys": {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}},
             r"RoPE is scaled \(yarn scaling by 4\), which transformers does not read from",
@@ -166,6 +171,49 @@ def test_what_would_be_another_model_is_refused(
     write_gguf(tmp_path / "odd.gguf", LlamaForCausalLM.from_pretrained("plain"), **options)
     with pytest.raises(OSError, match=message):
         loaded(tmp_path / "odd.gguf")
+
+
+def llama3_divisors(theta: float, factor: float, n_channels: int) -> np.ndarray:
+    """What llama.cpp's converter writes for Llama 3.1 and later (`rope_freqs`), by its three cases."""
+    low, high, context = 1, 4, 8192
+    divisors = []
+    for channel in range(0, n_channels, 2):
+        wavelength = 2 * math.pi * theta ** (channel / n_channels)
+        smooth = (context / wavelength - low) / (high - low)
+        between = 1 / ((1 - smooth) / factor + smooth)
+        divisors.append(1 if wavelength < context / high else factor if wavelength > context / low else between)
+    return np.array(divisors, np.float32)
+
+
+@pytest.mark.parametrize("name", ["linear", "llama3"])
+def test_scaling_that_transformers_leaves_out_is_taken_from_the_file(name: str, tmp_path: Path) -> None:
+    theta = 500_000.0
+    bands = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    scaling = {"rope_type": name, "factor": 8.0, "rope_theta": theta, **(bands if name == "llama3" else {})}
+    model = save_llama(tmp_path / "plain", rope_parameters=scaling)
+    divisors = llama3_divisors(theta, 8.0, 8)
+    assert len({*divisors.tolist()}) > 2  # all three cases
+    linear = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 8.0}
+    write_gguf(
+        tmp_path / "scaled.gguf",
+        model,
+        keys=linear if name == "linear" else {},
+        tensors={"rope_freqs.weight": divisors} if name == "llama3" else {},
+    )
+    file, folder = loaded(tmp_path / "scaled.gguf"), loaded(tmp_path / "plain")
+    assert torch.equal(logits(file.model), logits(folder.model))
+    assert file.fingerprint(file.layers()) == folder.fingerprint(folder.layers())
+    write_gguf(tmp_path / "unscaled.gguf", model)
+    assert not torch.equal(logits(loaded(tmp_path / "unscaled.gguf").model), logits(folder.model))
+
+
+def test_layers_that_see_a_window_keep_their_frequencies() -> None:
+    config = Gemma3TextConfig()
+    keys = {"general.architecture": "gemma3", "gemma3.rope.scaling.type": "linear", "gemma3.rope.scaling.factor": 8.0}
+    complete_rope(config, GgufFile(Path("gemma.gguf"), keys, ()))
+    ropes = config.rope_parameters
+    assert (ropes["full_attention"]["rope_type"], ropes["full_attention"]["factor"]) == ("linear", 8)
+    assert ropes["sliding_attention"]["rope_type"] == "default"
 
 
 def test_scaling_by_one_is_none(here: Path, tmp_path: Path) -> None:
