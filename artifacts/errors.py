@@ -46,3 +46,7 @@ class NonFiniteError(KVGaugeError, ValueError):
 
 class UnsupportedLayer(KVGaugeError):
     """A layer is not supported; the message is the reason."""
+
+
+class NothingCached(UnsupportedLayer):
+    """A layer keeps no keys and values of its own, so that there is nothing to quantize; the message is the reason."""

@@ -8,18 +8,21 @@ noise, rotated. Class names play no part.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
-from artifacts.errors import UnsupportedLayer, UnsupportedModelError
-from artifacts.model.evidence import Evidence, projection, text_config, understand, why_nothing_cached
+from artifacts.errors import NothingCached, UnsupportedLayer, UnsupportedModelError
+from artifacts.model.evidence import Evidence, nothing_cached, projection, running_state, text_config, understand
 from artifacts.model.hooks import AttentionLayer, Hook, hooked
-from artifacts.model.probe import probe
+from artifacts.model.probe import Probed, probe
 from artifacts.model.rope import Rotation, rotate
 from artifacts.model.transformers_release import cache_keyword, check_release
 
 __all__ = ["AttentionLayer", "Hook", "LayerReport", "Rotation", "attention_layers", "hooked", "rotate", "site_table"]
+
+_ATTENTION = ("attention", "full_attention", "sliding_attention", "chunked_attention", "hybrid")
+"""Kinds of layers that must have keys and values, as transformers names them."""
 
 
 @dataclass(frozen=True)
@@ -32,19 +35,19 @@ class LayerReport:
         Index of the layer, from 0.
     name : str
         Path of the module that updates the cache of the layer; empty if there is none.
-    status : {'applied', 'skipped'}
-        'applied' if the keys and values of the layer can be hooked.
+    status : {'applied', 'without', 'skipped'}
+        'applied' if the keys and values of the layer can be hooked, 'without' if it keeps none of its own.
     why : str
-        Reason for 'skipped'; empty otherwise.
+        Reason for 'without' and 'skipped'; empty otherwise.
     kv_heads, head_dim : int or None
-        Shape of keys and values; None for 'skipped'.
+        Shape of keys and values; None unless 'applied'.
     hooks : tuple of str
         Child modules that are hooked for key, value and query, with the columns in a fused projection.
     """
 
     layer: int
     name: str
-    status: Literal["applied", "skipped"]
+    status: Literal["applied", "without", "skipped"]
     why: str = ""
     kv_heads: int | None = None
     head_dim: int | None = None
@@ -52,9 +55,10 @@ class LayerReport:
 
 
 def attention_layers(model: nn.Module) -> tuple[AttentionLayer, ...]:
-    """Attention layers of a model, from layer 0 to the last.
+    """Attention layers of a model, in order; without those that keep no keys and values of their own.
 
-    Runs the model once on a few tokens and leaves it unchanged.
+    Runs the model once on a few tokens and leaves it unchanged. Left out are layers with a running state, as in hybrids
+    of Mamba and attention, and layers that read the keys and values of another.
 
     Parameters
     ----------
@@ -64,8 +68,8 @@ def attention_layers(model: nn.Module) -> tuple[AttentionLayer, ...]:
     Raises
     ------
     UnsupportedModelError
-        If there is no attention layer, or a layer caches anything other than the outputs of its projections or norms
-        (keys with or without rotary embedding). Names the first such layer and the reason.
+        If no layer keeps keys and values, or a layer caches anything other than the outputs of its projections or
+        norms (keys with or without rotary embedding). Names the first such layer and the reason.
     UnsupportedReleaseError
         If the installed release of transformers is not supported.
     """
@@ -75,13 +79,15 @@ def attention_layers(model: nn.Module) -> tuple[AttentionLayer, ...]:
             f"{type(model).__name__}: expected attention modules, with an integer layer_idx and a forward that takes a "
             "cache; got none. Pass a causal language model of transformers, or its decoder."
         )
-    for layer in found:
-        if isinstance(layer, LayerReport):
-            name = f" ({layer.name})" if layer.name else ""
-            raise UnsupportedModelError(
-                f"layers.{layer.layer}{name}: {layer.why}; `calibrate MODEL --list-sites` lists all layers"
-            )
-    return tuple(layer for layer in found if isinstance(layer, AttentionLayer))
+    layers = tuple(layer for layer in found if isinstance(layer, AttentionLayer))
+    others = [layer for layer in found if isinstance(layer, LayerReport)]
+    skipped = [layer for layer in others if layer.status == "skipped"]
+    for layer in skipped or (others if not layers else ()):
+        name = f" ({layer.name})" if layer.name else ""
+        raise UnsupportedModelError(
+            f"layers.{layer.layer}{name}: {layer.why}; `calibrate MODEL --list-sites` lists all layers"
+        )
+    return layers
 
 
 def site_table(model: nn.Module) -> list[LayerReport]:
@@ -101,7 +107,7 @@ def _survey(model: nn.Module) -> list[AttentionLayer | LayerReport]:
     config = text_config(model)
     # Layers without any module that takes a cache are known from the configuration only.
     n_layers = max(max(mixers) + 1, getattr(config, "decoder_layers", getattr(config, "num_hidden_layers", 0)))
-    return [_judge(layer, mixers.get(layer, {}), evidence) for layer in range(n_layers)]
+    return [_judge(layer, mixers.get(layer, {}), evidence, _kind(config, layer)) for layer in range(n_layers)]
 
 
 def _mixers(model: nn.Module) -> dict[int, dict[str, nn.Module]]:
@@ -134,23 +140,35 @@ def _layer_index(module: nn.Module) -> int:
     return index if isinstance(index, int) else -1
 
 
-def _judge(
-    index: int, modules: Mapping[str, nn.Module], evidence: Mapping[nn.Module, Evidence]
-) -> AttentionLayer | LayerReport:
+def _kind(config: Any, layer: int) -> str:
+    """Kind of a layer by the configuration of a hybrid; empty where it tells none."""
+    kinds = getattr(config, "layers_block_type", None) or getattr(config, "layer_types", None) or ()
+    return str(kinds[layer]) if layer < len(kinds) else ""
+
+
+def _judge(index: int, modules: Mapping[str, nn.Module], evidence: Probed, kind: str) -> AttentionLayer | LayerReport:
     name = " + ".join(sorted(modules))
     try:
-        seen = _only_one(modules, evidence)
+        seen = _only_one(modules, evidence.of, kind)
         name = next(name for name, module in modules.items() if module is seen.module)
         _check_projects_keys(seen)
         return understand(index, name, seen)
+    except NothingCached as error:
+        if index not in evidence.filled:
+            return LayerReport(index, name, "without", str(error))
+        return LayerReport(index, name, "skipped", "its keys and values come from a module that has no layer_idx")
     except UnsupportedLayer as error:
         return LayerReport(index, name, "skipped", str(error))
 
 
-def _only_one(modules: Mapping[str, nn.Module], evidence: Mapping[nn.Module, Evidence]) -> Evidence:
+def _only_one(modules: Mapping[str, nn.Module], evidence: Mapping[nn.Module, Evidence], kind: str) -> Evidence:
     """Evidence of the one module of a layer that ran; a decoder used alone never calls its cross-attention."""
     seen = [evidence[module] for module in modules.values()]
+    if kind and kind not in _ATTENTION and not any(each.cached or running_state(each) or each.failure for each in seen):
+        raise NothingCached(f"{kind} by the model's configuration, which keeps no keys and values")
     seen = seen if len(seen) == 1 else [each for each in seen if each.called or each.failure]
+    # Beside its attention a layer may keep the running state of a convolution or a recurrence.
+    seen = [each for each in seen if not running_state(each)] or seen[:1]
     if len(seen) != 1:
         raise UnsupportedLayer(f"expected one module that keeps a cache under this layer_idx; got {len(seen)}")
     return seen[0]
@@ -163,13 +181,13 @@ def _check_projects_keys(seen: Evidence) -> None:
     if projection(seen.module, "key"):
         return
     if projection(seen.module, "query"):
-        raise UnsupportedLayer("projects queries but no keys: it reads the keys and values of another layer")
+        raise NothingCached("projects queries but no keys: it reads the keys and values of another layer")
     if seen.cached:
         children = ", ".join(name for name, _ in seen.module.named_children())
         raise UnsupportedLayer(
             f"expected a child named as a projection of keys (k_proj, key, qkv_proj, c_attn); got {children}"
         )
-    raise UnsupportedLayer(seen.failure or why_nothing_cached(seen))
+    raise nothing_cached(seen)
 
 
 def _latent(module: nn.Module) -> str | None:

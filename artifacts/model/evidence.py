@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from artifacts.errors import UnsupportedLayer
+from artifacts.errors import NothingCached, UnsupportedLayer
 from artifacts.model.heads import Heads, nearest
 from artifacts.model.hooks import AttentionLayer, Hook
 from artifacts.model.rotation import found_rotation, table_frequencies
@@ -57,7 +57,7 @@ class Evidence:
 
 def projection(module: nn.Module, role: Role) -> str | None:
     """Name of the child that projects keys, values, queries, or all three."""
-    return _child(module, rf"(?:W|project_)?{role[0]}(?:{role[1:]})?(?:_proj)?|{_FUSED}")
+    return _child(module, rf"(?:W|project_)?{role[0]}(?:{role[1:]})?(?:_proj|_lin)?|{_FUSED}")
 
 
 def norm(module: nn.Module, role: Role) -> str | None:
@@ -81,7 +81,6 @@ def understand(index: int, name: str, seen: Evidence) -> AttentionLayer:
         If the cached tensors are not outputs of its projections or norms, keys with or without rotary embedding.
     """
     key, value = _cached(seen)
-    _check_norm_before_rope(seen, key)
     sources: dict[Role, str] = {"key": _source(seen, "key"), "value": _source(seen, "value")}
     held = {role: _heads(child, seen.sent[child], key) for role, child in sources.items()}
     value_heads = _unchanged(held["value"].x, value, sources["value"])
@@ -118,7 +117,7 @@ def _mask_hides(mask: object) -> bool:
 
 def _cached(seen: Evidence) -> tuple[Tensor, Tensor]:
     if not seen.cached:
-        raise UnsupportedLayer(seen.failure or why_nothing_cached(seen))
+        raise nothing_cached(seen)
     key, value = seen.cached[0]
     if len(seen.cached) > 1 or key.ndim != 4 or key.shape != value.shape:
         shapes = [(tuple(key.shape), tuple(value.shape)) for key, value in seen.cached]
@@ -130,13 +129,19 @@ def _cached(seen: Evidence) -> tuple[Tensor, Tensor]:
     return key, value
 
 
-def why_nothing_cached(seen: Evidence) -> str:
-    """Reason for a module that ran and cached no keys and values."""
-    states = sorted(call for call in seen.calls if re.search("state|linear_cache", call))
-    if states:
-        kind = type(seen.module).__name__
-        return f"{kind} has a running state and no keys and values: it calls {', '.join(states)} of the cache"
-    return "never calls cache.update: it has no keys and values of its own, but those of another layer or none"
+def running_state(seen: Evidence) -> list[str]:
+    """Attributes of the cache that a module with a running state in place of keys and values used."""
+    return [] if seen.cached else sorted(call for call in seen.calls if re.search("state|linear_cache", call))
+
+
+def nothing_cached(seen: Evidence) -> UnsupportedLayer:
+    """Error of a module that cached no keys and values."""
+    calls = running_state(seen)
+    if seen.failure or not calls:
+        why = "never calls cache.update: it has no keys and values of its own, but those of another layer or none"
+        return UnsupportedLayer(seen.failure or why)
+    kind = type(seen.module).__name__
+    return NothingCached(f"{kind} has a running state and no keys and values: it calls {', '.join(calls)} of the cache")
 
 
 def _source(seen: Evidence, role: Role) -> str:
@@ -209,18 +214,6 @@ def _hook(seen: Evidence, child: str, held: Heads, chosen: Sequence[int]) -> Hoo
             f"{child} returns {len(held)} heads, of which {list(chosen)} are used; expected all of them"
         )
     return hook
-
-
-def _check_norm_before_rope(seen: Evidence, key: Tensor) -> None:
-    before, after = projection(seen.module, "key"), norm(seen.module, "key")
-    if before not in seen.sent or after not in seen.sent:
-        return
-    # The norm gets the projection's noise unchanged if it comes first, and rotated noise if RoPE comes before it.
-    left, arrived = _heads(before, seen.sent[before], key).x, _heads(after, seen.received[after], key).x
-    if not torch.equal(left[:, nearest(arrived, left)], arrived):
-        raise UnsupportedLayer(
-            "a norm follows the rotary embedding, so the cached key is not the rotation of any projection output"
-        )
 
 
 def _sliding_window(module: nn.Module, index: int) -> int | None:

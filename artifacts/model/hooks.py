@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from artifacts.errors import MismatchError, UnsupportedModelError
 from artifacts.model.rope import Rotation, TableOrder, cos_sin, position_tables, rotate, spread
-from artifacts.model.transformers_release import exchange_cache
+from artifacts.model.transformers_release import exchange_cache, named_arguments
 from artifacts.sites import Site
 
 Layout = Literal["flat", "tokens_first", "heads_first"]
@@ -271,7 +271,7 @@ def _observe_rotated_query(layer: AttentionLayer, site: Site, handler: Handler) 
     position_embeddings: list[Tensor] = []
 
     def note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        position_embeddings[:] = position_tables(module, kwargs) or ()
+        position_embeddings[:] = position_tables(module, named_arguments(module, args, kwargs)) or ()
 
     def observe(x: Tensor) -> None:
         rotated = x if layer.rotation == "none" else rotate(x, *layer.tables(position_embeddings), layer.rotation)

@@ -6,6 +6,7 @@ reading of a module could pass for right.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from artifacts.model.evidence import ROLES, Evidence, norm, projection, text_config
 from artifacts.model.hooks import evaluating, intercept_cache, uncompiled
 from artifacts.model.rope import position_tables
-from artifacts.model.transformers_release import exchange_cache, named_arguments
+from artifacts.model.transformers_release import exchange_cache, named_arguments, returned_cache
 
 _MIN_TOKENS = 11
 # OLMo and DBRX clip their projections to about +-8. A standard deviation of 16 puts most values beyond that, so that a
@@ -23,9 +24,26 @@ _MIN_TOKENS = 11
 _NOISE_SCALE = 16.0
 
 
-def probe(model: nn.Module, modules: Sequence[nn.Module]) -> dict[nn.Module, Evidence]:
+@dataclass(frozen=True)
+class Probed:
+    """Observations of one forward pass.
+
+    Parameters
+    ----------
+    of : dict from nn.Module to Evidence
+        What each attention module did.
+    filled : set of int
+        Indices of the cache's layers that hold keys afterwards.
+    """
+
+    of: dict[nn.Module, Evidence]
+    filled: set[int]
+
+
+def probe(model: nn.Module, modules: Sequence[nn.Module]) -> Probed:
     """Runs the model once on a few tokens and records what these modules do; the model is left unchanged."""
     evidence = {module: Evidence(module) for module in modules}
+    filled = set[int]()
     noise = torch.Generator().manual_seed(0)
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
@@ -35,11 +53,16 @@ def probe(model: nn.Module, modules: Sequence[nn.Module]) -> dict[nn.Module, Evi
             for handle in _watch(seen, noise):
                 stack.callback(handle.remove)
         try:
-            model(input_ids=_token_ids(model), use_cache=True)
+            filled |= _filled(model(input_ids=_token_ids(model), use_cache=True))
         except Exception as error:  # a model's own code may raise anything; what was seen until then still counts
             for seen in evidence.values():
                 seen.failure = f"the model's forward pass on a few tokens stopped with {error!r}"
-    return evidence
+    return Probed(evidence, filled)
+
+
+def _filled(output: Any) -> set[int]:
+    layers = getattr(returned_cache(output), "layers", ())
+    return {index for index, layer in enumerate(layers) if getattr(layer, "keys", None) is not None}
 
 
 def _token_ids(model: nn.Module) -> Tensor:
@@ -57,8 +80,9 @@ def _watch(seen: Evidence, noise: torch.Generator) -> Iterator[RemovableHandle]:
     children = {find(seen.module, role) for role in ROLES for find in (projection, norm)} - {None}
 
     def note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        seen.called, seen.position_embeddings = True, position_tables(module, kwargs)
-        seen.mask = named_arguments(module, args, kwargs).get("attention_mask")
+        passed = named_arguments(module, args, kwargs)
+        seen.called, seen.position_embeddings = True, position_tables(module, passed)
+        seen.mask = passed.get("attention_mask")
         return exchange_cache(module, (args, kwargs), listened)
 
     def listened(cache: Any) -> Any:

@@ -12,12 +12,20 @@ TableOrder = Literal["as_read", "halves", "once", "sines_first"]
 
 
 def position_tables(module: nn.Module, kwargs: Mapping[str, Any]) -> Any:
-    """Tables (cos, sin) of a call of an attention module: an argument, or looked up in its own table (GPT-J)."""
-    own = getattr(module, "embed_positions", None)
-    if not isinstance(own, Tensor) or not isinstance(kwargs.get("position_ids"), Tensor):
-        return kwargs.get("position_embeddings")
-    sin, cos = own.to(kwargs["position_ids"].device)[kwargs["position_ids"]].chunk(2, dim=-1)
-    return cos, sin
+    """Tables (cos, sin) of a call of an attention module: an argument, or of the module's own.
+
+    The argument may be complex, exp(i angle) (Llama 4). A module of its own tables looks them up (CodeGen), or has a
+    child that computes them (RecurrentGemma).
+    """
+    positions, table = kwargs.get("position_ids"), getattr(module, "embed_positions", None)
+    own = getattr(module, "rotary_emb", None)
+    if isinstance(positions, Tensor) and isinstance(table, Tensor):
+        sin, cos = table.to(positions.device)[positions].chunk(2, dim=-1)
+        return cos, sin
+    if isinstance(positions, Tensor) and isinstance(own, nn.Module) and kwargs.get("position_embeddings") is None:
+        return own(next(module.parameters()), positions)
+    given = kwargs.get("position_embeddings")
+    return (given.real, given.imag) if isinstance(given, Tensor) and given.is_complex() else given
 
 
 def cos_sin(tables: Sequence[Tensor], order: TableOrder) -> Sequence[Tensor]:

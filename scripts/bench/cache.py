@@ -126,7 +126,7 @@ def rows(tokens: int, repeats: int) -> list[Measured]:
     baselines = {name: filled_step(model, cache, key, value, repeats) for name, cache in other_caches(model).items()}
     with packed_cache(model, quantizers(), policy=POLICY) as new_cache:
         packed = new_cache()
-        packed.layers[0].store.append(key, value, None)
+        packed.packed[0].store.append(key, value, None)
         size = packed.nbytes
         ours = seconds(lambda: step(model, packed), repeats)
     what = f"{tokens} tokens, {BITS} bits"
@@ -153,7 +153,7 @@ def rows_in_a_basis(tokens: int, repeats: int) -> Iterator[Measured]:
         with packed_cache(model, own) as new_cache:
             packed = new_cache()
             model(prompt, **cache_argument(model, packed))
-            size = sum(tensor.nbytes for layer in packed.layers for tensor in layer.store.tensors())
+            size = sum(tensor.nbytes for layer in packed.packed for tensor in layer.store.tensors())
             ours = seconds(partial(step, model, packed), repeats)
         yield Measured(f"{what}: memory / 16 bits", size, exact, unit="B")
         static = sum(quantizer.static_bytes for quantizer in own.values())

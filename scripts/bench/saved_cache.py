@@ -105,7 +105,7 @@ def packed(
 
         def save() -> None:
             cache = new_cache()
-            cache.layers[0].store.append(*key_value, None)
+            cache.packed[0].store.append(*key_value, None)
             save_cache(cache, path)
 
         def load() -> None:

@@ -16,12 +16,13 @@ _FIELD = re.compile(r"\{([^}:]+)(?::([^}]*))?\}")
 class Column:
     """A column; of several forms the first counts whose figures are all there.
 
-    A figure that is not `checked` may move: seconds, or what is published elsewhere.
+    A figure that is not `checked` may move: seconds, or what is published elsewhere. Words stand at the left.
     """
 
     head: str
     forms: tuple[str, ...]
     checked: bool = True
+    words: bool = False
 
     def cell(self, figures: Figures) -> str:
         """The text of a cell; empty where a figure is missing."""
@@ -222,5 +223,21 @@ KINDS: Mapping[KindName, Kind] = {
         ),
         suffix="--json results.json",
         tolerance=0.3,
+    ),
+    "families": Kind(
+        first="family",
+        columns=(
+            Column("found", ("{verdict}",), words=True),
+            Column("layers", ("{layers}",)),
+            Column("reason", ("{why}",), words=True),
+        ),
+        shared=tuple(
+            Column(verdict, (f"{{counts.{verdict}}}",))
+            for verdict in ("applied", "simulated", "refused", "not built", "wrong")
+        ),
+        suffix="--json results.json",
+        rows="families",
+        code=True,
+        tolerance=0.0,
     ),
 }

@@ -71,7 +71,7 @@ def _table(kind: Kind, rows: Sequence[Row]) -> str:
     columns = [column for column in kind.columns if any(column.cell(row.figures) for row in rows)]
     notes = any(row.note for row in rows)
     heads = [kind.first, *(column.head for column in columns), *(["note"] if notes else [])]
-    rule = ["---", *("--:" for _ in columns), *(["---"] if notes else [])]
+    rule = ["---", *("---" if column.words else "--:" for column in columns), *(["---"] if notes else [])]
     lines = [[kind.label(row), *_cells(columns, row), *([row.note or ""] if notes else [])] for row in rows]
     return markdown_table([heads, rule, *lines])
 

@@ -1,5 +1,6 @@
 """Context manager under which a transformers model runs on packed KV caches, in `generate()` and elsewhere."""
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ from artifacts.artifact import Artifact
 from artifacts.coding.finite import answered_each_step
 from artifacts.errors import MismatchError
 from artifacts.model.attention import AttentionLayer, attention_layers, hooked
+from artifacts.model.rope import position_tables
 from artifacts.model.transformers_release import named_arguments, parameters, passed_cache
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
@@ -20,7 +22,7 @@ from simquant.cache.attention.tokens import Tokens, watch_tokens
 from simquant.cache.evictor import Evictor, Reading, check_evictable
 from simquant.cache.store.decoded_sources import DecodedSources
 from simquant.cache.store.layer_store import LayerStore
-from simquant.cache.transformers_cache import Arrival, PackedCache
+from simquant.cache.transformers_cache import Arrival, PackedCache, PackedLayer, own_layers
 from simquant.policy.checks import check_cacheable, check_fit, default_policy
 from simquant.policy.policy import CachePolicy
 
@@ -77,7 +79,8 @@ def packed_cache(
     # rotary tables from the attention module's arguments. Attention then reads the store instead of update's result.
     with ExitStack() as stack:
         stack.enter_context(answered_each_step(model))
-        session = _Session(layers, quantizers, policy, stack.enter_context(watch_tokens(layers)))
+        beside = own_layers(model, [layer.layer for layer in layers])
+        session = _Session(layers, quantizers, policy, stack.enter_context(watch_tokens(layers)), beside)
         stack.enter_context(attention_replaced(model, session.handlers()))
         for layer in layers:
             stack.callback(layer.module.register_forward_pre_hook(session.before(layer), with_kwargs=True).remove)
@@ -96,8 +99,10 @@ class _Session:
         quantizers: Mapping[Site, Quantizer],
         policy: CachePolicy,
         tokens: Tokens,
+        beside: Sequence[Any],
     ) -> None:
         self._layers, self._quantizers, self._policy, self._tokens = layers, quantizers, policy, tokens
+        self._beside = beside
         self._in_use: dict[int, PackedCache] = {}
         self._n_read = 0  # tokens of the current text, those of the last step included
         self._evictor = None if policy.eviction is None else Evictor(policy.eviction, len(layers))
@@ -106,7 +111,7 @@ class _Session:
         """An empty cache for this model."""
         sources = DecodedSources(self._quantizers)
         stores = [LayerStore(layer, self._quantizers, self._policy, sources) for layer in self._layers]
-        return PackedCache(stores, self)
+        return PackedCache(stores, self, copy.deepcopy(self._beside))
 
     def handlers(self) -> dict[nn.Module, Handler]:
         """Attention function of each attention module."""
@@ -129,11 +134,12 @@ class _Session:
                     "a packed cache."
                 )
             self._in_use[layer.layer] = cache
-            store = cache.layers[layer.layer]
+            store = _packed(cache, layer)
             self._n_read = store.store.n_columns + hidden.shape[1]
             store.arrival = Arrival(None, self._tokens.real(hidden.shape[0], hidden.shape[1]))
-            if store.store.rotates and passed.get("position_embeddings") is not None:
-                cache.tables.note(layer, passed["position_embeddings"], store.store.n_columns)
+            tables = position_tables(module, passed) if store.store.rotates else None
+            if tables is not None:
+                cache.tables.note(layer, tables, store.store.n_columns)
 
         return hook
 
@@ -143,7 +149,7 @@ class _Session:
         def hook(*_: Any) -> None:
             cache = self._in_use.pop(layer.layer, None)
             if cache is not None:
-                cache.layers[layer.layer].arrival = cache.layers[layer.layer].handed = None
+                _packed(cache, layer).arrival = _packed(cache, layer).handed = None
 
         return hook
 
@@ -151,7 +157,7 @@ class _Session:
         """Handler that passes keys before rotation to the cache in use."""
 
         def handle(x: Float[Tensor, "batch kv_heads tokens head_dim"]) -> None:
-            layer = self._in_use[site.layer].layers[site.layer]
+            layer: PackedLayer = self._in_use[site.layer].layers[site.layer]
             assert layer.arrival is not None, "the attention module's hook comes first"
             layer.arrival = Arrival(x, layer.arrival.real)
 
@@ -162,8 +168,8 @@ class _Session:
             query: Tensor, key: Tensor, value: Tensor, visible: Bool[Tensor, "batch queries tokens"], scoring: Scoring
         ) -> Tensor:
             cache = self._in_use[layer.layer]
-            check_handed(layer.module, cache.layers[layer.layer].handed, (key, value))
-            store = cache.layers[layer.layer].store
+            check_handed(layer.module, _packed(cache, layer).handed, (key, value))
+            store = _packed(cache, layer).store
             if store.policy.exact_prefill and store.n_columns == query.shape[2]:  # the cache was empty before this step
                 mean = attend(query, key, value, visible, scoring)
             else:
@@ -175,6 +181,11 @@ class _Session:
             return mean
 
         return read
+
+
+def _packed(cache: PackedCache, layer: AttentionLayer) -> PackedLayer:
+    found: PackedLayer = cache.layers[layer.layer]
+    return found
 
 
 def _refuse_dropped(module: nn.Module, cache: Any, n_tokens: int) -> None:

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool
-from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from artifacts.errors import MismatchError
+from artifacts.errors import MismatchError, UnsupportedModelError
 from simquant.cache.errors import CacheStateError
 from simquant.cache.store.decoded_sources import DecodedSources
 from simquant.cache.store.layer_store import LayerStore
@@ -136,6 +136,30 @@ class PackedLayer(CacheLayerMixin):
             )
 
 
+def own_layers(model: nn.Module, layers: Sequence[int]) -> list[Any]:
+    """Empty layers of a model's own cache, if it has others beside `layers`, those with keys and values.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If one of `layers` caches more than keys and values, or the model takes caches of a class of its own alone.
+    """
+    standard = getattr(model, "_supports_default_dynamic_cache", None)
+    if standard is not None and not standard():
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: expected a model that takes any cache of transformers; this one takes a class of "
+            "its own alone. Use the protocol 'full'."
+        )
+    own: list[Any] = DynamicCache(config=getattr(model, "config", None)).layers
+    for index in layers:
+        if index < len(own) and type(own[index]) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise UnsupportedModelError(
+                f"layers.{index}: expected a cache of keys and values alone; got {type(own[index]).__name__}, which "
+                "holds more than a packed cache keeps. Use the protocol 'full'."
+            )
+    return own if len(own) > len(layers) else []
+
+
 class PackedCache(Cache):
     """KV cache of a transformers model that stores codes.
 
@@ -145,20 +169,37 @@ class PackedCache(Cache):
         One for each layer, in order.
     session : object
         Context that made the cache; a model uses caches of its own context only.
+    beside : sequence of cache layers
+        Empty layers of the model's own cache, from `own_layers`, for a hybrid whose other layers keep running
+        states; empty for any other model.
     """
 
-    def __init__(self, stores: Sequence[LayerStore], session: object) -> None:
-        super().__init__(layers=[PackedLayer(store) for store in stores])
-        self.layers: list[PackedLayer]  # type: ignore[assignment]  # never holds another class
+    def __init__(self, stores: Sequence[LayerStore], session: object, beside: Sequence[Any] = ()) -> None:
+        packed = {store.layer.layer: PackedLayer(store) for store in stores}
+        super().__init__(layers=[packed.get(index, layer) for index, layer in enumerate(beside or stores)])
+        self.layers: list[Any]  # packed layers, and of a hybrid those of its own cache
         self.session = session
         self.tables = RotaryTables()
+
+    @property
+    def packed(self) -> list[PackedLayer]:
+        """Layers that hold keys and values."""
+        return [layer for layer in self.layers if isinstance(layer, PackedLayer)]
+
+    @property
+    def beside(self) -> list[Any]:
+        """Layers that hold a running state in full precision, or nothing."""
+        return [layer for layer in self.layers if not isinstance(layer, PackedLayer)]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PackedCache":
         """Copy that grows independently. The two share the model, the quantizers, and the tensors stored so far."""
         other = copy.copy(self)
         memo[id(self)] = other
-        sources = self.layers[0].store.sources.empty()
-        other.layers = [layer.copy(sources) for layer in self.layers]
+        sources = self.packed[0].store.sources.empty()
+        other.layers = [
+            layer.copy(sources) if isinstance(layer, PackedLayer) else copy.deepcopy(layer, memo)
+            for layer in self.layers
+        ]
         other.tables = self.tables.copy()
         return other
 
@@ -172,15 +213,16 @@ class PackedCache(Cache):
         CacheStateError
             If an earlier step stopped between two layers.
         """
-        if not 0 <= layer_idx < len(self.layers):
+        if not 0 <= layer_idx < len(self.layers) or not isinstance(self.layers[layer_idx], PackedLayer):
             raise MismatchError(
-                f"layers.{layer_idx}: expected a layer below {len(self.layers)}, the number of layers that the cache "
-                "was made for. Use a cache that was made for this model."
+                f"layers.{layer_idx}: expected one of the layers that the cache was made for, "
+                f"{[layer.store.layer.layer for layer in self.packed]}. Use a cache that was made for this model."
             )
         # Layers update in order: those before `layer_idx` already hold this step's tokens, the others do not.
-        held = [layer.store.n_columns for layer in self.layers]
-        done = held[0] if layer_idx else held[0] + key_states.shape[2]
-        if held != [done] * layer_idx + [done - key_states.shape[2]] * (len(held) - layer_idx):
+        held = [layer.store.n_columns for layer in self.packed]
+        n_done = sum(layer.store.layer.layer < layer_idx for layer in self.packed)
+        done = held[0] if n_done else held[0] + key_states.shape[2]
+        if held != [done] * n_done + [done - key_states.shape[2]] * (len(held) - n_done):
             raise CacheStateError(
                 f"layers.{layer_idx}: expected all layers to hold as many tokens before a step; got {min(held)} to "
                 f"{max(held)}, left by an earlier step that failed between two layers. Make a new cache."
@@ -189,7 +231,7 @@ class PackedCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes in memory: codes, scales, full-precision tokens, rotary tables; tensors shared by beams count once."""
+        """Bytes in memory: codes, scales, full-precision tokens and states, rotary tables; shared ones count once."""
         # Beams share tensors until they grow apart; the address of its memory identifies a tensor.
         held = {tensor.data_ptr(): tensor.nbytes for tensor in self.tensors()}
         return sum(held.values())
@@ -197,14 +239,22 @@ class PackedCache(Cache):
     def tensors(self) -> Iterator[Tensor]:
         """All tensors of the cache."""
         yield from self.tables.tensors()
-        for layer in self.layers:
+        for layer in self.packed:
             yield from layer.store.tensors()
+        for layer in self.beside:
+            states = (getattr(layer, name, {}) for name in ("conv_states", "recurrent_states"))
+            yield from (state for held in states for state in held.values() if state is not None)
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Removes that many tokens if negative, keeps that many if positive; changes nothing if any layer raises."""
+        if self.beside:
+            raise CacheStateError(
+                "crop: expected a cache of keys and values alone; got one with running states, which cannot be taken "
+                "back. Make a new cache and read the text again."
+            )
         # A layer may refuse to crop (tokens evicted, a group cut) after others have: restore those, so that the cache
         # stays consistent. Stores replace their sequences and never change them, so that references are enough.
-        stores = [layer.store for layer in self.layers]
+        stores = [layer.store for layer in self.packed]
         before = [(store.sequences, store.n_columns) for store in stores]
         try:
             super().crop(int(tokens_to_remove))
@@ -216,12 +266,13 @@ class PackedCache(Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps these sequences of the batch, in this order."""
-        super().batch_select_indices(indices)
+        for layer in self.layers:
+            layer.reorder_cache(indices)
         self.tables.select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every sequence that many times."""
-        self.batch_select_indices(torch.arange(len(self.layers[0].store.sequences)).repeat_interleave(repeats))
+        self.batch_select_indices(torch.arange(len(self.packed[0].store.sequences)).repeat_interleave(repeats))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorders the sequences, for beam search."""

@@ -1,5 +1,6 @@
 """Packed cache with KIVI's settings, under the interface of KIVI for Qwen and Llama."""
 
+import copy
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -12,7 +13,7 @@ from artifacts.model.attention import attention_layers
 from simquant.cache.packed import packed_cache
 from simquant.cache.store.decoded_sources import DecodedSources
 from simquant.cache.store.layer_store import LayerStore
-from simquant.cache.transformers_cache import PackedCache
+from simquant.cache.transformers_cache import PackedCache, own_layers
 from simquant.compat.kivi import KIVISettings
 from simquant.usage import StoredBytes
 
@@ -28,6 +29,7 @@ class _Opened:
         self.session = self._stack.enter_context(context)().session
         _OPEN[model] = self
         self._stack.callback(_OPEN.pop, model)
+        self.own_layers = own_layers(model, [layer.layer for layer in self.layers])
 
     def until_closed(self, cache: "KIVICache") -> Callable[[], object]:
         """Counts an open cache, until the returned function is called or the cache is garbage-collected."""
@@ -74,7 +76,7 @@ class KIVICache(PackedCache):
         quantizers = self.settings.quantizers(opened.layers)
         sources = DecodedSources(quantizers)
         stores = [LayerStore(layer, quantizers, self.settings.policy, sources) for layer in opened.layers]
-        super().__init__(stores, opened.session)
+        super().__init__(stores, opened.session, copy.deepcopy(opened.own_layers))
         self._closing = opened.until_closed(self)
 
     def get_cache_info(self) -> dict[str, int | float]:
@@ -85,14 +87,14 @@ class KIVICache(PackedCache):
         in full; `size_bytes` counts tensors that beams share once.
         """
         # Lengths are those of sites with fewer than 16 bits; if all are in full precision, every token is residual.
-        stores = [store for layer in self.layers for _, store in layer.store.stores()]
+        stores = [store for layer in self.packed for _, store in layer.store.stores()]
         lossy = [store for store in stores if store.quantizer.spec.bits < 16]
         longest = max(lossy or stores, key=lambda store: store.n_encoded + store.n_exact, default=None)
         n_held = longest.n_encoded + longest.n_exact if longest is not None else 0
         n_quantized = longest.n_encoded if longest is not None and lossy else 0
         stored = StoredBytes.of(stores)
         return {
-            "num_layers": len(self.layers),
+            "num_layers": len(self.packed),
             "total_seq_len": self.get_seq_length(),
             "quantized_len": n_quantized,
             "residual_len": n_held - n_quantized,

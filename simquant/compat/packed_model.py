@@ -94,7 +94,7 @@ class PackedModel:
         self._n_promoted = self._n_scales = 0
 
     def _count(self, cache: PackedCache) -> None:
-        for layer in cache.layers:
+        for layer in cache.packed:
             for site, store in layer.store.stores():
                 self._stored[site.tensor] += StoredBytes.of([store])
                 for codes in store.blocks:

@@ -13,6 +13,7 @@ from artifacts.model.attention import AttentionLayer, hooked, rotate
 from artifacts.model.hooks import evaluating
 from artifacts.model.layout import from_rows, to_rows
 from artifacts.model.rope import position_tables
+from artifacts.model.transformers_release import named_arguments
 from artifacts.quantizer import Context, Quantizer
 from artifacts.sites import Site
 
@@ -170,6 +171,6 @@ def _keeper(site: Site, seen: dict[Site, Tensor]) -> Callable[[Tensor], None]:
 def _table_keeper(layer: AttentionLayer, tables: dict[int, tuple[Tensor, Tensor]]) -> Callable[..., None]:
     def keep(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if layer.rotation != "none":
-            tables[layer.layer] = layer.tables(position_tables(module, kwargs))
+            tables[layer.layer] = layer.tables(position_tables(module, named_arguments(module, args, kwargs)))
 
     return keep

@@ -13,6 +13,8 @@ from artifacts.coding.finite import answered_each_step
 from artifacts.errors import MismatchError
 from artifacts.model.attention import AttentionLayer, attention_layers, hooked
 from artifacts.model.hooks import intercept_cache
+from artifacts.model.rope import position_tables
+from artifacts.model.transformers_release import named_arguments
 from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
 from simquant.cache.attention.block_attention import Scoring
@@ -111,8 +113,9 @@ class _Decoding:
                     "Pass texts one at a time without past_key_values, or use packed_cache."
                 )
             self._tables[layer.layer] = RotaryTables()
-            if kwargs.get("position_embeddings") is not None:
-                self._tables[layer.layer].note(layer, kwargs["position_embeddings"], 0)
+            tables = position_tables(module, named_arguments(module, args, kwargs))
+            if tables is not None:
+                self._tables[layer.layer].note(layer, tables, 0)
 
         return note
 

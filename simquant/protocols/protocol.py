@@ -145,7 +145,7 @@ class Protocol:
         with packed_cache(model, quantizers, policy=self.policy, layers=layers) as new_cache:
             cache = new_cache()
             logits = self._stepwise(model, batch, cache)
-        for layer in cache.layers:
+        for layer in cache.packed:
             for site, store in layer.store.stores():
                 usage.add_store(site, store)
         return logits, usage

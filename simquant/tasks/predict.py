@@ -138,7 +138,7 @@ class _Models:
         with packed_cache(self._model, self._quantizers, policy=self._policy, layers=self._layers) as new_cache:
             cache = new_cache()
             found = answer(self._model, self._tokenizer, item, cache=cache, chunking=self._chunking)
-            for layer in cache.layers:
+            for layer in cache.packed:
                 for site, store in layer.store.stores():
                     usage.add_store(site, store)
         if all(quantizer.spec.bits >= 16 for quantizer in self._quantizers.values()):

@@ -16,6 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from artifacts.errors import MismatchError, UnsupportedModelError
+from artifacts.model.transformers_release import cache_keyword
 from simquant.cache.attention.block_attention import Scoring
 
 Handler = Callable[[Tensor, Tensor, Tensor, Bool[Tensor, "batch queries tokens"], Scoring], Tensor]
@@ -59,10 +60,22 @@ def attention_replaced(model: nn.Module, handlers: Mapping[nn.Module, Handler]) 
             stack.callback(_HANDLERS.pop, module)
             stack.callback(module.register_forward_pre_hook(watched.before).remove)
             stack.callback(module.register_forward_hook(watched.after).remove)
+        # Without a handler of its own, a layer would attend to the last step alone of the keys of another.
+        for module in model.modules():
+            if module not in handlers and cache_keyword(module) is not None:
+                _HANDLERS[module] = _refuse
+                stack.callback(_HANDLERS.pop, module)
         for config in configs:
             _replace(config)
             stack.callback(_put_back, config)
         yield
+
+
+def _refuse(*_: Any) -> Tensor:
+    raise UnsupportedModelError(
+        "expected layers that read keys and values of their own; got one that reads those of another. It cannot read a "
+        "packed cache. Use the protocol 'full'."
+    )
 
 
 def _replace(config: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from artifacts.errors import ArtifactError, CorruptArtifactError, MismatchError
+from artifacts.errors import ArtifactError, CorruptArtifactError, MismatchError, UnsupportedModelError
 from artifacts.manifest import tool_version
 from artifacts.model.fingerprint import model_fingerprint, quantizers_digest, weights_digest
 from artifacts.storage import Stored, read, write
@@ -56,8 +56,9 @@ def save_cache(cache: PackedCache, path: str | Path) -> None:
     ...         cache = load_cache(path, new_cache())
     ...         return model.generate(ids, **cache_argument(model, cache))
     """
-    n_columns = {layer.store.n_columns for layer in cache.layers}
-    if len(n_columns) > 1 or any(layer.writing for layer in cache.layers):
+    _check_savable(cache)
+    n_columns = {layer.store.n_columns for layer in cache.packed}
+    if len(n_columns) > 1 or any(layer.writing for layer in cache.packed):
         raise CacheStateError(
             "save_cache: expected a cache between two steps; got layers of "
             f"{', '.join(map(str, sorted(n_columns)))} tokens, left by a step that failed. Make a new cache."
@@ -66,7 +67,7 @@ def save_cache(cache: PackedCache, path: str | Path) -> None:
     pool = TensorPool()
     header = {
         **_made_for(cache),
-        "layers": [layer_record(layer.store, pool) for layer in cache.layers],
+        "layers": [layer_record(layer.store, pool) for layer in cache.packed],
         "tables": tables_record(cache.tables, pool),
         "tool_version": tool_version(),
     }
@@ -100,7 +101,8 @@ def load_cache(path: str | Path, cache: PackedCache) -> PackedCache:
     CacheStateError
         If the cache is not empty.
     """
-    if any(layer.store.sequences for layer in cache.layers):
+    _check_savable(cache)
+    if any(layer.store.sequences for layer in cache.packed):
         raise CacheStateError(
             f"load_cache: expected an empty cache; got one of {cache.get_seq_length()} tokens. Make a new one"
         )
@@ -115,24 +117,32 @@ def load_cache(path: str | Path, cache: PackedCache) -> PackedCache:
     return cache
 
 
+def _check_savable(cache: PackedCache) -> None:
+    if cache.beside:
+        raise UnsupportedModelError(
+            "save_cache: expected a cache of keys and values alone; got one with running states, which the file does "
+            "not hold. Read the text again instead."
+        )
+
+
 def _fill(cache: PackedCache, stored: Stored) -> None:
     # Everything is read before anything is assigned, so that a damaged file leaves the cache empty.
-    readers = [CacheReader(stored.arrays, _device(layer.store.layer.module)) for layer in cache.layers]
+    readers = [CacheReader(stored.arrays, _device(layer.store.layer.module)) for layer in cache.packed]
     records = stored.header["layers"]
     sequences = [
         reader.sequences(layer.store, record)
-        for reader, layer, record in zip(readers, cache.layers, records, strict=True)
+        for reader, layer, record in zip(readers, cache.packed, records, strict=True)
     ]
     tables = readers[0].tables(stored.header["tables"])
     n_columns = [int(record["n_columns"]) for record in records]
-    for layer, own, n in zip(cache.layers, sequences, n_columns, strict=True):
+    for layer, own, n in zip(cache.packed, sequences, n_columns, strict=True):
         layer.store.sequences, layer.store.n_columns = own, n
     cache.tables = tables
 
 
 def _made_for(cache: PackedCache) -> dict[str, Any]:
     """Properties in which a saved cache and the one to load it into must agree."""
-    stores = [layer.store for layer in cache.layers]
+    stores = [layer.store for layer in cache.packed]
     modules = nn.ModuleList([store.layer.module for store in stores])
     quantizers = {site: quantizer for store in stores for site, quantizer in store.quantizers.items()}
     return {

@@ -26,7 +26,8 @@ LLAMA4 = {"num_local_experts": 2, "intermediate_size_mlp": 16}
 SHARED = {
     "head_dim": 8,
     "global_head_dim": 8,
-    "hidden_size_per_layer_input": 0,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 64,
     "num_kv_shared_layers": 1,
     "layer_types": ["full_attention", "full_attention"],
 }
@@ -35,20 +36,30 @@ TURNS = ["linear_attention", "full_attention"]
 REFUSED = {
     "deepseek_v3": ({**LATENT, "first_k_dense_replace": 2}, r"layers\.0 \(model\.layers\.0\.self_attn\): .*latents"),
     "deepseek_v32": ({**LATENT, "first_k_dense_replace": 2}, r"layers\.0 .*: multi-head latent attention"),
-    "olmo_hybrid": ({**DELTA, "layer_types": TURNS}, r"layers\.0 .*Net has a running state and no keys and values"),
-    "minimax": (
-        {"layer_types": TURNS, "num_local_experts": 2},
-        r"layers\.0 .*: MiniMaxLightningAttention has a",
+    "mamba": ({"state_size": 4}, r"layers\.0 .*: MambaMixer has a running state and no keys and values"),
+    "zamba": (
+        {"layers_block_type": ["hybrid", "linear_attention"] * 2, "num_hidden_layers": 4},
+        r"layers\.0 .*keys and values come from a module that has no layer_idx",
     ),
     "jetmoe": ({"kv_channels": 8, "num_local_experts": 2}, r"layers\.0 .*: its forward pass calls no query projection"),
-    "nanochat": ({}, r"layers\.0 \(model\.layers\.0\.self_attn\): a norm follows the rotary embedding"),
-    "hunyuan_v1_dense": ({"head_dim": 8}, r"layers\.0 .*: a norm follows the rotary embedding"),
-    "qwen3_next": ({**LINEAR, **EXPERTS}, r"layers\.1 \(model\.layers\.1\.linear_attn\): Qwen3NextGatedDeltaNet has"),
-    "llama4_text": ({**LLAMA4, "head_dim": 8}, r"layers\.0 .*: position_embeddings must be a pair"),
+    "llama4_text": ({**LLAMA4, "head_dim": 8}, r"layers\.0 .*: the cached key must be the output of k_proj"),
     "olmo": ({"clip_qkv": 8.0}, r"layers\.0 .*: the cached value must be the output of v_proj"),
-    "gemma4_text": (SHARED, r"layers\.1 .*: projects queries but no keys: it reads the keys and values of another"),
 }
-PARTS = {"qwen3_next": {1}, "gemma4_text": {1}, "olmo_hybrid": {0}, "minimax": {0}}
+PARTIAL = {
+    "olmo_hybrid": ({**DELTA, "layer_types": TURNS}, {1}, "OlmoHybridGatedDeltaNet has a running state and no keys"),
+    "minimax": (
+        {"layer_types": TURNS, "num_local_experts": 2},
+        {1},
+        "MiniMaxLightningAttention has a running state and no keys",
+    ),
+    "qwen3_next": ({**LINEAR, **EXPERTS}, {0}, "Qwen3NextGatedDeltaNet has a running state and no keys"),
+    "gemma4_text": (SHARED, {0}, "projects queries but no keys: it reads the keys and values of another"),
+    "recurrent_gemma": (
+        {"head_dim": 8, "block_types": ["recurrent", "attention"], "attention_window_size": 4, "lru_width": 32},
+        {1},
+        " by the model's configuration",
+    ),
+}
 KEY, ROTATED, VALUE = Site(1, "key", "pre_rope"), Site(1, "key", "post_rope"), Site(1, "value")
 QUERY, ROTATED_QUERY = Site(1, "query", "pre_rope"), Site(1, "query", "post_rope")
 IDS = torch.arange(1, 15).reshape(2, 7)
@@ -302,11 +313,43 @@ def test_unsupported_architectures_are_refused_with_a_reason(kind: str) -> None:
     with pytest.raises(UnsupportedModelError, match=reason):
         attention_layers(model)
     rows = site_table(model)
-    skipped = [row for row in rows if row.status == "skipped"]
-    assert [row.layer for row in rows] == [0, 1]
-    assert all(row.why and row.kv_heads is None and row.hooks == () for row in skipped)
-    assert {row.layer for row in skipped} == PARTS.get(kind, {0, 1})
+    assert [row.layer for row in rows] == list(range(options.get("num_hidden_layers", 2)))
+    assert all(row.why and row.kv_heads is None and row.hooks == () and row.status != "applied" for row in rows)
     assert n_hooks(model) == 0
+
+
+@pytest.mark.parametrize("kind", PARTIAL)
+@pytest.mark.filterwarnings("ignore")
+def test_layers_without_keys_and_values_are_left_out(kind: str) -> None:
+    options, own, reason = PARTIAL[kind]
+    model = build(kind, options)
+    layers = attention_layers(model)
+    assert {layer.layer for layer in layers} == own
+    for row in site_table(model):
+        assert row.status == ("applied" if row.layer in own else "without")
+        assert row.why == "" if row.layer in own else reason in row.why
+    expected = model(IDS, use_cache=False).logits
+    for layer in layers:
+        for site in (Site(layer.layer, "key", "post_rope"), Site(layer.layer, "value")):
+            with hooked(layers, {site: torch.zeros_like}):
+                assert not torch.equal(model(IDS, use_cache=False).logits, expected)
+    assert n_hooks(model) == 0
+
+
+@pytest.mark.parametrize(("kind", "options"), [("nanochat", {}), ("hunyuan_v1_dense", {"head_dim": 8})])
+def test_a_norm_after_the_rotary_embedding_is_hooked(kind: str, options: dict[str, object]) -> None:
+    model = build(kind, options)
+    layers, seen = attention_layers(model), {}
+    with hooked(layers, {KEY: lambda x: seen.update(key=x.clone()), ROTATED: lambda x: seen.update(rotated=x.clone())}):
+        _, stored = run(model)
+    assert {layer.rotation for layer in layers} == {"none"}
+    assert torch.equal(seen["key"], stored.layers[1].keys)
+    assert torch.equal(seen["key"], seen["rotated"])
+
+
+def test_a_complex_rotary_table_is_read() -> None:
+    layers = attention_layers(build("llama4_text", {**LLAMA4, "head_dim": 8, "use_qk_norm": False}))
+    assert {(layer.rotation, layer.table_order, layer.rotary_dim) for layer in layers} == {("interleaved", "once", 8)}
 
 
 def test_a_layer_that_reads_the_cache_of_another_is_refused() -> None:
