@@ -171,7 +171,7 @@ def _header(path: Path) -> tuple[Mapping[str, Any], tuple[str, ...]]:
 
 def cut_hint(path: Path) -> str:
     """Advice for a file whose header is whole, and whose tensors are not."""
-    return f" Its header is whole, its tensors may be cut: it has {path.stat().st_size:,} bytes. {_DOWNLOAD_AGAIN}."
+    return f"; its header is whole, its tensors may be cut at {path.stat().st_size:,} bytes. {_DOWNLOAD_AGAIN}"
 
 
 def _readable_architectures() -> list[str]:

@@ -106,7 +106,11 @@ def _downloaded(repository: str, file: str) -> Path:
     """
     from transformers.utils.hub import cached_file
 
-    found = cached_file(repository, file, local_files_only=not _hub_answers())
+    try:
+        found = cached_file(repository, file, local_files_only=not _hub_answers())
+    except OSError as error:
+        told = str(error).splitlines()[0]
+        raise OSError(f"{repository}:{file}: {told} Check both names and the network, or pass a file's path") from error
     assert found is not None  # cached_file raises where there is none, unless it is told not to
     return Path(os.fspath(found))
 

@@ -129,6 +129,12 @@ def test_a_file_on_the_hub_is_named_with_its_repository(here: Path, monkeypatch:
 # --- what is refused
 
 
+def test_what_the_hub_and_its_cache_do_not_have_is_told_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert calibrate.main(["owner/nothing:tiny.gguf", "--list-sites"]) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("calibrate: owner/nothing:tiny.gguf: ")
+
+
 def test_a_folder_with_weights_of_its_own_is_read_as_before(here: Path, tmp_path: Path) -> None:
     shutil.copytree("plain", tmp_path / "both")
     (tmp_path / "both" / "other.gguf").write_bytes(b"never opened")
