@@ -13,11 +13,13 @@ from torch import Tensor
 
 from artifacts.errors import InvalidValueError
 from calib.demo.pages import demo_text
+from calib.text.conversations import ChatTemplate, Conversation
 from calib.text.errors import CorpusError
-from calib.text.hub_datasets import HUB_DATASETS, KNOWN_DATASETS, hub_rows
-from calib.text.local_files import check_file, is_token_ids, read_local_text, read_token_ids
+from calib.text.hub_datasets import HUB_DATASETS, KNOWN_DATASETS, SELF, hub_rows
+from calib.text.king_james import king_james_text
+from calib.text.local_files import check_file, is_token_ids, read_local_records, read_token_ids
 from calib.text.padding import PaddingIds
-from calib.text.records import Split
+from calib.text.records import Records, Split
 
 Tokenizer = Callable[[str], Sequence[int]]
 """Text to token ids."""
@@ -66,7 +68,8 @@ class Corpus:
     Parameters
     ----------
     name : str
-        `demo`, `wikitext2`, `ptb`, `c4`, or the name of a local file without its folders: it is written into artifacts.
+        `demo`, `kjv`, `wikitext2`, `ptb`, `c4`, or the name of a local file without its folders: it is written into
+        artifacts.
     documents : tuple of Tensor or LazyDocuments
         Token ids. A single document is a stream, in which a window may start anywhere; no window spans two documents.
     digest : str
@@ -86,25 +89,32 @@ def load_corpus(
     *,
     field: str = "text",
     padding: PaddingIds = _NO_PADDING,
+    chat: ChatTemplate | None = None,
+    vocab_size: int | None = None,
 ) -> Corpus:
     r"""Token ids of a known data set or a local file.
 
     Parameters
     ----------
     dataset : str
-        `demo`, `wikitext2`, `ptb`, `c4`, or a path: `.npy` (integer token ids: 1-D a stream, 2-D one document per row,
-        without the padding at its ends); records, whose texts are joined by blank lines (`.jsonl`, `.ndjson`,
-        `.jsonlines`, `.csv`, `.tsv`, `.parquet`, `.arrow`, a folder that `datasets` saved); any other suffix UTF-8
-        text. All texts may be compressed, `.gz`; Windows' line ends and a byte order mark do not count.
+        `demo`, `kjv`, `wikitext2`, `ptb`, `c4`, or a path: `.npy` (integer token ids: 1-D a stream, 2-D one document
+        per row, without the padding at its ends); `.bin` (bare token ids, a stream); records (`.jsonl`, `.ndjson`,
+        `.jsonlines`, `.csv`, `.tsv`, `.parquet`, `.arrow`, a folder that `datasets` saved), whose texts are joined by
+        blank lines, and whose conversations follow one another as the chat template writes them; any other suffix
+        UTF-8 text. All texts may be compressed, `.gz`; Windows' line ends and a byte order mark do not count.
     split : {'calibration', 'evaluation'}
         The part of a known data set: train, or test (validation for C4, held-out pages for demo). A local file is
         used whole.
     tokenizer : Callable or None
-        Text to token ids; not needed for `.npy`.
+        Text to token ids; not needed for `.npy` and `.bin`.
     field : str
         The key or the column that holds the text of a record.
     padding : PaddingIds
         Padding tokens in the rows of a `.npy` file.
+    chat : Callable or None
+        Messages to token ids, for conversations: the tokenizer's chat template.
+    vocab_size : int or None
+        Number of token ids that the model knows, for `.bin`.
 
     Returns
     -------
@@ -128,15 +138,19 @@ def load_corpus(
         raise InvalidValueError(f"load_corpus: expected split {' or '.join(get_args(Split))}; got {split!r}")
     path = Path(dataset)
     if dataset not in KNOWN_DATASETS and is_token_ids(path):
-        documents = read_token_ids(path, padding)
+        documents = read_token_ids(path, padding, vocab_size)
         return Corpus(name=path.name, documents=documents, digest=_digest(documents))
+    if dataset == SELF:
+        raise CorpusError("self: text of a model's own is written by the model; use calib.text.written.WrittenText")
     if tokenizer is None:
         raise CorpusError(f"{dataset}: text needs a tokenizer; got none; pass one, or a .npy file of token ids")
     if dataset == "demo":
         return _stream(dataset, demo_text("training" if split == "calibration" else "held-out"), tokenizer)
+    if dataset == "kjv":
+        return _stream(dataset, king_james_text(split), tokenizer)
     if dataset in HUB_DATASETS:
         return _of_hub(dataset, split, tokenizer)
-    return _stream(path.name, read_local_text(path, field, split), tokenizer)
+    return _of_records(path.name, read_local_records(path, field, split), tokenizer, chat)
 
 
 def check_dataset(dataset: str) -> None:
@@ -155,6 +169,15 @@ def _stream(name: str, text: str, tokenizer: Tokenizer) -> Corpus:
     tokens = torch.as_tensor(tokenizer(text), dtype=torch.int64)
     if not text.strip() or not len(tokens):
         raise CorpusError(f"{name}: expected text; got {len(text)} characters, {len(tokens)} tokens; pass another file")
+    return Corpus(name=name, documents=(tokens,), digest=_digest([tokens]))
+
+
+def _of_records(name: str, records: Records, tokenizer: Tokenizer, chat: ChatTemplate | None) -> Corpus:
+    """One stream: texts with blank lines between, conversations one after the other, as models are trained on them."""
+    chats = [record.tokens(chat) for record in records if isinstance(record, Conversation)]
+    if not chats:
+        return _stream(name, "\n\n".join(record for record in records if isinstance(record, str)), tokenizer)
+    tokens = torch.tensor([token for chat in chats for token in chat], dtype=torch.int64)
     return Corpus(name=name, documents=(tokens,), digest=_digest([tokens]))
 
 

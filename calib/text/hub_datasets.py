@@ -58,6 +58,9 @@ class HubDataset:
         return rows
 
 
+SELF = "self"
+"""Name of the text that a model writes itself."""
+
 # wikitext2 and c4 as in KVQuant; ptb as GPTQ's `ptb_new` (joined by a space, evaluated on test), the variant that
 # published tables quote. Its older `ptb` joins by blank lines and evaluates on validation.
 HUB_DATASETS = {
@@ -84,7 +87,7 @@ HUB_DATASETS = {
     ),
 }
 
-KNOWN_DATASETS = ("demo", *HUB_DATASETS)
+KNOWN_DATASETS = ("demo", "kjv", SELF, *HUB_DATASETS)
 """Names of data sets; any other name is a path."""
 
 

@@ -11,10 +11,21 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from calib.text.bare_ids import read_bare_ids
 from calib.text.errors import CorpusError
 from calib.text.hub_datasets import KNOWN_DATASETS
 from calib.text.padding import PaddingIds, without_padding
-from calib.text.records import Split, arrow, column_text, csv_text, is_saved_dataset, jsonl_text, parquet, saved_dataset
+from calib.text.records import (
+    Records,
+    Split,
+    arrow,
+    column_records,
+    csv_records,
+    is_saved_dataset,
+    jsonl_records,
+    parquet,
+    saved_dataset,
+)
 
 GZIP = b"\x1f\x8b"
 
@@ -23,6 +34,8 @@ PARQUET = b"PAR1"
 ARROW = (b"\xff\xff\xff\xff", b"ARROW1")
 
 NUMPY = b"\x93NUMPY"
+
+BARE_IDS = ".bin"
 
 _UNPACK = "unpack it, and name one text file in it"
 
@@ -53,8 +66,7 @@ _BEGINNINGS: tuple[tuple[bytes, str, str], ...] = (
 
 _SUFFIXES = {
     **dict.fromkeys((".npz", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".hdf5", ".idx"), _IDS),
-    ".bin": "where it holds bare token ids: numpy.save('ids.npy', numpy.fromfile('ids.bin', dtype='uint16')), with "
-    "the dtype that it was written with",
+    ".bin": "unpack it: bare token ids are read as they are",
     ".safetensors": "these are weights: name a text",
     **dict.fromkeys((".docx", ".xlsx", ".odt", ".epub"), _AS_TEXT),
 }
@@ -139,8 +151,8 @@ def check_file(path: Path) -> None:
 
 
 def is_token_ids(path: Path) -> bool:
-    """True for a `.npy` file, by its suffix or its first bytes."""
-    if path.suffix.lower() == ".npy":
+    """True for `.bin` and `.npy` files, these by their first bytes as well."""
+    if path.suffix.lower() in (BARE_IDS, ".npy"):
         return True
     try:
         with path.open("rb") as file:
@@ -149,8 +161,8 @@ def is_token_ids(path: Path) -> bool:
         return False
 
 
-def read_local_text(path: Path, field: str, split: Split) -> str:
-    """Text of a file, or of a folder saved by `datasets`; records are joined by blank lines.
+def read_local_records(path: Path, field: str, split: Split) -> Records:
+    """Records of a file, or of a folder saved by `datasets`; plain text is one record.
 
     Raises
     ------
@@ -159,20 +171,20 @@ def read_local_text(path: Path, field: str, split: Split) -> str:
     """
     check_file(path)
     if path.is_dir():
-        return column_text(path, saved_dataset(path, split), field)
+        return column_records(path, saved_dataset(path, split), field)
     data, suffix = _content(path)
     if suffix == ".parquet" or (data.startswith(PARQUET) and data.endswith(PARQUET)):
-        return column_text(path, parquet(path), field)
+        return column_records(path, parquet(path), field)
     if suffix == ".arrow" or data.startswith(ARROW):
-        return column_text(path, arrow(path), field)
+        return column_records(path, arrow(path), field)
     text = _decoded(path, data)
     match suffix:
         case ".jsonl" | ".ndjson" | ".jsonlines":
-            return jsonl_text(path, text, field)
+            return jsonl_records(path, text, field)
         case ".csv" | ".tsv":
-            return csv_text(path, text, field, "\t" if suffix == ".tsv" else ",")
+            return csv_records(path, text, field, "\t" if suffix == ".tsv" else ",")
     _check_markup(path, text, suffix)
-    return text
+    return [text]
 
 
 def _content(path: Path) -> tuple[bytes, str]:
@@ -225,9 +237,11 @@ def _is_record(line: str) -> bool:
         return False
 
 
-def read_token_ids(path: Path, padding: PaddingIds) -> tuple[Int64[Tensor, "_"], ...]:
-    """Token ids of a `.npy` file: a stream, or rows without padding."""
+def read_token_ids(path: Path, padding: PaddingIds, vocab_size: int | None) -> tuple[Int64[Tensor, "_"], ...]:
+    """Token ids of a `.npy` or `.bin` file: a stream, or rows without padding."""
     check_file(path)
+    if path.suffix.lower() == BARE_IDS:
+        return (read_bare_ids(path, vocab_size),)
     try:
         # Unlike np.load this compares the header with the size of the file, and never unpickles.
         stored = np.lib.format.open_memmap(path, mode="r")

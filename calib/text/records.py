@@ -1,7 +1,4 @@
-"""Text columns of local tables: JSON lines, CSV, Parquet, Arrow, and folders saved by `datasets`.
-
-Texts of records are joined by blank lines.
-"""
+"""Records of local tables: JSON lines, CSV, Parquet, Arrow, and folders saved by `datasets`."""
 
 import csv
 import io
@@ -13,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from calib.text.conversations import FIELDS, Conversation, conversation, is_conversation
 from calib.text.errors import CorpusError
 
 Split = Literal["calibration", "evaluation"]
@@ -20,35 +18,50 @@ Split = Literal["calibration", "evaluation"]
 _PARTS: dict[Split, tuple[str, ...]] = {"calibration": ("train",), "evaluation": ("test", "validation")}
 
 
-def jsonl_text(path: Path, text: str, field: str) -> str:
-    """Text in a field of every JSON line; empty lines are skipped.
+Records = list[str] | list[Conversation]
+"""Texts, or conversations."""
+
+
+def jsonl_records(path: Path, text: str, field: str) -> Records:
+    """Texts in a field of JSON lines, or conversations where the first line holds one; empty lines are skipped.
 
     Raises
     ------
     CorpusError
-        For the first line that is no object or has no text in the field.
+        For the first line that is no object, or holds neither the text nor the conversation that it should.
     """
     # Not splitlines(): JSON strings may hold U+2028 and other characters that it takes for line ends.
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    lines = [(f"{path}, line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise CorpusError(f"{path}: expected a JSON object on every line; got empty lines; pass another file")
-    return "\n\n".join(_parse_line(line, field, f"{path}, line {number}") for number, line in lines)
+    records = [(where, _parsed(line, where)) for where, line in lines]
+    first = records[0][1]
+    name = next((name for name in (field, *FIELDS) if name in first), field)
+    if is_conversation(first.get(name)):
+        return [conversation(record.get(name), where) for where, record in records]
+    return [_text(record, field, where) for where, record in records]
 
 
-def _parse_line(line: str, field: str, where: str) -> str:
+def _parsed(line: str, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise CorpusError(f"{where}: expected a JSON object; got {error}; correct or remove the line") from error
-    text = record.get(field) if isinstance(record, dict) else None
+    if not isinstance(record, dict):
+        raise CorpusError(f"{where}: expected a JSON object; got {line:.100}; correct or remove the line")
+    return record
+
+
+def _text(record: dict[str, Any], field: str, where: str) -> str:
+    text = record.get(field)
     if not isinstance(text, str):
-        got = f"{type(text).__name__} {text!r:.60}" if isinstance(record, dict) and field in record else f"{line:.100}"
+        got = f"{type(text).__name__} {text!r:.60}" if field in record else f"{json.dumps(record):.100}"
         raise CorpusError(f"{where}: expected text in the field {field!r}; got {got}; name another one with --field")
     return text
 
 
-def csv_text(path: Path, text: str, field: str, delimiter: str) -> str:
-    """Text of a CSV column.
+def csv_records(path: Path, text: str, field: str, delimiter: str) -> list[str]:
+    """Texts of a CSV column.
 
     Raises
     ------
@@ -75,7 +88,7 @@ def csv_text(path: Path, text: str, field: str, delimiter: str) -> str:
         raise CorpusError(
             f"{path}, line {short}: expected {len(columns)} columns; got another number; quote texts with commas"
         )
-    return "\n\n".join(text for _, text in texts if text is not None)
+    return [text for _, text in texts if text is not None]
 
 
 def is_saved_dataset(path: Path) -> bool:
@@ -128,24 +141,27 @@ def _table(path: Path, read: Callable[[str], Any]) -> Any:
         raise CorpusError(f"{path}: expected a table that `datasets` can read; got {cause}; write it again") from error
 
 
-def column_text(path: Path, table: Any, field: str) -> str:
-    """Texts of one column.
+def column_records(path: Path, table: Any, field: str) -> Records:
+    """Texts of one column, or conversations where it holds these.
 
     Raises
     ------
     CorpusError
-        If there is no such column, or for the first row without text.
+        If there is no such column, or for the first row with neither.
     """
-    if field not in table.column_names:
+    name = next((name for name in (field, *FIELDS) if name in table.column_names), None)
+    if name is None:
         raise _no_column(path, field, table.column_names)
-    texts: list[Any] = table[field][:]
+    texts: list[Any] = table[name][:]
+    if texts and is_conversation(texts[0]):
+        return [conversation(found, f"{path}, row {number}") for number, found in enumerate(texts, 1)]
     for number, text in enumerate(texts, 1):
         if not isinstance(text, str):
             raise CorpusError(
-                f"{path}, row {number}: expected text in the column {field!r}; got {type(text).__name__} {text!r:.60}; "
+                f"{path}, row {number}: expected text in the column {name!r}; got {type(text).__name__} {text!r:.60}; "
                 "name another one with --field, or write token ids with numpy.save into a .npy file"
             )
-    return "\n\n".join(texts)
+    return texts
 
 
 def _no_column(path: Path, field: str, columns: Any) -> CorpusError:

@@ -9,15 +9,17 @@ from torch import Tensor
 
 from artifacts.errors import InvalidValueError
 from calib.text.corpus import Corpus, CorpusError, LazyDocuments
+from calib.text.written import WrittenText
 
 _C4_EVALUATION_WINDOWS = 256  # KVQuant's `get_c4`, with seed 0
 
+_WRITTEN_EVALUATION_WINDOWS = 16
 
 Windows = Int64[Tensor, "windows tokens"]
 
 
 def sample_windows(
-    corpus: Corpus, *, n_windows: int, seqlen: int, seed: int, start_token: int | None = None
+    corpus: Corpus | WrittenText, *, n_windows: int, seqlen: int, seed: int, start_token: int | None = None
 ) -> Windows:
     """Random windows, identical to those that KVQuant samples from the same token ids.
 
@@ -27,8 +29,8 @@ def sample_windows(
 
     Parameters
     ----------
-    corpus : Corpus
-        Corpus to sample.
+    corpus : Corpus or WrittenText
+        Corpus to sample; a model writes as many windows as are asked for.
     n_windows : int
         Number of windows, from 1; they may overlap.
     seqlen : int
@@ -55,6 +57,9 @@ def sample_windows(
     arXiv:2401.18079, `quant/kvquant/datautils.py`.
     """
     require_at_least(n_windows, "n_windows", 1)
+    if isinstance(corpus, WrittenText):
+        require_at_least(seqlen, "seqlen", 2)
+        return corpus.windows(n_windows, seqlen, seed, start_token)
     if start_token is not None:
         rest = without_start(corpus, seqlen, start_token)
         return begun(sample_windows(rest, n_windows=n_windows, seqlen=seqlen - 1, seed=seed), start_token)
@@ -84,14 +89,17 @@ def _draw_document(corpus: Corpus, seqlen: int, rng: random.Random, too_short: d
     raise _too_short(corpus, seqlen + 1, max(too_short.values(), default=0))
 
 
-def split_windows(corpus: Corpus, *, seqlen: int, limit: int | None = None, start_token: int | None = None) -> Windows:
+def split_windows(
+    corpus: Corpus | WrittenText, *, seqlen: int, limit: int | None = None, start_token: int | None = None
+) -> Windows:
     """Consecutive windows without overlap; the remainder of a document is dropped.
 
     C4 is too long to be read whole: as in KVQuant, 256 windows are sampled from it with seed 0 (`sample_windows`).
+    A model writes 16 windows with seed 0, or as many as `limit`.
 
     Parameters
     ----------
-    corpus : Corpus
+    corpus : Corpus or WrittenText
         Corpus to split.
     seqlen : int
         Length of a window in tokens, from 2.
@@ -107,6 +115,9 @@ def split_windows(corpus: Corpus, *, seqlen: int, limit: int | None = None, star
     ValueError
         If `seqlen` or `limit` is too small.
     """
+    if isinstance(corpus, WrittenText):
+        n_windows = _WRITTEN_EVALUATION_WINDOWS if limit is None else limit
+        return sample_windows(corpus, n_windows=n_windows, seqlen=seqlen, seed=0, start_token=start_token)
     if start_token is not None:
         rest = without_start(corpus, seqlen, start_token)
         return begun(split_windows(rest, seqlen=seqlen - 1, limit=limit), start_token)

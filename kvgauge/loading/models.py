@@ -2,9 +2,10 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,14 +15,18 @@ from artifacts.model.attention import AttentionLayer, attention_layers
 from artifacts.model.evidence import text_config
 from artifacts.model.fingerprint import model_fingerprint, vocabulary_digest
 from artifacts.model.transformers_release import check_release
+from calib.text.conversations import ChatTemplate, Message
 from calib.text.corpus import Corpus, PaddingIds, Split, load_corpus
+from calib.text.hub_datasets import SELF
+from calib.text.script import Script
+from calib.text.written import WrittenText
 from kvgauge.configuration.model import DEMO, ModelConfig
 from kvgauge.loading.checkpoint import check_weights, other_format, remote_code
 from kvgauge.loading.gguf_file import cut_hint, make_plain, unpacked
 from kvgauge.loading.gguf_rope import complete_rope
 from kvgauge.loading.rope_stretch import stretch
 from kvgauge.loading.source import Source, find_source
-from kvgauge.terminal.console import UsageError, say
+from kvgauge.terminal.console import UsageError, bar, say
 
 
 @dataclass(frozen=True)
@@ -75,8 +80,27 @@ class LoadedModel:
         ids: list[int] = self.tokenizer(text, verbose=False).input_ids
         return ids
 
-    def corpus(self, dataset: str, split: Split, field: str) -> Corpus:
-        """A text as this model reads it.
+    @property
+    def chat(self) -> ChatTemplate | None:
+        """Token ids of messages, by the chat template, where there is one."""
+
+        def read(messages: Sequence[Message]) -> list[int]:
+            text = self.tokenizer.apply_chat_template(list(messages), tokenize=False)
+            # The template writes the special tokens itself; the tokenizer would add a second start token.
+            ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+            return ids
+
+        return read if getattr(self.tokenizer, "chat_template", None) else None
+
+    @cached_property
+    def written(self) -> dict[Split, WrittenText]:
+        """Texts of the model's own, which are written when windows of them are asked for."""
+        script = Script.of(self.tokenizer, self.model)
+        parts: tuple[Split, ...] = ("calibration", "evaluation")
+        return {part: WrittenText(self.model, script, part, lambda steps: bar(steps, "writing text")) for part in parts}
+
+    def corpus(self, dataset: str, split: Split, field: str) -> Corpus | WrittenText:
+        """A text as this model reads it, or writes it.
 
         Parameters
         ----------
@@ -88,7 +112,19 @@ class LoadedModel:
         CorpusError
             If the text cannot be had.
         """
-        return load_corpus(dataset, split, self.encode, field=field, padding=PaddingIds.of(self.tokenizer))
+        if dataset == SELF:
+            if split == "evaluation":
+                say("note: self: the model wrote this text; the loss on it compares caches, and is no loss on text")
+            return self.written[split]
+        return load_corpus(
+            dataset,
+            split,
+            self.encode,
+            field=field,
+            padding=PaddingIds.of(self.tokenizer),
+            chat=self.chat,
+            vocab_size=text_config(self.model).vocab_size,
+        )
 
     def start_token(self, wanted: bool) -> int | None:
         """The token that prompts begin with, if it is wanted.

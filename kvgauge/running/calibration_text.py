@@ -33,12 +33,13 @@ def calibration_windows(
     """
     from artifacts.storage import Stored
     from calib.text.corpus import CorpusError
+    from calib.text.hub_datasets import SELF
     from calib.text.sketches import window_digests
     from calib.text.windows import sample_windows
 
     corpus = artifact.manifest.corpus
     source = next((name for name in (DEMO, *text.datasets) if Path(name).name == corpus.name), None)
-    if source is None or corpus.seed is None or not corpus.n_windows:
+    if source in (None, SELF) or corpus.seed is None or not corpus.n_windows:  # a model would write them once more
         return None
     try:
         words = loaded.corpus(source, "calibration", text.field)

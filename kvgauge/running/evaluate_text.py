@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from artifacts.quantizer import Quantizer
     from artifacts.sites import Site
     from calib.text.corpus import Corpus
+    from calib.text.written import WrittenText
     from kvgauge.loading.models import LoadedModel
     from kvgauge.running.evaluated import Evaluated
     from simquant.evaluation.result import EvalResult
@@ -137,7 +138,7 @@ def warn_of_overlap(artifact: "Artifact", windows: Any) -> None:
 
 
 def scored_windows(
-    config: ScoringConfig, corpus: "Corpus", seqlen: int, start_token: int | None = None
+    config: ScoringConfig, corpus: "Corpus | WrittenText", seqlen: int, start_token: int | None = None
 ) -> "tuple[Tensor, ScoredTargets | None]":
     """The windows to evaluate, and which of their targets count (None: all but the first of each).
 
@@ -145,7 +146,7 @@ def scored_windows(
     ----------
     config : ScoringConfig
         With `stride` and `limit`.
-    corpus : Corpus
+    corpus : Corpus or WrittenText
         The text.
     seqlen : int
         Tokens of a window.
@@ -155,14 +156,17 @@ def scored_windows(
     Raises
     ------
     UsageError
-        If the stride is longer than a window.
+        If the stride is longer than a window, or the text has no windows that overlap.
     """
     from calib.text.corpus import LazyDocuments
     from calib.text.windows import begun, split_windows, without_start
+    from calib.text.written import WrittenText
     from simquant.evaluation.scored_targets import strided_windows
 
     if config.stride is None:
         return split_windows(corpus, seqlen=seqlen, limit=config.limit, start_token=start_token), None
+    if isinstance(corpus, WrittenText):
+        raise UsageError("--stride: every window of --dataset self is a text of its own; remove --stride")
     if start_token is not None:
         # Windows are cut one token shorter, and the start token is put before each of them afterwards.
         windows, scored = scored_windows(config, without_start(corpus, seqlen, start_token), seqlen - 1)
