@@ -51,8 +51,9 @@ def add_text_options(parser: argparse.ArgumentParser) -> None:
         "--dataset",
         "--datasets",
         metavar="NAME|FILE",
-        help="demo, wikitext2, c4, ptb, or a file: plain text, .jsonl, .csv, .tsv (each also as .gz), .parquet, or "
-        ".npy with token ids (default: demo for the demo model, else wikitext2)",
+        help="demo, wikitext2, c4, ptb, kjv (the King James Bible, from the package index), self (text that the model "
+        "writes itself), or a file: plain text, .jsonl, .csv, .tsv (each also as .gz), .parquet, or token ids, .npy "
+        "and .bin; .jsonl and .parquet may hold conversations (default: demo for the demo model, else wikitext2)",
     )
     group.add_argument(
         "--field",
