@@ -87,7 +87,7 @@ HUB_DATASETS = {
     ),
 }
 
-KNOWN_DATASETS = ("demo", "kjv", SELF, *HUB_DATASETS)
+KNOWN_DATASETS = ("demo", *HUB_DATASETS, "kjv", SELF)
 """Names of data sets; any other name is a path."""
 
 

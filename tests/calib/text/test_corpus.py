@@ -471,7 +471,7 @@ def test_a_truncated_array_is_refused_before_it_is_allocated(tmp_path: Path) -> 
 def test_names_that_lead_nowhere(tmp_path: Path) -> None:
     with pytest.raises(
         CorpusError,
-        match=r"wikitext: expected demo, kjv, self, wikitext2, ptb, c4 or a file; .*did you mean wikitext2\?",
+        match=r"wikitext: expected demo, wikitext2, ptb, c4, kjv, self or a file; .*did you mean wikitext2\?",
     ):
         load_corpus("wikitext", "calibration", to_bytes)
     with pytest.raises(CorpusError, match=r"none\.txt: expected .* or a file; got neither; check the path"):

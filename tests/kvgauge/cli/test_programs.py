@@ -855,7 +855,7 @@ WRONG: list[tuple[str, int, list[str]]] = [
     ("evaluate model --abits 4 --dataset short.txt", 1, ["64 tokens", "got 9"]),
     ("calibrate model --dataset blank.txt", 1, ["blank.txt", "0 bytes"]),
     ("calibrate model --dataset folder", 1, ["folder", "got a directory"]),
-    ("calibrate model --dataset nowhere.txt", 1, ["nowhere.txt", "expected demo, wikitext2, ptb, c4 or a file"]),
+    ("calibrate model --dataset nowhere.txt", 1, ["nowhere.txt", "expected demo, wikitext2, ptb, c4, kjv, self or a file"]),
     ("calibrate model --dataset wikitext", 1, ["did you mean wikitext2?"]),
     ("calibrate model --dataset wikitext2", 1, ["Salesforce/wikitext", "local file", "--dataset path/to/"]),
     ("evaluate model --abits 4", 1, ["wikitext2", "local file"]),
