@@ -18,7 +18,8 @@ _SIZES = (
         dff d_ff feed_forward_size moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size
         mlp_dim shared_experts_intermediate_size intermediate_size_mlp dense_intermediate_size expert_ffn_hidden_size
         lru_width moe_shared_expert_intermediate_size router_hidden_size hidden_size_global input_size
-        backbone_hidden_size out_hidden_size ple_embed_dim dim_model_base vision_output_dim adapter_in_dim adapter_out_dim""",
+        backbone_hidden_size out_hidden_size ple_embed_dim dim_model_base vision_output_dim adapter_in_dim
+        adapter_out_dim""",
     ),
     (
         HEADS,
