@@ -43,7 +43,7 @@ def table(found: dict[str, Any]) -> str:
         f"recipe     {found['recipe'].get('name', '-')}: {found['recipe'].get('source', '')}",
         f"model      {model_name}",
         f"text       {corpus['name']}" + (f": {windows}" if corpus["n_windows"] else ""),
-        f"sinks      first {found['sink_tokens']} tokens in full precision and left out of the fit",
+        f"sinks      first {found['sink_tokens']} tokens in full precision and left out of the fit{_choice(found)}",
         f"static     {found['static_bytes']:,} bytes, stored once for any number of tokens",
         f"written by kvgauge {found['tool_version']}, digest {found['digest'][:16]}",
         "",
@@ -56,6 +56,11 @@ def table(found: dict[str, Any]) -> str:
         rows += [f"{'':40}{line}" for line in _level_lines(site)]
     sources = sorted({site["fitted_from"] for site in found["sites"].values()})
     return "\n".join([*top, *rows, "", "fitted from " + "; ".join(sources)])
+
+
+def _choice(found: dict[str, Any]) -> str:
+    """Reason for the number of sink tokens, if it was chosen."""
+    return f"; auto: {found['sink_choice']['reason']}" if "sink_choice" in found else ""
 
 
 def differences(one: Stored, other: Stored) -> list[str]:

@@ -46,6 +46,34 @@ class CorpusRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SinkChoice:
+    """Grounds for a number of sink tokens that was chosen from statistics.
+
+    Parameters
+    ----------
+    reason : str
+        The choice in words.
+    errors : list of float
+        Squared error relative to the variance, mean over sites and tokens, with 0, 1, ... sink tokens; empty if there
+        was nothing to compare.
+    bits : list of float
+        Counted bits per value with 0, 1, ... sink tokens.
+    """
+
+    reason: str
+    errors: list[float] = field(default_factory=list)
+    bits: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        for name in ("errors", "bits"):
+            if not all(isinstance(value, float | int) for value in getattr(self, name)):
+                raise InvalidValueError(f"{name} must be numbers; got {getattr(self, name)!r:.60}")
+        if len(self.errors) != len(self.bits):
+            raise InvalidValueError(f"errors and bits must have one length; got {len(self.errors)}, {len(self.bits)}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """Provenance and specifications: all of an artifact but its tensors.
 
@@ -63,6 +91,8 @@ class Manifest:
         Recipe as it was fitted, flags included.
     sink_tokens : int
         First positions of a sequence that the cache keeps in full precision and the fit left out.
+    sink_choice : SinkChoice or None
+        Why so many, if they were chosen (`sink_tokens: auto` in the recipe); absent from a file otherwise.
     fit_sources : Mapping[str, str]
         By site, the statistics that were fitted: exact ones, or the name of an approximation.
     tool_version : str
@@ -75,6 +105,7 @@ class Manifest:
     corpus: CorpusRecord
     recipe: Mapping[str, Any]
     sink_tokens: int = 0
+    sink_choice: SinkChoice | None = None
     fit_sources: Mapping[str, str] = field(default_factory=dict)
     tool_version: str
 
@@ -85,9 +116,11 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """Manifest as JSON values."""
-        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("specs", "corpus")}
+        apart = ("specs", "corpus", "sink_choice")
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in apart}
         return {
             **{name: dict(value) if isinstance(value, Mapping) else value for name, value in plain.items()},
+            **({} if self.sink_choice is None else {"sink_choice": asdict(self.sink_choice)}),
             "specs": {str(site): spec.to_json() for site, spec in self.specs.items()},
             "corpus": self.corpus.to_json(),
         }
@@ -103,7 +136,10 @@ class Manifest:
         """
         try:
             specs = {Site.parse(site): QuantSpec.from_json(spec) for site, spec in data["specs"].items()}
-            return cls(**{**data, "specs": specs, "corpus": CorpusRecord(**data["corpus"])})
+            records = {"specs": specs, "corpus": CorpusRecord(**data["corpus"])}
+            if "sink_choice" in data:
+                records["sink_choice"] = SinkChoice(**data["sink_choice"])
+            return cls(**{**data, **records})
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise CorruptArtifactError(f"manifest: {error}") from error
 
@@ -116,7 +152,7 @@ def tool_version() -> str:
         return "unknown"
 
 
-def _check_types(record: Manifest | CorpusRecord) -> None:
+def _check_types(record: Manifest | CorpusRecord | SinkChoice) -> None:
     # isinstance accepts a union such as `int | None`, but of `Mapping[str, Any]` only its origin, Mapping.
     for f in fields(record):
         wanted: Any = f.type if isinstance(f.type, UnionType) else get_origin(f.type) or f.type

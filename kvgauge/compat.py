@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Self, final
 
-from calib.fitting.dynamic import dynamic
+from calib.fitting.dynamic import dynamic, dynamic_sinks
 from calib.recipe.compression_config import compression_config as recipe_of
 from calib.recipe.recipe import Recipe
 from kvgauge.configuration.model import ModelConfig
@@ -41,7 +41,7 @@ class CompressedModel(PackedModel):
         recipe = Recipe.parse(recipe_of(**compression_config), "compression_config")
         layers = loaded.layers()
         quantizers = dynamic(loaded.model, recipe, layers=layers)
-        super().__init__(loaded.model, quantizers, sink_tokens=recipe.sink_tokens, layers=layers)
+        super().__init__(loaded.model, quantizers, sink_tokens=dynamic_sinks(recipe), layers=layers)
         self.tokenizer = loaded.tokenizer
 
     @classmethod

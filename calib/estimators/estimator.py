@@ -119,15 +119,15 @@ class Estimator(BaseModel, ABC):
         return ()
 
     @final
-    def check(self, shape: SiteShape) -> None:
-        """Fits random tokens of this shape, to find unsuitable hyper-parameters before a model runs.
+    def check(self, shape: SiteShape) -> Quantizer:
+        """Quantizer of random tokens of this shape, to find unsuitable hyper-parameters before a model runs.
 
         Raises
         ------
         ValueError
             If the hyper-parameters do not suit the shape.
         """
-        self.fit(trial_statistics(shape))
+        return self.fit(trial_statistics(shape)).quantizer
 
 
 def trial_statistics(shape: SiteShape) -> SiteStatistics:

@@ -129,6 +129,13 @@ def fit_budget(
     return best
 
 
+def at_equal_bits(estimators: Mapping[Site, Estimator], target_bits: float) -> dict[Site, Estimator]:
+    """Estimators with the target as the bits of every site; errors are those of `fit_budget`."""
+    for site, estimator in estimators.items():
+        _allowance(site, estimator, target_bits)
+    return {site: _with_bits(estimator, target_bits) for site, estimator in estimators.items()}
+
+
 def _allowance(site: Site, estimator: Estimator, target_bits: float) -> Allowance:
     allowance = estimator.allowance
     if allowance is None:

@@ -53,6 +53,7 @@ def dynamic(
     ...         return model(ids).logits
     """
     chosen = chosen_recipe(recipe, bits)
+    dynamic_sinks(chosen)
     layers = attention_layers(model) if layers is None else layers
     shapes = {shape.site: shape for shape in site_shapes(layers, chosen.stage)}
     quantizers = {}
@@ -62,3 +63,19 @@ def dynamic(
         except ValueError as error:
             raise RecipeError(f"recipe {chosen.name} without calibration: {site}: {error}") from error
     return quantizers
+
+
+def dynamic_sinks(recipe: Recipe) -> int:
+    """Sink tokens of a recipe that is used without calibration.
+
+    Raises
+    ------
+    RecipeError
+        If calibration would choose their number.
+    """
+    if recipe.sink_tokens == "auto":
+        raise RecipeError(
+            f"recipe {recipe.name} without calibration: sink_tokens: auto is chosen from calibration statistics; "
+            "calibrate first, or give a number (--first-few-fp16 N, sink_tokens: N)"
+        )
+    return recipe.sink_tokens

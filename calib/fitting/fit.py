@@ -1,21 +1,24 @@
 """Fit of an artifact from statistics, without the model."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from joblib import Parallel, delayed
 
 from artifacts.artifact import Artifact
-from artifacts.manifest import Manifest, tool_version
+from artifacts.manifest import Manifest, SinkChoice, tool_version
 from artifacts.sites import Site
 from calib.estimators import Estimator, Fit
-from calib.fitting.budget import fit_budget
+from calib.fitting.budget import at_equal_bits, fit_budget
 from calib.fitting.chain import Chain, Progress
+from calib.fitting.sinks import choose_sinks
 from calib.recipe.errors import RecipeError
 from calib.recipe.layer_choice import check
 from calib.recipe.recipe import Recipe, chosen_recipe
 from calib.solvers.threads import torch_threads
 from calib.statistics.model_statistics import ModelStatistics
+from calib.statistics.site_statistics import FIRST_POSITIONS
 
 __all__ = ["Progress", "cached_sites", "fit"]
 
@@ -50,7 +53,7 @@ def fit(
         predicted from one another or have a common bit budget are fitted in sequence; then it is the number of threads
         of a wide site. None takes as many as torch.
     progress : callable
-        Wraps the sites, for a progress bar.
+        Wraps the sites of each fit, for a progress bar; a recipe with `sink_tokens: auto` is fitted twice.
 
     Returns
     -------
@@ -67,7 +70,8 @@ def fit(
     recipe = chosen_recipe(recipe, bits)
     estimators = check(recipe, [statistics.sites[site].shape for site in cached_sites(statistics, recipe)])
     threads = torch.get_num_threads() if jobs is None else jobs
-    found = _fits(statistics, recipe, estimators, (threads, progress))
+    fits = _Fits(statistics, estimators, threads, progress)
+    sink_tokens, choice, found = _with_sinks(fits, recipe)
     quantizers = {site: fit.quantizer for site, fit in found.items()}
     first = "" if statistics.has_all_first_positions else "; first positions from a sample of the windows"
     manifest = Manifest(
@@ -76,7 +80,8 @@ def fit(
         model_id=statistics.origin.model_id,
         corpus=statistics.corpus,
         recipe=recipe.model_dump(mode="json"),
-        sink_tokens=recipe.sink_tokens,
+        sink_tokens=sink_tokens,
+        sink_choice=choice,
         fit_sources={str(site): fit.source + first for site, fit in found.items()},
         tool_version=tool_version(),
     )
@@ -101,26 +106,52 @@ def cached_sites(statistics: ModelStatistics, recipe: Recipe) -> list[Site]:
     return cached
 
 
-def _fits(
-    statistics: ModelStatistics, recipe: Recipe, estimators: Mapping[Site, Estimator], how: tuple[int, Progress]
-) -> dict[Site, Fit]:
-    jobs, progress = how
-    # Independent sites run in parallel. A chain is sequential: a predictor is fitted to dequantized earlier sites.
-    is_chain = any(estimator.sources(site, estimators) for site, estimator in estimators.items())
-    if recipe.target_bits is None and not is_chain:
-        with torch_threads(1):
-            fits = Parallel(n_jobs=jobs, prefer="threads", return_as="generator")(
-                delayed(_fit_site)(statistics, estimator, site, recipe.sink_tokens)
-                for site, estimator in estimators.items()
-            )
-            return _without_errors(dict(zip(estimators, progress(fits), strict=True)))
-    widest = max(statistics.sites[site].shape.channels for site in estimators)
-    # Threads inside an operation pay only for wide matrices, see _WIDE_CHANNELS.
-    with torch_threads(jobs if widest >= _WIDE_CHANNELS else 1):
-        chain = Chain(statistics, recipe.sink_tokens)
-        if recipe.target_bits is None:
-            return chain.fit(estimators, progress)
-        return fit_budget(chain, estimators, recipe.target_bits, progress)
+@dataclass(frozen=True)
+class _Fits:
+    """Fits of all sites, for any number of sink tokens."""
+
+    statistics: ModelStatistics
+    estimators: Mapping[Site, Estimator]
+    jobs: int
+    progress: Progress
+
+    def at(self, sink_tokens: int, target_bits: float | None) -> dict[Site, Fit]:
+        """Fits without the first `sink_tokens` positions, in parallel where sites are independent."""
+        # A chain is sequential: a predictor is fitted to dequantized earlier sites.
+        is_chain = any(estimator.sources(site, self.estimators) for site, estimator in self.estimators.items())
+        if target_bits is None and not is_chain:
+            with torch_threads(1):
+                fits = Parallel(n_jobs=self.jobs, prefer="threads", return_as="generator")(
+                    delayed(_fit_site)(self.statistics, estimator, site, sink_tokens)
+                    for site, estimator in self.estimators.items()
+                )
+                return _without_errors(dict(zip(self.estimators, self.progress(fits), strict=True)))
+        widest = max(self.statistics.sites[site].shape.channels for site in self.estimators)
+        # Threads inside an operation pay only for wide matrices, see _WIDE_CHANNELS.
+        with torch_threads(self.jobs if widest >= _WIDE_CHANNELS else 1):
+            chain = Chain(self.statistics, sink_tokens)
+            if target_bits is None:
+                return chain.fit(self.estimators, self.progress)
+            return fit_budget(chain, self.estimators, target_bits, self.progress)
+
+
+def _with_sinks(fits: _Fits, recipe: Recipe) -> tuple[int, SinkChoice | None, dict[Site, Fit]]:
+    """Number of sink tokens, the reason if it was chosen, and the fits without them."""
+    if recipe.sink_tokens != "auto":
+        return recipe.sink_tokens, None, fits.at(recipe.sink_tokens, recipe.target_bits)
+    if not (fits.statistics.sample.positions >= FIRST_POSITIONS).any():
+        choice = SinkChoice(reason=f"0: no window has tokens after the first {FIRST_POSITIONS} to compare them with")
+        return 0, choice, fits.at(0, recipe.target_bits)
+    # Without the first positions, so that no table is bent towards a sink. Equal bits stand for a budget, which is
+    # allocated in up to four rounds.
+    trial = fits
+    if recipe.target_bits is not None:
+        trial = replace(fits, estimators=at_equal_bits(fits.estimators, recipe.target_bits))
+    found = trial.at(FIRST_POSITIONS, None)
+    number, choice = choose_sinks(fits.statistics, {site: fit.quantizer for site, fit in found.items()})
+    if trial is fits and number == FIRST_POSITIONS:
+        return number, choice, found
+    return number, choice, fits.at(number, recipe.target_bits)
 
 
 def _fit_site(statistics: ModelStatistics, estimator: Estimator, site: Site, sink_tokens: int) -> Fit | Exception:

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 
+from artifacts.errors import InvalidValueError
+from artifacts.quantizer import Quantizer
 from artifacts.sites import Site
 from calib.estimators import Estimator, IdentityEstimator
 from calib.recipe.errors import RecipeError
@@ -60,7 +62,12 @@ def check(recipe: Recipe, shapes: Sequence[SiteShape]) -> dict[Site, Estimator]:
         # Layers of one shape become one key of the cache of `_check`.
         alike = replace(shape, site=replace(shape.site, layer=0), module="")
         try:
-            _check(estimators[shape.site], alike)
+            trial = _check(estimators[shape.site], alike)
+            if recipe.sink_tokens == "auto" and not trial.is_causal:
+                raise InvalidValueError(
+                    f"sink_tokens: auto judges first tokens one by one, but {trial.spec.describe()} has scales that "
+                    "tokens share; give a number from 0 to 8"
+                )
         except ValueError as error:
             reason = str(error).removeprefix(f"{alike.site}: ")
             raise RecipeError(f"recipe {recipe.name}: {shape.site}: {reason}") from error
@@ -68,9 +75,9 @@ def check(recipe: Recipe, shapes: Sequence[SiteShape]) -> dict[Site, Estimator]:
 
 
 @lru_cache
-def _check(estimator: Estimator, shape: SiteShape) -> None:
+def _check(estimator: Estimator, shape: SiteShape) -> Quantizer:
     """Checks an estimator once for all sites of one shape; cached, as it takes as long as a small fit."""
-    estimator.check(shape)
+    return estimator.check(shape)
 
 
 def _sites(override: Override, cached: Sequence[SiteShape], where: str) -> set[Site]:

@@ -75,8 +75,9 @@ class Recipe(BaseModel):
         Keys before or after RoPE.
     key, value : estimator
         Hyper-parameters of the estimators for all layers.
-    sink_tokens : int
-        First positions of a sequence that are kept in full precision and left out of the fit, 0 to 8.
+    sink_tokens : int or 'auto'
+        First positions of a sequence that are kept in full precision and left out of the fit, 0 to 8; `auto` takes the
+        number with the least weighted error per counted bit, see `calib.fitting.sinks`.
     target_bits : float or None
         Mean bits over all keys and values, allocated to the sites, for the methods `mixed_codebook` and
         `entropy_coded`; None uses the bits of each site.
@@ -108,7 +109,7 @@ class Recipe(BaseModel):
     stage: Stage = "pre_rope"
     key: AnyEstimator
     value: AnyEstimator
-    sink_tokens: int = Field(default=0, ge=0, le=8)
+    sink_tokens: Annotated[int, Field(ge=0, le=8)] | Literal["auto"] = 0
     target_bits: float | None = Field(default=None, gt=0, le=8)
     cache: CacheEntry | None = None
     include: Annotated[Patterns, Field(min_length=1)] = ("*",)

@@ -155,11 +155,12 @@ def _summary(artifact: "Artifact", output: Path) -> str:
         row = f"{site.tensor}: {quantizer.spec.describe()}"
         kinds[row] = kinds.get(row, 0) + 1
     rows = [f"  {count} x {row}" for row, count in kinds.items()]
-    corpus = artifact.manifest.corpus
+    corpus, choice = artifact.manifest.corpus, artifact.manifest.sink_choice
     return "\n".join(
         [
             f"{output}: {len(artifact)} sites, {static} static bytes, from {corpus.n_tokens} tokens of {corpus.name}",
             *rows,
+            *([] if choice is None else [f"  sinks: {choice.reason}"]),
         ]
     )
 

@@ -149,10 +149,9 @@ class Comparison:
         self._artifacts[recipe.name], self._fit_seconds[recipe.name] = artifact, seconds
 
     def _measured(self, seen: Sequence[AttentionInputs], recipe: Recipe) -> dict[int, AttentionErrors]:
-        return {
-            inputs.layer.layer: attention_errors(inputs, self._artifacts[recipe.name], sink_tokens=recipe.sink_tokens)
-            for inputs in seen
-        }
+        artifact = self._artifacts[recipe.name]
+        sinks = artifact.manifest.sink_tokens
+        return {inputs.layer.layer: attention_errors(inputs, artifact, sink_tokens=sinks) for inputs in seen}
 
 
 def _summed(windows: Sequence[dict[int, AttentionErrors]]) -> dict[int, AttentionErrors]:

@@ -35,8 +35,8 @@ class RecipeConfig:
         k_proj and v_proj: which have a range for each channel, and which for each token.
     symmetric, clamp : bool or None
         Grids centred on zero; zero points rounded to integers inside the code range.
-    first_few_fp16 : int or None
-        First tokens kept exact.
+    first_few_fp16 : int, 'auto' or None
+        First tokens kept exact; 'auto' lets calibration choose their number.
     stage : {'pre_rope', 'post_rope'} or None
         Keys before or after RoPE.
     nf : bool
@@ -55,14 +55,14 @@ class RecipeConfig:
     pertoken: Sequence[str] | None = None
     symmetric: bool | None = None
     clamp: bool | None = None
-    first_few_fp16: int | None = None
+    first_few_fp16: int | Literal["auto"] | None = None
     stage: Literal["pre_rope", "post_rope"] | None = None
     nf: bool = False
 
     @property
-    def sink_tokens(self) -> int | None:
-        """First tokens kept exact, where a number was given; the ancestors write -1 for none."""
-        return None if self.first_few_fp16 is None else max(0, self.first_few_fp16)
+    def sink_tokens(self) -> int | Literal["auto"] | None:
+        """First tokens kept exact, where the option was given; the ancestors write -1 for none."""
+        return max(0, self.first_few_fp16) if isinstance(self.first_few_fp16, int) else self.first_few_fp16
 
 
 def recipe_changes(config: RecipeConfig, base: dict[str, Any]) -> dict[str, Any]:
@@ -192,5 +192,5 @@ def foreign_hints(config: RecipeConfig) -> "Hints":
         codebooks=config.nuq if not config.nf else None,
         normal_float=config.nf,
         outlier_fraction=sparse["fraction"] if sparse else None,
-        sink_tokens=config.sink_tokens or 0,
+        sink_tokens=config.sink_tokens if isinstance(config.sink_tokens, int) else 0,
     )

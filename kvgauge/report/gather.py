@@ -4,6 +4,7 @@ import hashlib
 import math
 import platform
 from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
@@ -127,6 +128,7 @@ def gather(run: ReportedRun) -> dict[str, Any]:
         "lm_eval": run.lm_eval,
         "policy": run.settings["policy"].describe(),
         "sink_tokens": run.settings["policy"].sink_tokens,
+        "sink_choice": _sink_choice(run.quantizers),
         "sites": rows,
         "chosen_sites": [str(site) for site in chosen],
         "norms": _norms(seen),
@@ -140,6 +142,12 @@ def gather(run: ReportedRun) -> dict[str, Any]:
     }
     found = _finite(found)
     return {**found, "verdict": verdict(found)}
+
+
+def _sink_choice(quantizers: Artifact | Mapping[Site, Quantizer]) -> dict[str, Any] | None:
+    """Why the artifact has its number of sink tokens, if it was chosen."""
+    choice = quantizers.manifest.sink_choice if isinstance(quantizers, Artifact) else None
+    return None if choice is None else asdict(choice)
 
 
 def _rise(result: Mapping[str, Any]) -> float | None:

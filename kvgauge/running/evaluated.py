@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from kvgauge.configuration.evaluate import EvaluateConfig
 from kvgauge.configuration.fields import flag, given
@@ -56,7 +56,10 @@ class Evaluated:
 
 
 def fitted(
-    loaded: "LoadedModel", artifact: "Artifact | None", recipe: "Recipe | None", sink_tokens: int | None = None
+    loaded: "LoadedModel",
+    artifact: "Artifact | None",
+    recipe: "Recipe | None",
+    sink_tokens: int | Literal["auto"] | None = None,
 ) -> Evaluated:
     """Quantizers for this model.
 
@@ -68,25 +71,27 @@ def fitted(
         Fitted quantizers; None is dynamic scales.
     recipe : Recipe or None
         Of either; None for an imported artifact.
-    sink_tokens : int or None
-        First tokens that stay in full precision; None is as the artifact or the recipe says.
+    sink_tokens : int, 'auto' or None
+        First tokens that stay in full precision; without a number as the artifact or the recipe says.
 
     Raises
     ------
     MismatchError
         If the artifact was made for another model.
+    RecipeError
+        If a recipe without an artifact needs calibration.
     """
-    from calib.fitting.dynamic import dynamic
+    from calib.fitting.dynamic import dynamic, dynamic_sinks
 
     layers = loaded.layers()
-    own_sinks = artifact.manifest.sink_tokens if artifact is not None else recipe.sink_tokens if recipe else 0
-    sink_tokens = own_sinks if sink_tokens is None else sink_tokens
+    given = sink_tokens if isinstance(sink_tokens, int) else None
     if artifact is not None:
         artifact.check_model(loaded.fingerprint(layers))
-        return Evaluated(quantizers=artifact, sink_tokens=sink_tokens)
+        return Evaluated(quantizers=artifact, sink_tokens=artifact.manifest.sink_tokens if given is None else given)
     assert recipe is not None, "only an imported artifact goes without"
+    own = dynamic_sinks(recipe) if given is None else given
     cache = None if recipe.cache is None else recipe.cache.model_dump(mode="json")
-    return Evaluated(quantizers=dynamic(loaded.model, recipe, layers=layers), sink_tokens=sink_tokens, cache=cache)
+    return Evaluated(quantizers=dynamic(loaded.model, recipe, layers=layers), sink_tokens=own, cache=cache)
 
 
 def load_artifact(path: Path | None, options: RecipeConfig) -> "Artifact | None":
@@ -136,6 +141,11 @@ def chosen_recipe(options: RecipeConfig, artifact: "Artifact | None", path: Path
     if artifact is None:
         recipe = load_recipe(options.recipe or "kvquant")
         return recipe.edited(recipe_changes(options, recipe.model_dump(mode="json")))
+    if options.sink_tokens == "auto" and artifact.manifest.recipe.get("sink_tokens") != "auto":
+        raise UsageError(
+            f"{path}: --first-few-fp16 auto: calibration chooses, and this file was given "
+            f"{artifact.manifest.sink_tokens} first tokens. Remove the option, give a number, or calibrate again"
+        )
     if artifact.manifest.recipe.get("name") == IMPORTED:
         return None
     recipe = Recipe.parse(dict(artifact.manifest.recipe), str(path))

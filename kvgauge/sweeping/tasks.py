@@ -52,7 +52,7 @@ class Bench:
 
     def protocol(self) -> dict[str, Any]:
         """Policy, protocol and chunking, as `simquant.evaluate` takes them."""
-        return protocol_settings(self.config.protocol, self.artifact, self.cell.recipe.sink_tokens)
+        return protocol_settings(self.config.protocol, self.artifact, self.artifact.manifest.sink_tokens)
 
     def windows(self) -> Int64[Tensor, "windows tokens"]:
         """Of the evaluation text, as many as the settings say, from `first_window` on.
@@ -119,7 +119,7 @@ def _perplexity_headline(result: Mapping[str, Any]) -> Headline:
 def _answers(bench: Bench) -> dict[str, Any]:
     config = bench.config
     config = replace(config, tasks=replace(config.tasks, predictions=bench.answers))
-    evaluated = Evaluated(quantizers=bench.artifact, sink_tokens=bench.cell.recipe.sink_tokens)
+    evaluated = Evaluated(quantizers=bench.artifact, sink_tokens=bench.artifact.manifest.sink_tokens)
     [result] = run_tasks(config, [bench.cell.task], bench.loaded, evaluated)
     return result.to_json()
 

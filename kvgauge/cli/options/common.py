@@ -122,6 +122,16 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def number_or_auto(text: str) -> int | str:
+    """An integer, or `auto`."""
+    if text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected an integer or auto, got {text!r}") from None
+
+
 def shard(text: str) -> tuple[int, int]:
     """`2/4` for the second of four shards."""
     number, _, total = text.partition("/")

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from kvgauge.cli.options.common import BITS, FRACTION_HELP
+from kvgauge.cli.options.common import BITS, FRACTION_HELP, number_or_auto
 
 
 def add_recipe_options(parser: argparse.ArgumentParser, default_recipe: str) -> None:
@@ -53,7 +53,10 @@ def _add_method_options(group: Any) -> None:
         help="round the zero point to an integer inside the code range",
     )
     group.add_argument(
-        "--first-few-fp16", type=int, metavar="N", help="keep the first N tokens (attention sinks) in 16 bits, 0 to 8"
+        "--first-few-fp16",
+        type=number_or_auto,
+        metavar="N|auto",
+        help="keep the first N tokens (attention sinks) in 16 bits, 0 to 8; auto: as many as calibration finds to pay",
     )
     group.add_argument(
         "--stage", choices=("pre_rope", "post_rope"), help="quantize keys before or after the rotary embedding"

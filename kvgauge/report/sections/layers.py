@@ -64,6 +64,7 @@ def exact(found: Found) -> Markup:
         "exact",
         "Sinks and outliers",
         paragraphs(f"Tokens: {found['policy']}. {outliers}"),
+        *_sink_choice(found["sink_choice"]),
         *(_norms(found, tensor) for tensor in ("key", "value")),
         _pair(drawn),
     )
@@ -163,6 +164,20 @@ def _norms(found: Found, tensor: str) -> Markup:
         for name, row in own.items()
     ]
     return table(f"Norms of {tensor}s at the first positions, times the median of later ones", head, rows)
+
+
+def _sink_choice(choice: Found | None) -> Iterator[Markup]:
+    """Reason for the number of first tokens that the artifact keeps exact, if it was chosen, with its figures."""
+    if choice is None:
+        return
+    yield paragraphs(f"Chosen by calibration: {choice['reason']}.")
+    if choice["errors"]:
+        rows: list[Row] = [
+            ["squared error, relative", *(plain(error) for error in choice["errors"])],
+            ["bits a value", *(f"{bits:.3f}" for bits in choice["bits"])],
+        ]
+        head = ("first tokens exact", *map(str, range(len(choice["errors"]))))
+        yield table("Weighted error and counted bits by the number of exact first tokens, 2,048 in all", head, rows)
 
 
 def _norm(ratio: float) -> TableCell:
