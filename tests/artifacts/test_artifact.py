@@ -39,8 +39,8 @@ from artifacts.errors import (
     UnknownKindError,
     UnsupportedVersionError,
 )
-from artifacts.inspect import differences
-from artifacts.manifest import CorpusRecord, Manifest
+from artifacts.inspect import differences, report, table
+from artifacts.manifest import CorpusRecord, Manifest, SinkChoice
 from artifacts.quantizer import Quantizer
 from artifacts.quantizers.affine import Affine
 from artifacts.quantizers.codebook import Codebook, DynamicCodebook
@@ -126,6 +126,27 @@ def assert_same_artifact(one: Artifact, other: Artifact) -> None:
 @either_format
 def test_load_gives_back_what_was_saved(tmp_path: Path, suffix: str) -> None:
     assert_same_artifact(load(save_to(tmp_path, suffix)), artifact())
+
+
+CHOICE = SinkChoice(reason="1 of at most 2: it pays", errors=[0.3, 0.1, 0.1], bits=[4.0, 4.006, 4.012])
+
+
+@either_format
+def test_a_chosen_number_of_sinks_is_saved_with_its_reason(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"q{suffix}"
+    save(artifact(sink_choice=CHOICE), path)
+    assert_same_artifact(load(path), artifact(sink_choice=CHOICE))
+    found = report(read(path, FORMAT))
+    assert found["sink_choice"] == {"reason": CHOICE.reason, "errors": CHOICE.errors, "bits": CHOICE.bits}
+    assert "sinks      first 1 tokens in full precision and left out of the fit; auto: 1 of at most 2: it pays\n" in (
+        table(found)
+    )
+
+
+def test_a_number_of_sinks_that_was_given_has_no_reason() -> None:
+    stored = artifact()._stored()
+    assert "sink_choice" not in stored.header
+    assert "left out of the fit\n" in table(report(stored))
 
 
 def test_loading_builds_each_quantizer_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -637,6 +658,18 @@ WRONG: dict[str, tuple[Callable[[Header, Arrays], None], type[ArtifactError], st
     "recipe-null": (set_header(recipe=None), CorruptArtifactError, "recipe must be of type"),
     "model-id-list": (set_header(model_id=["demo"]), CorruptArtifactError, "model_id must be of type"),
     "sinks-negative": (set_header(sink_tokens=-1), CorruptArtifactError, "sink_tokens must be an integer from 0"),
+    "choice-number": (set_header(sink_choice=1), CorruptArtifactError, "SinkChoice"),
+    "choice-reason": (set_header(sink_choice={}), CorruptArtifactError, "reason"),
+    "choice-texts": (
+        set_header(sink_choice={"reason": "", "errors": ["a"], "bits": [1.0]}),
+        CorruptArtifactError,
+        "errors must be numbers",
+    ),
+    "choice-lengths": (
+        set_header(sink_choice={"reason": "", "errors": [], "bits": [1.0]}),
+        CorruptArtifactError,
+        "errors and bits must have one length",
+    ),
     "corpus-field": (set_corpus(n_tokens="many"), CorruptArtifactError, "n_tokens must be of type"),
     "corpus-extra": (set_corpus(path="elsewhere"), CorruptArtifactError, "path"),
 }

@@ -166,6 +166,7 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["key: ", "drop symmetric or whole_zero_point"],
     ),
     "too many sinks": ({"sink_tokens": 16}, ["sink_tokens: must be less than or equal to 8; got 16; use 8"]),
+    "sinks in other words": ({"sink_tokens": "some"}, ["sink_tokens: ", "must be 'auto'; got 'some'"]),
     "unknown stage": ({"stage": "post"}, ["stage: ", "'post_rope'; got 'post'. Did you mean post_rope?"]),
     "all outliers": (
         {"key": {"method": "uniform", "outliers": {"fraction": 0.5}}},
@@ -366,6 +367,8 @@ FLAGS: list[tuple[str, str | list[str], dict[str, Any]]] = [
     ("kvquant", "--perchannel k_proj --pertoken", {"key.per": "channel", "value": IDENTITY}),
     ("kvquant", "--first_few_fp16 -1", {"sink_tokens": 0}),
     ("kvquant", "--first-few-fp16 5", {"sink_tokens": 5}),
+    ("kvquant", "--first-few-fp16 auto", {"sink_tokens": "auto"}),
+    ("default", "--first-few-fp16 0", {"sink_tokens": 0}),
     ("kvquant", "--clamp", {"key.whole_zero_point": True, "value.whole_zero_point": True}),
     ("default", "--no-nuq --symmetric", {"key.method": "uniform", "key.symmetric": True, "value.symmetric": True}),
     ("default", "--no-nuq --clamp", {"key.whole_zero_point": True, "value.whole_zero_point": True}),
@@ -420,7 +423,9 @@ def test_flags_that_do_not_go_together_are_refused(recipe: str, flags: str, mess
         asked(recipe, flags)
 
 
-@pytest.mark.parametrize("flags", ["--abits 9", "--abits three", "--stage mid_rope", "--nsamples 0", "--shard 3/2"])
+@pytest.mark.parametrize(
+    "flags", ["--abits 9", "--abits three", "--stage mid_rope", "--nsamples 0", "--shard 3/2", "--first-few-fp16 few"]
+)
 def test_values_that_no_option_takes_are_refused_by_the_parser(flags: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         asked("default", flags)

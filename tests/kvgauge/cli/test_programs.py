@@ -293,6 +293,16 @@ def test_bits_against_a_sixteen_bit_file_are_a_contradiction(works: Program, typ
     assert "contradict" in refused.err
 
 
+def test_first_tokens_that_calibration_chooses_are_not_chosen_again(works: Program, type_in: Program) -> None:
+    assert "\n  sinks: 0 of at most 8: " in works(f"{CALIBRATE} --nsamples 4 --quantizer-path chosen.pkl").out
+    given = works(f"{CALIBRATE} --nsamples 4 --first-few-fp16 1 --quantizer-path given.pkl")
+    assert "sinks:" not in given.out
+    assert works(f"{EVALUATE} --quantizer-path chosen.pkl --first-few-fp16 auto").out
+    refused = type_in(f"{EVALUATE} --quantizer-path given.pkl --first-few-fp16 auto")
+    assert refused.status == 2
+    assert "given.pkl: --first-few-fp16 auto: calibration chooses, and this file was given 1" in refused.err
+
+
 def test_several_texts_and_their_kinds(works: Program) -> None:
     line = "evaluate model --quantizer-path q4.safetensors --limit 2 --json"
     both = works(line + " --datasets b.txt,c.txt,").json["datasets"]
@@ -818,6 +828,7 @@ WRONG: list[tuple[str, int, list[str]]] = [
     (f"{EVALUATE} --quantizer-path q4.safetensors --abits 16", 2, ["contradict", "identity"]),
     (f"{EVALUATE} --quantizer-path q4.safetensors --stage post_rope", 2, ["stage: the file has pre_rope"]),
     (f"{EVALUATE} --quantizer-path q4.safetensors --include-sparse", 2, ["outliers: the file has None"]),
+    (f"{EVALUATE} --abits 4 --first-few-fp16 auto", 1, ["sink_tokens: auto is chosen from calibration statistics"]),
     (f"{EVALUATE} --quantizer-path q4.safetensors --recipe kvquant", 2, ["recipe: the file has default", "kvquant"]),
     (f"{EVALUATE} --abits 4 --perchannel k_proj --pertoken k_proj", 2, ["both name key"]),
     (

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import stdev
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from helpers.programs import prose, save_model, save_tokenizer
 
+from artifacts.artifact import Artifact
 from calib.fitting.fit import fit
 from calib.recipe.recipe import Recipe, RecipeError, load_recipe, shipped_recipes
 from kvgauge.cli import ablate as ablate_program
@@ -19,7 +21,7 @@ from kvgauge.sweeping.cell import Cell
 from kvgauge.sweeping.gathering import Gathering
 from kvgauge.sweeping.settings import Settings
 from kvgauge.sweeping.tasks import Bench
-from simquant import evaluate
+from simquant import CachePolicy, evaluate
 
 WINDOWED = Settings(protocol="decode", residual_tokens=4)
 
@@ -54,6 +56,7 @@ def values(recipe: Recipe, name: str) -> set[Any]:
     ("ingredient", "shipped", "name", "gone"),
     [
         ("sinks", "kvquant-2-1pct-sink", "sink_tokens", "1"),
+        ("sinks", "default", "sink_tokens", '"auto"'),
         ("outliers", "kvquant-2-1pct", "outliers", '{"fraction": 0.01, "rule": "percentile"}'),
         ("outliers", "kvquant-3-compact", "method", '"compact_sparse"'),
         ("rotation", "eigen", "method", '"rotated"'),
@@ -193,6 +196,14 @@ def test_worth_is_the_paired_difference_over_windows(here: Path) -> None:
         assert worth.stderr == pytest.approx(stdev(differences) / 2, abs=1e-6)
         assert worth.bits == pytest.approx(results[0].bits["average"])
         assert worth.bits < found.full.bits["average"]
+
+
+def test_as_many_first_tokens_are_exact_as_were_chosen(here: Path) -> None:
+    recipe, source = recipe_of(sink_tokens="auto"), Gathering("model", SETTINGS, "pre_rope")
+    fitted = fit(source.gather(), recipe)
+    chosen = Artifact(dict(fitted), replace(fitted.manifest, sink_tokens=2))
+    cell = Cell(model="model", recipe=recipe, task="perplexity", settings=SETTINGS)
+    assert Bench(cell, source.load_model(), chosen).protocol()["policy"] == CachePolicy(sink_tokens=2)
 
 
 def test_each_is_measured_under_its_own_policy_and_stage(here: Path) -> None:

@@ -16,12 +16,14 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
+from artifacts.artifact import Artifact
 from artifacts.model.attention import AttentionLayer, attention_layers
 from artifacts.quantizer import Quantizer
 from artifacts.quantizers.dynamic_affine import DynamicAffine
 from artifacts.quantizers.identity import Identity
 from artifacts.sites import Site, Stage
 from calib import capture
+from calib.fitting.fit import fit
 from kvgauge.cli import calibrate as calibrate_program
 from kvgauge.cli import compare as compare_recipes
 from kvgauge.cli import evaluate as evaluate_program
@@ -460,6 +462,25 @@ def test_a_recipe_that_cannot_encode_is_skipped_and_the_others_go_on(
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [recipe["name"] for recipe in found["recipes"]] == ["rotated"]
     assert set(found["skipped"]) == {"sinks"}
+
+
+def test_as_many_first_tokens_are_exact_as_were_chosen(
+    folder: Path, compare: Callable[[str], tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def two(*asked: object, **more: object) -> Artifact:
+        fitted = fit(*asked, **more)
+        return Artifact(dict(fitted), replace(fitted.manifest, sink_tokens=2))
+
+    def seen(inputs: object, quantizers: object, **sinks: int) -> AttentionErrors:
+        numbers.append(sinks["sink_tokens"])
+        return attention_errors(inputs, quantizers, **sinks)
+
+    numbers: list[int] = []
+    monkeypatch.setattr(comparison, "fit", two)
+    monkeypatch.setattr(comparison, "attention_errors", seen)
+    (folder / "chosen.yaml").write_text("extends: rotated.yaml\nsink_tokens: auto\n")
+    assert compare(f"--recipes chosen.yaml --error-windows 1 --output {tmp_path / 'out'}")[0] == 0
+    assert set(numbers) == {2}
 
 
 # --- the picture

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from PIL import Image
 from transformers import LlamaForCausalLM
 
 from artifacts.artifact import Artifact
+from artifacts.manifest import SinkChoice
 from artifacts.model.attention import attention_layers
 from artifacts.quantizers.affine import Affine
 from artifacts.quantizers.codebook import Codebook
@@ -53,6 +55,7 @@ from simquant import CachePolicy, evaluate
 Found = dict[str, Any]
 
 SECTIONS = ("results", "comparison", "layers", "ranges", "levels", "exact", "drift", "grids", "memory", "provenance")
+CHOICE = SinkChoice(reason="1 of at most 2: it pays", errors=[0.25, 0.125, 0.0625], bits=[4.0, 4.006, 4.012])
 HOSTILE = "<script>alert('x')</script>\"&"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -70,7 +73,8 @@ def run(model: LlamaForCausalLM) -> ReportedRun:
     add_windows(model, layers, statistics, windows[:4])
     sparse = {"method": "codebook", "bits": 2, "outliers": {"fraction": 0.05}}
     recipe = load_recipe("kvquant").edited({"key": {**sparse, "per": "channel"}, "value": {**sparse, "per": "token"}})
-    artifact = fit(statistics, recipe)
+    fitted = fit(statistics, recipe)
+    artifact = Artifact(dict(fitted), replace(fitted.manifest, sink_choice=CHOICE), fitted.ngrams)
     settings = {"policy": CachePolicy(sink_tokens=1)}
     result = evaluate(model, windows[4:], artifact, **settings)
     return ReportedRun(
@@ -307,6 +311,19 @@ def test_the_verdict_warns(found: Found) -> None:
     assert "where guessing evenly among 64 tokens has 64" in warnings  # the model is random
     result.update(quantized_fraction=1.0, n_windows=40, protocol="full", warnings=[])
     assert verdict({**found, "drift": None})["warnings"] == []
+
+
+def test_why_so_many_first_tokens_are_exact(found: Found) -> None:
+    """Told where calibration chose their number, and not where it was given."""
+    assert found["sink_choice"] == asdict(CHOICE)
+    words = re.sub(r"\s+", " ", _visible(layer_sections.exact(found)))
+    assert f"Chosen by calibration: {CHOICE.reason}." in words
+    assert "first tokens exact 0 1 2 squared error, relative 0.250 0.125 0.0625 bits a value 4.000 4.006 4.012" in words
+    without = _visible(layer_sections.exact({**found, "sink_choice": None}))
+    assert "Chosen by calibration" not in without
+    silent = _visible(layer_sections.exact({**found, "sink_choice": {**asdict(CHOICE), "errors": [], "bits": []}}))
+    assert CHOICE.reason in silent
+    assert "squared error, relative" not in silent
 
 
 def test_an_exact_cache_is_said_to_be_exact(found: Found) -> None:
