@@ -53,7 +53,6 @@ def dynamic(
     ...         return model(ids).logits
     """
     chosen = chosen_recipe(recipe, bits)
-    dynamic_sinks(chosen)
     layers = attention_layers(model) if layers is None else layers
     shapes = {shape.site: shape for shape in site_shapes(layers, chosen.stage)}
     quantizers = {}
@@ -62,6 +61,7 @@ def dynamic(
             quantizers[site] = estimator.dynamic(shapes[site])
         except ValueError as error:
             raise RecipeError(f"recipe {chosen.name} without calibration: {site}: {error}") from error
+    dynamic_sinks(chosen)
     return quantizers
 
 

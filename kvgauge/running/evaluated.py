@@ -89,9 +89,10 @@ def fitted(
         artifact.check_model(loaded.fingerprint(layers))
         return Evaluated(quantizers=artifact, sink_tokens=artifact.manifest.sink_tokens if given is None else given)
     assert recipe is not None, "only an imported artifact goes without"
-    own = dynamic_sinks(recipe) if given is None else given
+    quantizers = dynamic(loaded.model, recipe, layers=layers)
     cache = None if recipe.cache is None else recipe.cache.model_dump(mode="json")
-    return Evaluated(quantizers=dynamic(loaded.model, recipe, layers=layers), sink_tokens=own, cache=cache)
+    own = dynamic_sinks(recipe) if given is None else given
+    return Evaluated(quantizers=quantizers, sink_tokens=own, cache=cache)
 
 
 def load_artifact(path: Path | None, options: RecipeConfig) -> "Artifact | None":

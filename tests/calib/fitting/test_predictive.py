@@ -565,7 +565,7 @@ def test_shrinkage_is_chosen_once_for_a_budget(statistics: ModelStatistics, monk
         return chosen[-1]
 
     monkeypatch.setattr(predicted_estimator, "held_out_shrinkage", choose)
-    artifact = fit(statistics, load_recipe("predictive").edited({"target_bits": 1.5}))
+    artifact = fit(statistics, load_recipe("predictive").edited({"target_bits": 1.5, "sink_tokens": 0}))
     assert len(chosen) == sum(bool(quantizer.sources) for quantizer in artifact.values())
 
 
@@ -583,7 +583,7 @@ def test_few_windows_never_make_it_worse_than_no_prediction(model: LlamaForCausa
     layers, rows = attention_layers(model), dict[Site, Tensor]()
     few = new_statistics(model, layers, tier="full")
     add_windows(model, layers, few, windows[:1, :32])
-    recipe = recipe_of("predictive", 2.0)
+    recipe = recipe_of("predictive", 2.0).edited({"sink_tokens": 0})
     plain = recipe.edited(
         {tensor: getattr(recipe, tensor).inner.model_dump(mode="json") for tensor in ("key", "value")}
     )

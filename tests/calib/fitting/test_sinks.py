@@ -150,8 +150,8 @@ def test_scales_that_tokens_share_need_a_number() -> None:
 
 
 def test_without_calibration_a_number_is_needed(tiny_llama: LlamaForCausalLM) -> None:
-    with pytest.raises(ValueError, match=r"recipe kivi-2 without calibration: sink_tokens: auto is chosen from"):
-        dynamic(tiny_llama, load_recipe("kivi-2").edited({"sink_tokens": "auto"}))
+    with pytest.raises(ValueError, match=r"recipe kvquant without calibration: sink_tokens: auto is chosen from"):
+        dynamic(tiny_llama, load_recipe("kvquant").edited({"sink_tokens": "auto"}))
 
 
 @pytest.mark.parametrize(
