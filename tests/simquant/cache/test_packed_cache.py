@@ -539,7 +539,7 @@ def test_another_model_cannot_use_the_cache(tiny_llama: LlamaForCausalLM) -> Non
     others = {
         "2 heads of 8 channels, .*; got 4 of 8": {"num_key_value_heads": 4},
         "2 heads of 8 channels, .*; got 2 of 16": {"head_dim": 16},
-        "expected a layer below 2": {"num_hidden_layers": 3},
+        "expected one of the layers that the cache was made for": {"num_hidden_layers": 3},
         "not inside the `packed_cache` context": {},
     }
     with packed_cache(tiny_llama, everywhere(per_token)) as new:
