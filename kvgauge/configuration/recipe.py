@@ -104,9 +104,15 @@ def _with_method(config: RecipeConfig, tensor: str, base: dict[str, Any], change
     """
     if base["method"] == "identity" and "bits" not in changes:
         return {}
-    kept = "codebook" if base["method"] == "identity" else base["method"]
-    wanted = kept if config.nuq is None else ("codebook" if config.nuq else "uniform")
-    merged = {"per": "channel" if tensor == "key" else "token", **base, **changes}
+    is_wrapped, core = "inner" in base, _innermost(base)
+    # Levels are by k-means in both kinds of codebooks. An edit that a wrapped entry does not know replaces it.
+    nuq = None if config.nuq and core["method"] in ("codebook", "mixed_codebook") else config.nuq
+    if is_wrapped and nuq is None and all(_knows(base, name) for name in changes):
+        return changes
+    kept = "codebook" if is_wrapped or base["method"] == "identity" else base["method"]
+    wanted = kept if nuq is None else ("codebook" if nuq else "uniform")
+    bits = {"bits": round(core["bits"])} if "bits" in core else {}
+    merged = {"per": "channel" if tensor == "key" else "token", **bits, **base, **changes}
     if wanted == base["method"]:
         return {**changes, **_per_token_codebook(merged)}
     # Another method: only the entries that both know are kept. Errors of key channels are weighted by their queries,
@@ -118,6 +124,14 @@ def _with_method(config: RecipeConfig, tensor: str, base: dict[str, Any], change
         by_queries = tensor == "key" and merged["per"] == "channel"
         entry["weights"] = "query" if by_queries else "scale2"
     return entry
+
+
+def _innermost(entry: dict[str, Any]) -> dict[str, Any]:
+    return _innermost(entry["inner"]) if "inner" in entry else entry
+
+
+def _knows(entry: dict[str, Any], name: str) -> bool:
+    return name in entry or ("inner" in entry and _knows(entry["inner"], name))
 
 
 def _per_token_codebook(entry: dict[str, Any]) -> dict[str, Any]:

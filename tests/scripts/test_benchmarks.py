@@ -184,7 +184,7 @@ def test_the_plain_baseline_takes_the_nearest_level_and_keeps_the_tails() -> Non
 def test_every_layer_of_the_benchmark_is_fitted_from_statistics_of_its_own() -> None:
     statistics = model_statistics(tokens=64, heads=1, layers=3)
     tables = [
-        fit(statistics, load_recipe("default"))[Site(layer, "key", "pre_rope")].tensors()["levels"]
+        fit(statistics, load_recipe("kvquant-4"))[Site(layer, "key", "pre_rope")].tensors()["levels"]
         for layer in range(3)
     ]
     assert torch.equal(tables[0], tables[2])

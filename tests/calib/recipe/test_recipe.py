@@ -309,13 +309,21 @@ def picked(entry: dict[str, Any], path: str) -> Any:
 SPARSE = {"rule": "percentile", "fraction": 0.01}
 IDENTITY = {"method": "identity"}
 FLAGS: list[tuple[str, str | list[str], dict[str, Any]]] = [
-    ("default", "--abits 3", {"key.bits": 3, "value.bits": 3, "key.method": "codebook"}),
-    ("default", "--bits 2", {"key.bits": 2, "value.bits": 2}),
+    ("default", "--abits 3", {"key.method": "rotated", "key.inner.bits": 3.0, "value.bits": 3}),
+    ("default", "--bits 2", {"key.inner.bits": 2.0, "value.bits": 2}),
+    ("predictive", "--key-bits 3", {"key.inner.inner.bits": 3.0, "value.inner.inner.bits": 2.0}),
     ("default", "--abits 16", {"key": IDENTITY, "value": IDENTITY}),
     ("kvquant", "--abits 4 --key-bits 2", {"key.bits": 2, "value.bits": 4}),
     ("kvquant", "--kbits 3 --vbits 5", {"key.bits": 3, "value.bits": 5}),
     ("kvquant", "--key-bits 16 --abits 3", {"key": IDENTITY, "value.bits": 3}),
-    ("default", "--nuq", {"key.method": "codebook", "key.tables": "channel", "value.method": "codebook"}),
+    ("default", "--nuq", {"key.method": "rotated", "key.inner.method": "mixed_codebook", "value.method": "codebook"}),
+    (
+        "default",
+        "--nuq --include-sparse --abits 3",
+        {"key.method": "codebook", "key.bits": 3, "key.weights": "query", "key.outliers": SPARSE, "value.bits": 3},
+    ),
+    ("quarot-4", "--symmetric", {"key.method": "hadamard", "key.inner.symmetric": True}),
+    ("quarot-4", "--nuq", {"key.method": "codebook", "key.bits": 4}),
     (
         "default",
         "--no-nuq",
