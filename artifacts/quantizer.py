@@ -131,6 +131,10 @@ class Quantizer(ABC):
         """True where a value lies beyond the fitted static range; None for quantizers without one."""
         return None
 
+    def exact_tokens(self, codes: Codes) -> Bool[Tensor, " tokens"] | None:
+        """True where a token is decoded from its stored values instead of its codes; None where every one has codes."""
+        return None
+
     @property
     def label(self) -> str:
         """Name for errors: the site, or the kind where no site is known."""

@@ -13,6 +13,7 @@ from artifacts.quantizers.centred import Centred
 from artifacts.quantizers.codebook import Codebook, DynamicCodebook
 from artifacts.quantizers.dynamic_affine import DynamicAffine
 from artifacts.quantizers.entropy_coded import EntropyCoded
+from artifacts.quantizers.exact_sinks import ExactSinks
 from artifacts.quantizers.float8 import DynamicFloat8, Float8
 from artifacts.quantizers.hadamard import Hadamard
 from artifacts.quantizers.identity import Identity
@@ -50,6 +51,7 @@ KINDS: dict[str, type[Quantizer]] = {
         Centred,
         Normalised,
         Predicted,
+        ExactSinks,
     )
 }
 

@@ -86,6 +86,8 @@ class SiteUsage:
         Bytes of the encoded tokens in the dtype of the model.
     n_small : int
         Tokens in full precision for their small key norms, part of `n_exact`; they also have codes.
+    n_kept : int
+        Encoded tokens that the quantizer keeps as they came; their values are part of `encoded_bytes`.
     n_padding : int
         Padding columns, for which nothing is stored.
     """
@@ -96,6 +98,7 @@ class SiteUsage:
     exact_bytes: int = 0
     replaced_bytes: int = 0
     n_small: int = 0
+    n_kept: int = 0
     n_padding: int = field(default=0, compare=False)
 
 
@@ -111,6 +114,7 @@ class Usage:
         self.sites[site].n_encoded += codes.shape[0]
         self.sites[site].encoded_bytes += codes.nbytes
         self.sites[site].replaced_bytes += math.prod(codes.shape) * codes.dtype.itemsize
+        self.sites[site].n_kept += _n_kept(self.quantizers[site], codes)
 
     def add_exact(self, site: Site, n_tokens: int, nbytes: int) -> None:
         """Counts tokens in full precision and their bytes."""
@@ -128,6 +132,7 @@ class Usage:
         self.sites[site].replaced_bytes += StoredBytes.of([store]).plain_bytes - store.exact_bytes
         # Tokens with small key norms are part of n_exact; their unread codes are part of encoded_bytes.
         self.sites[site].n_small += store.n_small
+        self.sites[site].n_kept += sum(_n_kept(store.quantizer, codes) for codes in store.blocks) - store.n_small
         self.add_exact(site, store.n_exact, store.exact_bytes)
 
     def include(self, other: "Usage") -> None:
@@ -140,11 +145,12 @@ class Usage:
 
     @property
     def quantized_fraction(self) -> float:
-        """Share of the tokens, over all sites, that quantizers of fewer than 16 bits have encoded."""
-        # Quantizers of 16 bits or more (identity) encode without loss; their tokens count as not quantized.
+        """Share of the tokens, over all sites, that quantizers of fewer than 16 bits have encoded and not kept."""
+        # Quantizers of 16 bits or more (identity) encode without loss, and kept tokens have 16 bits (`ExactSinks`):
+        # neither count as quantized.
         total = sum(use.n_encoded + use.n_exact for use in self.sites.values())
-        lossy = sum(use.n_encoded for site, use in self.sites.items() if self.quantizers[site].spec.bits < 16)
-        return lossy / total if total else 0.0
+        lossy = [use for site, use in self.sites.items() if self.quantizers[site].spec.bits < 16]
+        return sum(use.n_encoded - use.n_kept for use in lossy) / total if total else 0.0
 
     def bits(self, tensor: str) -> float:
         """Stored bits per element of the encoded keys or values, without static bytes."""
@@ -189,6 +195,11 @@ class Usage:
 
     def _chosen(self, tensor: str) -> dict[Site, SiteUsage]:
         return {site: use for site, use in self.sites.items() if site.tensor == tensor}
+
+
+def _n_kept(quantizer: Quantizer, codes: Codes) -> int:
+    exact = quantizer.exact_tokens(codes)
+    return 0 if exact is None else int(exact.sum())
 
 
 @contextmanager

@@ -12,11 +12,12 @@ from artifacts.codes import Codes
 from artifacts.coding.finite import expect_finite
 from artifacts.errors import InvalidValueError, NonFiniteError
 from artifacts.quantizer import Context, Quantizer
+from artifacts.sites import Site
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AbstractWrapper(Quantizer):
-    """Base of wrappers; the wrapped quantizer always gets float32.
+    """Base of wrappers; the wrapped quantizer gets float32 where its input is changed.
 
     Parameters
     ----------
@@ -44,6 +45,11 @@ class AbstractWrapper(Quantizer):
         return other
 
     @property
+    def sources(self) -> tuple[Site, ...]:  # type: ignore[override]  # of this quantizer, not of its class
+        """Sources of the wrapped quantizer."""
+        return self.inner.sources
+
+    @property
     def tokens_per_scale(self) -> int | None:
         """Tokens per scale of the wrapped quantizer."""
         return self.inner.tokens_per_scale
@@ -61,6 +67,10 @@ class AbstractWrapper(Quantizer):
     def outside(self, x: Float[Tensor, "tokens channels"]) -> Bool[Tensor, "tokens channels"] | None:
         """Range check of the wrapped quantizer."""
         return self.inner.outside(x)
+
+    def exact_tokens(self, codes: Codes) -> Bool[Tensor, " tokens"] | None:
+        """Tokens that the wrapped quantizer keeps."""
+        return None if codes.inner is None else self.inner.exact_tokens(codes.inner)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -9,6 +9,7 @@ from calib.estimators.codebook import CodebookEstimator
 from calib.estimators.compact_sparse import CompactSparseEstimator
 from calib.estimators.entropy_coded import EntropyCodedEstimator
 from calib.estimators.estimator import Allowance, Estimator, Fit
+from calib.estimators.exact_sinks import ExactSinksEstimator
 from calib.estimators.floats import BlockFloatEstimator, Float8Estimator
 from calib.estimators.hadamard import HadamardEstimator
 from calib.estimators.identity import IdentityEstimator
@@ -36,7 +37,8 @@ AnyEstimator = Annotated[
     | NormalisedEstimator
     | HadamardEstimator
     | RotatedEstimator
-    | PredictedEstimator,
+    | PredictedEstimator
+    | ExactSinksEstimator,
     Field(discriminator="method"),
 ]
 
@@ -47,6 +49,7 @@ for _wrapping in (
     HadamardEstimator,
     RotatedEstimator,
     PredictedEstimator,
+    ExactSinksEstimator,
 ):
     _wrapping.model_rebuild(_types_namespace={"AnyEstimator": AnyEstimator})
 
@@ -59,6 +62,7 @@ __all__ = [
     "CompactSparseEstimator",
     "EntropyCodedEstimator",
     "Estimator",
+    "ExactSinksEstimator",
     "Fit",
     "Float8Estimator",
     "HadamardEstimator",

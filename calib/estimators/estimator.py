@@ -136,6 +136,7 @@ def trial_statistics(shape: SiteShape) -> SiteStatistics:
     statistics = SiteStatistics(replace(shape, rotary_dim=0), "full", fisher=True)
     statistics.update(x, x)
     statistics.samples |= {"rows": x, "row_gradients": x}
+    statistics.start_rows = x / 10
     if shape.site.tensor == "key":
         statistics.query_metric = torch.eye(shape.head_dim, dtype=torch.float64).expand(shape.heads, -1, -1)
         statistics.query_energy = torch.ones(shape.channels, dtype=torch.float64)

@@ -2,6 +2,9 @@
 
 from dataclasses import replace
 
+from pydantic import model_validator
+
+from artifacts.errors import InvalidValueError
 from calib.estimators.estimator import EXACT, Allowance, Estimator, Fit
 from calib.statistics.site_statistics import SiteStatistics
 
@@ -16,6 +19,13 @@ class WrappingEstimator(Estimator):
     """
 
     inner: "AnyEstimator"  # type: ignore[name-defined]  # resolved by the table that it is a part of
+
+    @model_validator(mode="after")
+    def _possible_inside(self) -> "WrappingEstimator":
+        # First tokens, to whose norms others are compared, are not transformed with the reservoir.
+        if self.inner.method == "exact_sinks":
+            raise InvalidValueError("exact_sinks goes around all other methods of a site; got it inside another")
+        return self
 
     @property
     def needs_fisher(self) -> bool:

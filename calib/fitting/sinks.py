@@ -9,6 +9,7 @@ from torch import Tensor
 
 from artifacts.manifest import SinkChoice
 from artifacts.quantizer import Context, Quantizer
+from artifacts.quantizers.exact_sinks import ExactSinks
 from artifacts.sites import Site
 from calib.statistics.model_statistics import ModelStatistics
 from calib.statistics.readers import score_weights
@@ -25,7 +26,8 @@ def choose_sinks(statistics: ModelStatistics, quantizers: Mapping[Site, Quantize
 
     The key of an attention sink is far away from all others, and most queries read it, so that a quantizer of the
     others serves it badly. Errors of keys are weighted by what queries read, errors of values by the expected squared
-    logits of their tokens; at each site they are relative to the variance of ordinary tokens.
+    logits of their tokens; at each site they are relative to the variance of ordinary tokens. Tokens that `ExactSinks`
+    keeps count as quantized: its threshold is fitted to first tokens that are left out, and goes with them.
 
     Parameters
     ----------
@@ -34,7 +36,8 @@ def choose_sinks(statistics: ModelStatistics, quantizers: Mapping[Site, Quantize
     quantizers : Mapping[Site, Quantizer]
         Quantizers of all cached sites, fitted without the first 8 positions.
     """
-    token_errors, token_bits = _measured(statistics, quantizers)
+    coded = {site: own.inner if isinstance(own, ExactSinks) else own for site, own in quantizers.items()}
+    token_errors, token_bits = _measured(statistics, coded)
     # Mean error of T tokens with the first n exact: D(n) = (sum of e_p over p from n to 7, + (T - 8) e_rest) / T. Mean
     # bits: B(n) = ((T - n) b + 16 n) / T.
     later = (_CONTEXT_TOKENS - FIRST_POSITIONS) * float(token_errors[FIRST_POSITIONS])

@@ -84,6 +84,7 @@ class SiteStatistics:
         self.query_metric: Float64[Tensor, "heads head_dim head_dim"] | None = None
         self.token_weights: Float32[Tensor, " rows"] | None = None
         self.sources: Sources | None = None
+        self.start_rows = torch.empty(0, channels)
         self.samples = {name: torch.empty(0, channels) for name in sampled}
         self._unread: dict[str, _Unread] = {}
         self._n_changes = 0
@@ -176,7 +177,10 @@ class SiteStatistics:
         self._keep(first_rows, **{name: t for name, t in other.samples.items() if name not in _RESERVOIR})
 
     def from_position(self, sink_tokens: int, sample: RowSample, first: RowSample) -> "SiteStatistics":
-        """Statistics of all positions from `sink_tokens` on, each computed on first access."""
+        """Statistics of all positions from `sink_tokens` on, each computed on first access.
+
+        First tokens that are left out are the `start_rows` of the result.
+        """
         # State of positions 8 and above, plus the sampled rows of positions sink_tokens to 7: no second model pass.
         chosen = SiteStatistics(self.shape, self.tier, fisher=self.fisher)
         kept, device = first.positions >= sink_tokens, self.moments.sums.device
@@ -186,6 +190,7 @@ class SiteStatistics:
         chosen.samples |= self.samples
         for name in chosen.samples.keys() & set(_RESERVOIR):
             chosen.samples[name] = self.samples[name][sample.positions >= sink_tokens]
+        chosen.start_rows = self.first_rows[(first.positions == 0) & ~kept]
         return chosen
 
     def mapped(

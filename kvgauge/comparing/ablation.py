@@ -22,8 +22,13 @@ class Setup:
 
 
 def without_sinks(setup: Setup) -> Setup | None:
-    """The first tokens are quantized like the others."""
+    """The first tokens are quantized like the others, and so are later ones that are exact for being like them."""
     return _edited(setup, {"sink_tokens": 0}) if setup.recipe.sink_tokens else None
+
+
+def without_exact_sinks(setup: Setup) -> Setup | None:
+    """Later tokens that act like sinks are quantized like the others."""
+    return _everywhere(setup, lambda entry: _inner(entry) if entry.get("method") == "exact_sinks" else entry)
 
 
 def without_outliers(setup: Setup) -> Setup | None:
@@ -147,6 +152,7 @@ def without_overrides(setup: Setup) -> Setup | None:
 
 INGREDIENTS: Mapping[str, Callable[[Setup], Setup | None]] = {
     "sinks": without_sinks,
+    "exact_sinks": without_exact_sinks,
     "outliers": without_outliers,
     "rotation": without_rotation,
     "weights": without_weights,

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from artifacts.quantizer import Quantizer
+from artifacts.quantizers.exact_sinks import ExactSinks
 from artifacts.quantizers.mixed_codebook import MixedCodebook
 from artifacts.quantizers.predicted import Predicted
 from artifacts.quantizers.wrapper import AbstractWrapper
@@ -25,8 +26,9 @@ def predictions(
     for site in sorted(quantizers):
         quantizer = quantizers[site]
         context = tuple(decoded[source] for source in quantizer.sources)
-        if isinstance(quantizer, Predicted):
-            predicted[site] = quantizer.predict(context)
+        predictor = quantizer.inner if isinstance(quantizer, ExactSinks) else quantizer
+        if isinstance(predictor, Predicted):
+            predicted[site] = predictor.predict(context)
         decoded[site] = quantizer.simulate(vectors[site].float(), context)
     return predicted
 

@@ -27,6 +27,7 @@ from artifacts.quantizers.centred import Centred
 from artifacts.quantizers.codebook import Codebook, DynamicCodebook
 from artifacts.quantizers.dynamic_affine import DynamicAffine
 from artifacts.quantizers.entropy_coded import EntropyCoded
+from artifacts.quantizers.exact_sinks import ExactSinks
 from artifacts.quantizers.float8 import DynamicFloat8, Float8
 from artifacts.quantizers.hadamard import Hadamard
 from artifacts.quantizers.identity import Identity
@@ -135,6 +136,10 @@ def transforms() -> list[Quantizer]:
     ]
 
 
+def exact_sinks(inner: Quantizer, least_norm: float = 6.5) -> ExactSinks:
+    return ExactSinks(channels=CHANNELS, inner=inner, least_norm=torch.tensor([least_norm]))
+
+
 FAMILIES: dict[str, list[Quantizer]] = {
     "uniform": [*(affine(bits) for bits in range(1, 9)), Affine(channels=CHANNELS, bits=4, scale=STEPS / 4)],
     "dynamic": [
@@ -181,8 +186,19 @@ FAMILIES: dict[str, list[Quantizer]] = {
     "float16": [Identity(channels=CHANNELS), *sparse()[:3]],
     "bfloat16": [Identity(channels=CHANNELS), *sparse()[:3]],
     "float64": [Identity(channels=CHANNELS), sparse()[2]],
+    "sinks": [
+        exact_sinks(codebook()),
+        exact_sinks(dynamic(per="channel", group_size=4)),
+        exact_sinks(predicted(entropy_coded(shifted=True), "layers.0.value")),
+    ],
+    "sinks-bfloat16": [exact_sinks(sparse()[0])],
 }
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float64": torch.float64,
+    "sinks-bfloat16": torch.bfloat16,
+}
 
 
 def artifact(family: str) -> Artifact:

@@ -16,6 +16,7 @@ from artifacts.quantizers.centred import Centred
 from artifacts.quantizers.codebook import Codebook, DynamicCodebook
 from artifacts.quantizers.dynamic_affine import DynamicAffine
 from artifacts.quantizers.entropy_coded import EntropyCoded, mean_entropy
+from artifacts.quantizers.exact_sinks import ExactSinks
 from artifacts.quantizers.float8 import DynamicFloat8, Float8
 from artifacts.quantizers.hadamard import Hadamard
 from artifacts.quantizers.identity import Identity
@@ -156,6 +157,12 @@ def compact(inner: Quantizer) -> CompactSparse:
     return CompactSparse(channels=inner.channels, inner=inner, head_dim=head_dim, outliers_per_head=1, value_scale=unit)
 
 
+def exact_sinks(inner: Quantizer) -> ExactSinks:
+    """About a third of `tokens` is below the threshold."""
+    least_norm = torch.tensor([1.45 * inner.channels**0.5])
+    return ExactSinks(channels=inner.channels, inner=inner, least_norm=least_norm)
+
+
 QUANTIZERS: dict[str, Callable[[int, int], Quantizer]] = {
     "identity": lambda channels, bits: Identity(channels=channels),
     "affine": affine,
@@ -209,6 +216,10 @@ QUANTIZERS: dict[str, Callable[[int, int], Quantizer]] = {
     "hadamard-normalised": lambda channels, bits: hadamard(normalised(affine(channels, bits))),
     "normalised-codebook": lambda channels, bits: normalised(codebook(channels, bits), group_size=group(channels)),
     "normalised-dynamic": lambda channels, bits: normalised(dynamic(channels, bits), target="unit_norm", correct=True),
+    "exact-sinks-codebook": lambda channels, bits: exact_sinks(codebook(channels, bits)),
+    "exact-sinks-threshold": lambda channels, bits: exact_sinks(threshold(rotated(affine(channels, bits)))),
+    "exact-sinks-groups": lambda channels, bits: exact_sinks(dynamic(channels, bits, per="channel", group_size=4)),
+    "exact-sinks-entropy-coded": lambda channels, bits: exact_sinks(entropy_coded(channels, bits)),
 }
 
 

@@ -12,6 +12,7 @@ from artifacts.model.attention import AttentionLayer
 from artifacts.model.layout import to_rows
 from artifacts.quantizer import Quantizer
 from artifacts.quantizers.codebook import DynamicCodebook
+from artifacts.quantizers.exact_sinks import ExactSinks
 from artifacts.quantizers.sparse import AbstractSparse, CompactSparse, ThresholdSparse, clamp_outliers
 from artifacts.quantizers.wrapper import AbstractTransform, AbstractWrapper
 from artifacts.sites import Site
@@ -129,7 +130,7 @@ def static_range(quantizer: Quantizer) -> tuple[Float32[Tensor, " channels"], Fl
     """
     if isinstance(quantizer, ThresholdSparse):
         return quantizer.lower, quantizer.upper
-    if isinstance(quantizer, AbstractSparse | CompactSparse):
+    if isinstance(quantizer, AbstractSparse | CompactSparse | ExactSinks):
         return static_range(quantizer.inner)
     # Every kind of quantizer tells its range this way, without a case for each: values far beyond it come back as its
     # ends.
@@ -145,6 +146,9 @@ def kept_mask(quantizer: Quantizer, x: Float32[Tensor, "tokens channels"]) -> Bo
         return quantizer.mask(x)
     if isinstance(quantizer, AbstractTransform):
         return kept_mask(quantizer.inner, quantizer.transform(x))
+    if isinstance(quantizer, ExactSinks):
+        tokens, values = quantizer.mask(x)[:, None].expand_as(x), kept_mask(quantizer.inner, x)
+        return tokens if values is None else tokens | values
     return None
 
 
@@ -154,6 +158,9 @@ def levels_over_values(quantizer: Quantizer, x: Float32[Tensor, "tokens channels
     Static levels are shown on the channel whose squared error is largest, levels within each token's own range on all
     values.
     """
+    if isinstance(quantizer, ExactSinks):
+        coded = ~quantizer.mask(x)
+        x, quantizer = x[coded] if coded.any() else x, quantizer.inner
     changes = ""
     while isinstance(quantizer, AbstractTransform):
         x, changes, quantizer = quantizer.transform(x), f"{changes}, {quantizer.kind}", quantizer.inner

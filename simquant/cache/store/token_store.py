@@ -286,7 +286,7 @@ class TokenStore:
         if kept is None or not isinstance(self.quantizer, KeptExact):
             return self._encoded_by(self.quantizer, rows)
         codes = self._encoded_by(self.quantizer.inner, self.quantizer.stand_ins(rows, kept))
-        return self.quantizer.joined(codes, rows, kept)
+        return self.quantizer.joined(codes, rows[kept], kept)
 
     def _encoded_by(self, quantizer: Quantizer, rows: Tensor) -> Codes:
         if self._state is None:

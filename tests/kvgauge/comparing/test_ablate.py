@@ -113,6 +113,8 @@ def test_ingredients_inside_others_and_in_overrides_are_found() -> None:
     assert without("rotation", recipe).key.inner == recipe.key.inner.inner
     removed = without("outliers", recipe)
     assert values(removed, "outliers") == {"null"}
+    around = recipe_of(value={"method": "exact_sinks", "inner": nested})
+    assert without("exact_sinks", around).value == around.value.inner
     assert removed.key.inner.inner.bits == 4
     assert without("overrides", recipe) == recipe.edited({"overrides": []})
 

@@ -24,6 +24,7 @@ from artifacts.manifest import SinkChoice
 from artifacts.model.attention import attention_layers
 from artifacts.quantizers.affine import Affine
 from artifacts.quantizers.codebook import Codebook
+from artifacts.quantizers.exact_sinks import ExactSinks
 from artifacts.quantizers.hadamard import Hadamard
 from artifacts.quantizers.sparse import PercentileSparse, ThresholdSparse
 from calib import fit, load_recipe
@@ -422,6 +423,21 @@ def test_values_that_are_kept_are_found_behind_a_transform() -> None:
     assert mask is not None
     assert torch.equal(mask, sparse.mask(outer.transform(x)))
     assert kept_mask(_codebook(), x) is None
+
+
+def test_tokens_that_are_kept_are_among_the_kept_values_and_over_no_levels() -> None:
+    x = 5 + torch.randn(16, 4)
+    x[::4] = 0.01
+    sparse = PercentileSparse(channels=4, inner=_codebook(), outlier_fraction=0.25)
+    outer = ExactSinks(channels=4, inner=sparse, least_norm=torch.ones(1))
+    mask, small = kept_mask(outer, x), x.norm(dim=1) < 1
+    assert mask is not None
+    assert torch.equal(mask, sparse.mask(x) | small[:, None])
+    assert levels_over_values(outer, x) == levels_over_values(sparse, x[~small])
+    assert levels_over_values(outer, x[small]) is not None
+    plain = ExactSinks(channels=4, inner=_codebook(), least_norm=torch.ones(1))
+    assert kept_mask(plain, x)[:, 0].tolist() == small.tolist()
+    assert [end.tolist() for end in static_range(plain)] == [end.tolist() for end in static_range(_codebook())]
 
 
 def _comparison(path: Path, perplexity: float) -> Path:
