@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from jaxtyping import Float32, Float64, Int64
+from jaxtyping import Bool, Float32, Float64, Int64
 from torch import Tensor
 
 from artifacts.manifest import SinkChoice
@@ -12,7 +12,7 @@ from artifacts.quantizer import Context, Quantizer
 from artifacts.quantizers.exact_sinks import ExactSinks
 from artifacts.sites import Site
 from calib.statistics.model_statistics import ModelStatistics
-from calib.statistics.readers import score_weights
+from calib.statistics.readers import log_attention
 from calib.statistics.site_statistics import FIRST_POSITIONS
 
 _CONTEXT_TOKENS = 2048
@@ -25,8 +25,8 @@ def choose_sinks(statistics: ModelStatistics, quantizers: Mapping[Site, Quantize
     """Number of first tokens with the least weighted error per counted bit, at most 8, and its grounds.
 
     The key of an attention sink is far away from all others, and most queries read it, so that a quantizer of the
-    others serves it badly. Errors of keys are weighted by what queries read, errors of values by the expected squared
-    logits of their tokens; at each site they are relative to the variance of ordinary tokens. Tokens that `ExactSinks`
+    others serves it badly. Errors of keys are those of logits; those of keys and values are weighted by the attention
+    that a token can expect, and at each site relative to the variance of ordinary tokens. Tokens that `ExactSinks`
     keeps count as quantized: its threshold is fitted to first tokens that are left out, and goes with them.
 
     Parameters
@@ -38,12 +38,11 @@ def choose_sinks(statistics: ModelStatistics, quantizers: Mapping[Site, Quantize
     """
     coded = {site: own.inner if isinstance(own, ExactSinks) else own for site, own in quantizers.items()}
     token_errors, token_bits = _measured(statistics, coded)
-    # Mean error of T tokens with the first n exact: D(n) = (sum of e_p over p from n to 7, + (T - 8) e_rest) / T. Mean
-    # bits: B(n) = ((T - n) b + 16 n) / T.
-    later = (_CONTEXT_TOKENS - FIRST_POSITIONS) * float(token_errors[FIRST_POSITIONS])
+    # Means over T tokens with the first n exact: errors D(n) = (sum of e_p over p from n to 7, + (T - 8) e_rest) / T,
+    # and bits B(n) likewise, + 16 n / T. Entropy coders spend on a sink, as an escape, what others lose on it.
     numbers = range(most_sinks(statistics) + 1)
-    errors = [_stored((float(token_errors[n:FIRST_POSITIONS].sum()) + later) / _CONTEXT_TOKENS) for n in numbers]
-    bits = [_stored(token_bits + n * (_EXACT_BITS - token_bits) / _CONTEXT_TOKENS) for n in numbers]
+    errors = [_stored(_mean_from(n, token_errors)) for n in numbers]
+    bits = [_stored(_mean_from(n, token_bits) + n * _EXACT_BITS / _CONTEXT_TOKENS) for n in numbers]
     # At high resolution D falls as 2^(-2 B), 6.02 dB a bit (Bennett 1948): along that line B + log2(D) / 2 is constant,
     # and where it is less, exact tokens save more error than their bits would in all codes. The first minimum counts.
     costs = [b + math.log2(d) / 2 if d else -math.inf for d, b in zip(errors, bits, strict=True)]
@@ -55,6 +54,12 @@ def most_sinks(statistics: ModelStatistics) -> int:
     """Largest number of sink tokens that a cache of the model takes: at most 8, and fewer than a sliding window."""
     windows: Sequence[int | None] = statistics.origin.model.get("sliding_window") or ()
     return min([FIRST_POSITIONS, *(window - 1 for window in windows if window)])
+
+
+def _mean_from(n: int, by_position: Float64[Tensor, " positions"]) -> float:
+    """Mean over a sequence of which the first n tokens count nothing; the last entry is of all later positions."""
+    first, later = by_position[n:FIRST_POSITIONS].sum(), by_position[FIRST_POSITIONS]
+    return float(first + (_CONTEXT_TOKENS - FIRST_POSITIONS) * later) / _CONTEXT_TOKENS
 
 
 def _stored(figure: float) -> float:
@@ -77,21 +82,33 @@ def _reason(number: int, costs: Sequence[float], errors: Sequence[float], bits: 
 
 def _measured(
     statistics: ModelStatistics, quantizers: Mapping[Site, Quantizer]
-) -> tuple[Float64[Tensor, " positions"], float]:
+) -> tuple[Float64[Tensor, " positions"], Float64[Tensor, " positions"]]:
     """Relative squared error at positions 0 to 7 and at all later ones, mean over sites; and mean bits per value."""
     positions = _rows(statistics, statistics.sample.positions, statistics.first.positions)
     ordinary = positions >= FIRST_POSITIONS
-    errors, bits, channels = torch.zeros(FIRST_POSITIONS + 1, dtype=torch.float64), 0.0, 0
+    errors, bits = torch.zeros(2, FIRST_POSITIONS + 1, dtype=torch.float64)
     for site, x, context, decoded in _simulated(statistics, quantizers):
         quantizer = quantizers[site]
         spread, squared = _weighed(statistics, site, [x - x[ordinary].mean(dim=0), x - decoded])
         variance = float(spread[ordinary].mean())
         errors += _by_position(squared, positions) / variance if variance else 0.0
+        bits += _bits_by_position(quantizer, x, context, positions)
+    return errors / len(quantizers), bits / sum(quantizer.channels for quantizer in quantizers.values())
+
+
+def _bits_by_position(
+    quantizer: Quantizer, x: Float32[Tensor, "rows channels"], context: Context, positions: Int64[Tensor, " rows"]
+) -> Float64[Tensor, " positions"]:
+    """Mean bits of a token at positions 0 to 7 and at all later ones, like `_by_position`."""
+
+    def bits(chosen: Bool[Tensor, " rows"]) -> float:
         # In the dtype of a model that runs in 16 bits, in which tokens and outliers are counted.
-        codes = quantizer.encode(x[ordinary].bfloat16(), tuple(u[ordinary] for u in context))
-        bits += 8 * codes.nbytes / int(ordinary.sum())
-        channels += quantizer.channels
-    return errors / len(quantizers), bits / channels
+        codes = quantizer.encode(x[chosen].bfloat16(), tuple(u[chosen] for u in context))
+        return 8 * codes.nbytes / int(chosen.sum())
+
+    later = bits(positions >= FIRST_POSITIONS)
+    places = [positions == p for p in range(FIRST_POSITIONS)]
+    return torch.tensor([*(bits(at) if at.any() else later for at in places), later], dtype=torch.float64)
 
 
 def _simulated(
@@ -112,18 +129,31 @@ def _simulated(
 def _weighed(
     statistics: ModelStatistics, site: Site, differences: Sequence[Float32[Tensor, "rows channels"]]
 ) -> list[Float64[Tensor, " rows"]]:
-    """Weighted squares of differences at each token: of logits for keys, times expected squared logits for values."""
-    key = next((name for name in statistics.sites if name.layer == site.layer and name.tensor == "key"), None)
-    own = None if key is None else statistics.site(key, FIRST_POSITIONS)
-    if key is None or own is None or own.query_metric is None or own.query_energy is None:
-        return [rows.double().square().sum(dim=1) for rows in differences]
-    if site == key:
+    """Squares of differences at each token, weighted by its expected attention; those of keys are of logits."""
+    heads = [rows.double().unflatten(1, (statistics.sites[site].shape.heads, -1)) for rows in differences]
+    layer = {name.tensor: name for name in statistics.sites if name.layer == site.layer}
+    key, query = layer.get("key"), layer.get("query")
+    if key is None or query is None:
+        return [x.square().sum(dim=(1, 2)) for x in heads]
+    metric, weights = statistics.site(key, FIRST_POSITIONS).query_metric, _attention(statistics, key, query)
+    if site == key and metric is not None:
         # e^T G e, head by head.
-        heads = [rows.double().unflatten(1, (own.shape.heads, -1)).transpose(0, 1) for rows in differences]
-        return [(e @ own.query_metric * e).sum(dim=(0, 2)) for e in heads]
-    keys = _rows(statistics, statistics.sites[key].rows, statistics.sites[key].first_rows)
-    weights = score_weights(keys, own.query_energy)
-    return [weights * rows.double().square().sum(dim=1) for rows in differences]
+        return [(weights * ((x.transpose(0, 1) @ metric).transpose(0, 1) * x).sum(dim=2)).sum(dim=1) for x in heads]
+    return [(weights * x.square().sum(dim=2)).sum(dim=1) for x in heads]
+
+
+def _attention(statistics: ModelStatistics, key: Site, query: Site) -> Float64[Tensor, "rows kv_heads"]:
+    """Expected attention to each token, in units of that to an ordinary one."""
+    own, queries = statistics.sites[key], statistics.sites[query]
+    queries = queries.from_position(FIRST_POSITIONS, statistics.sample, statistics.first)
+    rows = _rows(statistics, own.rows, own.first_rows)
+    logits = log_attention(own.shape, rows, queries, statistics.seqlen)
+    n_ordinary = int((statistics.sample.positions >= FIRST_POSITIONS).sum())
+    relative = (logits - logits[:n_ordinary].logsumexp(dim=0) + math.log(n_ordinary)).exp()
+    # A query sees T / 2 tokens on average. A sink of r times the ordinary share takes r / (r + T / 2) of the attention.
+    seen = _CONTEXT_TOKENS / 2
+    weights: Tensor = (seen / (1 + seen / relative)).mean(dim=2)
+    return weights
 
 
 def _rows(statistics: ModelStatistics, sampled: Tensor, first: Tensor) -> Tensor:

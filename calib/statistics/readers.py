@@ -55,14 +55,65 @@ def logit_metric(
     """
     if not key.frequencies or key.site.stage == "post_rope":
         return moment
+    order, (weights, turns) = _pairs_first(key), _distances(key, context_tokens)
+    return _turned(moment[:, order][:, :, order], weights, turns)[:, order.argsort()][:, :, order.argsort()]
+
+
+def log_attention(
+    key: SiteShape, rows: Float32[Tensor, "rows channels"], query: SiteStatistics, context_tokens: int
+) -> Float64[Tensor, "rows kv_heads group"]:
+    """Logarithm of the expected attention to each key before normalisation, by each query head of its group.
+
+    Queries count as Gaussian and a logit as q . k / sqrt(head_dim), whatever scale or cap a model has of its own.
+
+    Parameters
+    ----------
+    key : SiteShape
+        Shape of the keys.
+    rows : Float32[Tensor, "rows channels"]
+        Keys.
+    query : SiteStatistics
+        Statistics of the queries of the layer.
+    context_tokens : int
+        Length of the context, from 1.
+
+    References
+    ----------
+    arXiv:2510.00636 (expected attention).
+    """
+    # For a logit s that is Gaussian, E[e^s] = exp(E s + Var s / 2). With queries turned by their distance,
+    # E s = m . k / sqrt(d) and E s^2 = k^T G k / d, G being the metric of the head and m the mean of R_D q.
+    means = query.moments.mean().cpu().view(key.heads, -1, key.head_dim)
+    seconds: Tensor = query.moments.second().cpu().unflatten(0, (key.heads, -1))
+    keys, found = rows.double().unflatten(1, (key.heads, -1)), []
+    for mean, second in zip(means.unbind(1), seconds.unbind(1), strict=True):
+        first = (keys * _mean_turned(key, mean, context_tokens)).sum(dim=2) / key.head_dim**0.5
+        square = ((keys.transpose(0, 1) @ logit_metric(key, second, context_tokens)).transpose(0, 1) * keys).sum(dim=2)
+        found.append(first + (square / key.head_dim - first.square()).clamp_min(0) / 2)
+    return torch.stack(found, dim=2)
+
+
+def _mean_turned(
+    key: SiteShape, mean: Float64[Tensor, "kv_heads head_dim"], context_tokens: int
+) -> Float64[Tensor, "kv_heads head_dim"]:
+    """Mean over the distances of a context of a mean query of each head, turned by RoPE."""
+    if not key.frequencies or key.site.stage == "post_rope":
+        return mean
+    order, n = _pairs_first(key), key.rotary_dim // 2
+    weights, turns = _distances(key, context_tokens)
+    first, rest, second = mean[:, order].split([n, key.head_dim - 2 * n, n], dim=1)
+    pairs = torch.complex(first, second) * (weights @ turns)[:n]
+    return torch.cat([pairs.real, rest, pairs.imag], dim=1)[:, order.argsort()]
+
+
+def _distances(key: SiteShape, context_tokens: int) -> tuple[Tensor, Tensor]:
+    """Weight of each distance in a context, and the turn of each pair at it as a complex number; 1 without rotation."""
     # A context of T tokens has T - D pairs of positions at distance D. R_m^T R_n depends on m - n alone (RoPE, arXiv
     # 2104.09864, equation 16): q_m^T R_m^T R_n e = (R_D q)^T e with D = m - n.
     distances = torch.arange(context_tokens, dtype=torch.float64)
     weights = (context_tokens - distances).to(torch.complex128) / float((context_tokens - distances).sum())
     turns = torch.exp(1j * distances[:, None] * torch.tensor(key.frequencies, dtype=torch.float64))
-    turns = torch.cat([turns, turns.new_ones(context_tokens, key.head_dim - key.rotary_dim)], dim=1)
-    order = _pairs_first(key)
-    return _turned(moment[:, order][:, :, order], weights, turns)[:, order.argsort()][:, :, order.argsort()]
+    return weights, torch.cat([turns, turns.new_ones(context_tokens, key.head_dim - key.rotary_dim)], dim=1)
 
 
 def _pairs_first(key: SiteShape) -> Tensor:
