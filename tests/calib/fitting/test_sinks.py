@@ -92,8 +92,11 @@ def test_the_figures_are_those_of_a_few_plain_lines(far: int) -> None:
     quantizers, x = fit(statistics(far), recipe(sink_tokens=8)), vectors(far)
     q = x[QUERY][:, 8:].reshape(-1, HEADS, 2, DIM).double()
     metric = torch.einsum("thgi,thgj->hij", q, q) / (2 * len(q))
-    energy = metric.diagonal(dim1=1, dim2=2).reshape(-1)
-    weights = {KEY: torch.ones(N_WINDOWS, N_TOKENS).double(), VALUE: x[KEY].double().square() @ energy}
+    keys = x[KEY].view(N_WINDOWS, N_TOKENS, HEADS, 1, DIM).double()
+    logits = torch.einsum("nhgd,wthxd->nwthg", q, keys) / DIM**0.5
+    attention = (logits.mean(dim=0) + logits.var(dim=0, correction=0) / 2).exp()
+    attention = attention / attention[:, 8:].mean(dim=(0, 1))
+    weights = (1024 / (1 + 1024 / attention)).mean(dim=3)
     errors, n_bits = torch.zeros(N_TOKENS).double(), []
     for site, quantizer in quantizers.items():
         rows = x[site].reshape(-1, HEADS * DIM)
@@ -101,7 +104,7 @@ def test_the_figures_are_those_of_a_few_plain_lines(far: int) -> None:
         spread = (x[site] - x[site][:, 8:].mean(dim=(0, 1))).view_as(error).double()
         forms = metric if site == KEY else torch.eye(DIM).double().expand(HEADS, -1, -1)
         error, spread = (
-            weights[site] * torch.einsum("wthi,hij,wthj->wt", each, forms, each) for each in (error, spread)
+            (weights * torch.einsum("wthi,hij,wthj->wth", each, forms, each)).sum(dim=2) for each in (error, spread)
         )
         errors += error.mean(dim=0) / spread[:, 8:].mean() / 2
         n_bits.append(8 * quantizer.encode(rows[:64].half()).nbytes / 64 / rows.shape[1])

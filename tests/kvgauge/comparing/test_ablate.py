@@ -135,7 +135,7 @@ def test_equal_levels_have_no_fewer_bits_than_those_that_were_allotted() -> None
 def test_a_shared_budget_is_given_to_every_site_alike() -> None:
     shared = load_recipe("eigen").edited({"target_bits": 2.25})
     unshared = without("budget", shared)
-    assert (unshared.target_bits, unshared.key.inner.bits, unshared.value.inner.bits) == (None, 2.25, 2.25)
+    assert (unshared.target_bits, unshared.key.inner.bits, unshared.value.inner.inner.bits) == (None, 2.25, 2.25)
     plain = without("allotment", shared)
     assert (plain.target_bits, plain.key.inner.method, plain.key.inner.bits) == (None, "codebook", 3)
 

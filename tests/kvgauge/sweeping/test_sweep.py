@@ -209,7 +209,7 @@ def test_a_failed_cell_stops_no_other_and_is_tried_again(
 def test_a_model_that_cannot_be_had_fails_its_own_cells_only(swept: None) -> None:
     assert sweep("recipes: [kvquant]\n", settings=SETTINGS.replace("[model]", "[./gone, model]")) == 1
     assert [row["model"] for row in summary()["cells"]] == ["model"]
-    assert "./gone: no such folder" in summary()["failed"][0]["error"]
+    assert "./gone: no such file or folder" in summary()["failed"][0]["error"]
 
 
 @pytest.mark.parametrize("damage", [lambda text: text[:-40], lambda text: text.replace("0.", "1.", 1), lambda _: ""])
