@@ -37,7 +37,20 @@ def headline_text(found: Found) -> str:
     return f"{fenced(commands, '')}\n\n{markdown_table([heads, ['---', *4 * ['--:']], *rows])}"
 
 
-SPECIAL_BLOCKS: Mapping[str, Callable[[Found], str]] = {"demo": demo_text, "headline": headline_text}
+def smollm2_text(found: Found) -> str:
+    """Bits and losses on a real model, without the columns that a first look can do without."""
+    heads = ("recipe", "bits", "nats lost", "KL", "flips")
+    forms = ("{bits.average:.2f}", "{loss_nats:.4f} ± {loss_nats_stderr:.4f}", "{kl_mean:.4f}", "{top1_flips:.1%}")
+    one = found["compare-smollm2"]
+    rows = [[f"`{row.name}`", *(filled(form, row.figures) for form in forms)] for row in one.rows]
+    return f"{fenced(one.commands, '')}\n\n{markdown_table([heads, ['---', *4 * ['--:']], *rows])}"
+
+
+SPECIAL_BLOCKS: Mapping[str, Callable[[Found], str]] = {
+    "demo": demo_text,
+    "headline": headline_text,
+    "smollm2": smollm2_text,
+}
 """Blocks that are not the table of one file."""
 
 
