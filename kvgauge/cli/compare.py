@@ -145,6 +145,7 @@ def _compare(
     comparison = Comparison(found.model, found.layers(), recipes, kept)
     comparison.calibrate(model, settings)
     comparison.measure_layers(windows[: config.error_windows])
+    pass_seconds = comparison.pass_seconds(windows[: config.error_windows])
     rows = in_order(comparison.evaluate(windows, settings.batch_size))
     warn_of_overlap(rows[0].artifact, windows)
     tell(rows[0].result)
@@ -161,6 +162,10 @@ def _compare(
             "tier": settings.statistics,
         },
         "evaluation": {"text": held_out.name, "n_windows": len(windows), "batch_size": settings.batch_size},
+        "seconds": {
+            "gather": comparison.gather_seconds(),
+            "bare": {"calibration": pass_seconds * corpus.n_windows, "evaluation": pass_seconds * len(windows)},
+        },
         "error_windows": min(config.error_windows, len(windows)),
         "skipped": comparison.skipped,
     }

@@ -16,9 +16,10 @@ LEGEND = """\
 Bits per element are counted from what is stored: of the keys and the values that were encoded; their mean over the
 evaluated windows, exact tokens included; and under 2K, 32K, 128K the mean with all that is stored once (scales,
 codebooks, bases), spread over so many tokens. Nats are lost per token, with the standard error over windows. KL is
-KL(fp || quantized) in nats, mean and 99.9th percentile. Logits and output are the squared errors of the worst layer,
-over the exact logits and the exact attention output. Static: bytes that are stored once, over those of the weights.
-Decode: multiply-adds to decode a token, over those of the model's linear layers. Fit is in seconds. A star: scales look
+KL(fp || quantized) in nats, mean and 99.9th percentile. Flips: tokens whose first choice changed. Logits and output are
+the squared errors of the worst layer, over the exact logits and the exact attention output. Static: bytes that are
+stored once, over those of the weights. Decode: multiply-adds to decode a token, over those of the model's linear
+layers. Fit and evaluate are seconds; an evaluation has a pass in full precision and one quantized. A star: scales look
 at later tokens."""
 
 
@@ -94,13 +95,15 @@ _COLUMNS: dict[str, Callable[[ComparedRecipe], str]] = {
     "mean": lambda row: f"{row.mean_bits:.2f}",
     **{f"{n // 1024}K": lambda row, n=n: f"{row.amortised_bits(n):.2f}" for n in CONTEXT_TOKENS},  # type: ignore[misc]
     "nats": lambda row: f"{row.result.loss_nats:.4f} ± {error_text(row.result.loss_nats_stderr, '.4f')}",
-    "KL": lambda row: f"{row.result.kl_mean:.4f}",
+    "KL": lambda row: f"{row.result.kl_mean:.4f} ± {error_text(row.result.kl_mean_stderr, '.4f')}",
     "KL 99.9 %": lambda row: f"{row.result.kl_p999:.3f}",
+    "flips": lambda row: f"{row.result.top1_flips:.2%}",
     "logits": lambda row: f"{row.worst('logits'):.4f}",
     "output": lambda row: f"{row.worst('output'):.4f}",
     "static": lambda row: f"{row.result.costs.static_share:.1%}",
     "decode": lambda row: f"{row.result.costs.decode_share:.1%}",
     "fit": lambda row: f"{row.fit_seconds:.2f}",
+    "evaluate": lambda row: f"{row.result.seconds:.1f}",
 }
 
 

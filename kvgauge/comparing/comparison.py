@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 
+import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
@@ -52,6 +53,7 @@ class Comparison:
     _artifacts: dict[str, Artifact] = field(default_factory=dict)
     _fit_seconds: dict[str, float] = field(default_factory=dict)
     _errors: dict[str, dict[int, AttentionErrors]] = field(default_factory=dict)
+    _gatherings: dict[str, Gathering] = field(default_factory=dict)
 
     def calibrate(self, model: str, settings: Settings) -> None:
         """Fits all recipes, from one pass over the windows for each stage of keys that they take.
@@ -70,8 +72,9 @@ class Comparison:
             own = [recipe for recipe in self._left() if recipe.stage == stage]
             fisher = any(recipe.needs_fisher for recipe in own)
             missing = [recipe for recipe in own if not self._recalled(recipe)]
+            self._gatherings[stage] = Gathering(model, settings, stage, settings.statistics, fisher)
             if missing:
-                statistics = self.kept.statistics(Gathering(model, settings, stage, settings.statistics, fisher))
+                statistics = self.kept.statistics(self._gatherings[stage])
             for recipe in missing:
                 with self._or_skipped(recipe.name):
                     self._fit(statistics, recipe)
@@ -92,6 +95,19 @@ class Comparison:
                     logs[recipe.name].append(index, _to_json(found[recipe.name][-1]))
         for name, of_windows in found.items():
             self._errors[name] = _summed(of_windows[: len(windows)])
+
+    @torch.no_grad()
+    def pass_seconds(self, windows: Int64[Tensor, "windows tokens"]) -> float:
+        """Mean wall time of a bare forward pass of one window, to compare others with."""
+        device = next(self.model.parameters()).device
+        started = time.perf_counter()
+        for window in windows:
+            self.model(input_ids=window[None].to(device), use_cache=False).logits[0, -1, -1].item()  # waits for a GPU
+        return (time.perf_counter() - started) / len(windows)
+
+    def gather_seconds(self) -> dict[str, float | None]:
+        """Wall time of gathering by stage of keys; None where it was interrupted."""
+        return {stage: self.kept.gather_seconds(source) for stage, source in self._gatherings.items()}
 
     def evaluate(self, windows: Int64[Tensor, "windows tokens"], batch_size: int) -> list[ComparedRecipe]:
         """Measures the bits and the losses of each recipe.

@@ -1,5 +1,6 @@
 """Finished parts of a comparison, kept in its output folder: the same command goes on from them."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,18 @@ class KeptComparison:
 
     def statistics(self, source: Gathering) -> ModelStatistics:
         """Statistics, kept or gathered now; Ctrl-C waits for the window at hand and keeps it."""
-        return source.kept(self.folder, lambda windows: between_items(bar(windows, f"calibrating, {source.stage}")))
+        path = source.path(self.folder)
+        is_new = not path.exists() and not source.unfinished(self.folder).exists()
+        started = time.perf_counter()
+        found = source.kept(self.folder, lambda windows: between_items(bar(windows, f"calibrating, {source.stage}")))
+        if is_new:
+            write_cell(path.with_suffix(".json"), {}, {"gather_seconds": time.perf_counter() - started})
+        return found
+
+    def gather_seconds(self, source: Gathering) -> float | None:
+        """Wall time of gathering; None where it was interrupted, or is still to be done."""
+        taken = read_cell(source.path(self.folder).with_suffix(".json"))
+        return None if taken is None else float(taken["gather_seconds"])
 
     def fitted(self, recipe: Recipe) -> tuple[Artifact, float] | None:
         """The artifact fitted for a recipe and the seconds it took; None where that is still to be done."""

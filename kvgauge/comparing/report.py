@@ -21,7 +21,8 @@ def write_report(folder: Path, about: dict[str, Any], rows: Sequence[ComparedRec
         An existing folder.
     about : dict
         `command`, `model`, `perplexity` of the exact model, `calibration` and `evaluation` (`text`, `n_windows` and
-        more), `window_tokens`, `error_windows`, and `skipped` recipes with reasons.
+        more), `window_tokens`, `seconds` (`gather` by stage, `bare` passes over both texts), `error_windows`, and
+        `skipped` recipes with reasons.
     rows : Sequence[ComparedRecipe]
         In the order of the table.
     """
@@ -40,9 +41,19 @@ def _markdown(about: dict[str, Any], rows: Sequence[ComparedRecipe]) -> str:
         f"```\n{about['command']}\n```",
         table(rows),
         LEGEND,
+        _seconds(about["seconds"]),
         *(["Skipped:\n\n" + "\n".join(skipped)] if skipped else []),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _seconds(taken: dict[str, Any]) -> str:
+    bare = taken["bare"]
+    gathered = [f"{seconds:.1f} ({stage})" for stage, seconds in taken["gather"].items() if seconds is not None]
+    return (
+        f"Seconds of gathering statistics: {', '.join(gathered) or 'not known'}; of bare forward passes of the same "
+        f"windows: {bare['calibration']:.1f}; of the evaluated ones: {bare['evaluation']:.1f}."
+    )
 
 
 def _title(about: dict[str, Any]) -> str:

@@ -102,6 +102,11 @@ class Gathering:
         """File that `keep` writes."""
         return folder / f"{digest_name(self._identity(), self.model, self.stage)}.safetensors"
 
+    def unfinished(self, folder: Path) -> Path:
+        """File in which `kept` leaves the windows that were finished before Ctrl-C."""
+        path = self.path(folder)
+        return path.with_name(f"unfinished-{path.name}")
+
     def keep(self, folder: Path) -> None:
         """Gathers, and writes what was found into the folder."""
         self.gather().save(self.path(folder))
@@ -110,10 +115,9 @@ class Gathering:
         """Statistics from the folder, else gathered now and kept there; Ctrl-C loses the window at hand at most."""
         found = self._load(folder)
         if found is None:
-            path = self.path(folder)
-            unfinished = path.with_name(f"unfinished-{path.name}")
+            unfinished = self.unfinished(folder)
             found = self.gather(progress, unfinished)
-            found.save(path)
+            found.save(self.path(folder))
             unfinished.unlink(missing_ok=True)
         return found
 

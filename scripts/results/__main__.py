@@ -32,6 +32,13 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("check", help="say where a page and its results differ; write nothing")
     again = commands.add_parser("run", help="run commands again; say which figures moved")
     again.add_argument("names", nargs="*", metavar="NAME", help="files in docs/results (default: the quick ones)")
+    again.add_argument(
+        "--from",
+        dest="written",
+        type=Path,
+        metavar="FILE",
+        help="results.json of the command of the one NAME, which was run by hand; nothing is run",
+    )
     again.add_argument("--write", action="store_true", help="store what was found, with today's conditions")
     return parser
 
@@ -64,9 +71,11 @@ def _run(args: argparse.Namespace) -> int:
     unknown = sorted(set(args.names) - set(found))
     if unknown:
         raise UsageError(f"there is no docs/results/{unknown[0]}.json; known are {', '.join(found)}")
+    if args.written is not None and len(args.names) != 1:
+        raise UsageError(f"--from: expected one NAME, whose command wrote the file; got {len(args.names)}")
     failed = False
     for name in args.names or found:
-        lacking = _lacking(found[name], bool(args.names))
+        lacking = "" if args.written else _lacking(found[name], bool(args.names))
         if lacking:
             print(f"skipped  {name}: {lacking}")
         else:
@@ -77,10 +86,13 @@ def _run(args: argparse.Namespace) -> int:
 def _run_one(name: str, results: Results, args: argparse.Namespace) -> bool:
     """Runs a file's commands; whether a figure moved."""
     from scripts.results.record import remeasured
-    from scripts.results.run import measured, moved
+    from scripts.results.run import measured, moved, read
 
     started = time.monotonic()
-    figures = measured(results, _data_folder() if "shared" in results.needs else None)
+    if args.written is not None:
+        figures = read(results, args.written)
+    else:
+        figures = measured(results, _data_folder() if "shared" in results.needs else None)
     lines = list(moved(results, figures))
     state = "moved  " if lines else "ok     "
     print(f"{state}  {name}: {len(results.rows)} rows in {time.monotonic() - started:.0f} s", flush=True)

@@ -174,15 +174,28 @@ KINDS: Mapping[KindName, Kind] = {
             Column("32K", ("{amortised.32768:.2f}",)),
             Column("128K", ("{amortised.131072:.2f}",)),
             Column("nats", _NATS.forms),
-            _KL,
+            Column("KL", ("{kl_mean:.4f} ± {kl_mean_stderr:.4f}", *_KL.forms)),
             Column("KL 99.9 %", ("{kl_p999:.3f}",)),
+            Column("flips", ("{top1_flips:.2%}",)),
             Column("logits", ("{worst.logits:.4f}",)),
             Column("output", ("{worst.output:.4f}",)),
             Column("static", ("{costs.static_share:.1%}",)),
             Column("decode", ("{decode_share:.1%}",)),
             Column("fit", ("{fit_seconds:.2f}",), checked=False),
+            Column("evaluate", ("{seconds:.1f}",), checked=False),
         ),
-        shared=(Column("perplexity in full precision", ("{perplexity:.4f}",)),),
+        shared=(
+            Column("perplexity in full precision", ("{perplexity:.4f}",)),
+            *(
+                Column(f"seconds of {what}", (form,), checked=False)
+                for what, form in (
+                    ("gathering statistics, keys before RoPE", "{seconds.gather.pre_rope:.1f}"),
+                    ("gathering statistics, keys after RoPE", "{seconds.gather.post_rope:.1f}"),
+                    ("bare forward passes of the calibration windows", "{seconds.bare.calibration:.1f}"),
+                    ("bare forward passes of the scored windows", "{seconds.bare.evaluation:.1f}"),
+                )
+            ),
+        ),
         rows="recipes",
     ),
     "tasks": Kind(

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -45,6 +46,34 @@ def measured(results: Results, data: Path | None) -> dict[str, Figures]:
             found |= kind.read(written, row.name)
             found.setdefault(SHARED, kept(kind.shared, written))
     return found
+
+
+def read(results: Results, written: Path) -> dict[str, Figures]:
+    """Figures by row that a command gave which was run by hand, for hours and in several goes.
+
+    Parameters
+    ----------
+    results : Results
+        A file whose rows all come from one such command.
+    written : Path
+        The JSON that it left.
+
+    Raises
+    ------
+    UsageError
+        If it is none, or that of another command.
+    """
+    kind = KINDS[results.kind]
+    try:
+        found = json.loads(written.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{written}: expected the JSON of `{results.commands[-1]}`; cannot read it: {error}"
+        ) from error
+    typed = re.sub(r" --output \S+", "", str(found.get("command")))
+    if typed != results.commands[-1]:
+        raise UsageError(f"{written}: expected the JSON of `{results.commands[-1]}`; got that of `{typed}`")
+    return {**kind.read(found, ""), SHARED: kept(kind.shared, found)}
 
 
 def moved(results: Results, found: dict[str, Figures]) -> Iterator[str]:
@@ -124,10 +153,11 @@ def run_command(command: str, folder: Path) -> str:
     say(f"$ {command}")
     words = shlex.split(command)
     own = words[2:] if words[:2] == ["python", "-m"] else ["kvgauge", *words[words[0] == "kvgauge" :]]
+    models = Path(os.environ.get("KVGAUGE_MODELS") or CHECKOUT / "models").absolute()  # commands run elsewhere
     done = subprocess.run(
         [sys.executable, "-m", *own],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
+        env={**os.environ, "PYTHONPATH": str(CHECKOUT), "KVGAUGE_MODELS": str(models)},
         stdout=subprocess.PIPE,
         text=True,
         check=False,

@@ -242,6 +242,19 @@ def test_a_row_that_is_no_longer_measured_is_not_written_over() -> None:
         remeasured(results(), {SHARED: {}})
 
 
+def test_figures_of_a_command_that_was_run_by_hand_are_those_of_the_same_command(tmp_path: Path) -> None:
+    one = results(kind="compared", commands=["kvgauge compare --limit 2"], rows=[{"name": "kivi-2", "figures": {}}])
+    file = tmp_path / "results.json"
+    by_hand = {"perplexity": 3.5, "recipes": [{"name": "kivi-2", "kl_mean": 0.1}]}
+    file.write_text(json.dumps({**by_hand, "command": "kvgauge compare --limit 2 --output runs/mine"}))
+    assert running.read(one, file) == {"kivi-2": {"kl_mean": 0.1}, SHARED: {"perplexity": 3.5}}
+    file.write_text(json.dumps({**by_hand, "command": "kvgauge compare --limit 3"}))
+    with pytest.raises(UsageError, match="got that of `kvgauge compare --limit 3`"):
+        running.read(one, file)
+    with pytest.raises(UsageError, match="cannot read it"):
+        running.read(one, tmp_path / "none.json")
+
+
 @pytest.fixture
 def printed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Commands that were run; each prints the figures of a row."""

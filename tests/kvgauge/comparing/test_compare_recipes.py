@@ -283,6 +283,14 @@ def test_the_table_of_the_documentation_finds_every_figure(results: dict) -> Non
     assert kind.shared[0].cell(kept(kind.shared, results)) == f"{results['perplexity']:.4f}"
 
 
+def test_gathering_is_timed_beside_bare_passes(results: dict) -> None:
+    taken = results["seconds"]
+    assert set(taken["gather"]) == {"pre_rope", "post_rope"}
+    assert min(taken["gather"].values()) > 0
+    assert taken["bare"]["calibration"] / 3 == pytest.approx(taken["bare"]["evaluation"] / 4)
+    assert taken["bare"]["evaluation"] > 0
+
+
 def test_rows_are_in_the_order_of_their_bits(results: dict) -> None:
     bits = [recipe["bits"]["average"] for recipe in results["recipes"]]
     assert bits == sorted(bits)
@@ -298,7 +306,8 @@ def test_the_table_shows_what_the_json_holds(results: dict) -> None:
         shown = {name.strip(): cell.strip() for name, cell in zip(head, row, strict=True)}
         loss = f"{recipe['loss_nats']:.4f} ± {recipe['loss_nats_stderr']:.4f}"
         assert shown["recipe"].split() == [recipe["name"]]
-        assert (shown["nats"], shown["KL"]) == (loss, f"{recipe['kl_mean']:.4f}")
+        assert (shown["nats"], shown["KL"]) == (loss, f"{recipe['kl_mean']:.4f} ± {recipe['kl_mean_stderr']:.4f}")
+        assert (shown["flips"], shown["evaluate"]) == (f"{recipe['top1_flips']:.2%}", f"{recipe['seconds']:.1f}")
         assert (shown["KL 99.9 %"], shown["fit"]) == (f"{recipe['kl_p999']:.3f}", f"{recipe['fit_seconds']:.2f}")
         counted = [recipe["bits"][name] for name in ("key", "value", "average")]
         spread = [recipe["amortised"][n] for n in ("2048", "32768", "131072")]
@@ -309,6 +318,7 @@ def test_the_table_shows_what_the_json_holds(results: dict) -> None:
             assert cell == f"{max(site.get(name, 0) for site in recipe['sites'].values()):.4f}"
     assert f"perplexity {results['perplexity']:.4f}" in text
     assert results["command"] in text
+    assert f"of bare forward passes of the same windows: {results['seconds']['bare']['calibration']:.1f};" in text
     assert results["hardware"] in text
 
 
@@ -427,7 +437,7 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(
 
 def without_times(results: dict) -> dict:
     recipes = [{**recipe, "seconds": 0, "fit_seconds": 0} for recipe in results["recipes"]]
-    return {**results, "recipes": recipes, "command": ""}
+    return {**results, "recipes": recipes, "command": "", "seconds": {}}
 
 
 def test_what_is_finished_is_not_done_again_and_other_settings_start_anew(

@@ -1,0 +1,1 @@
+"""Claims of the documentation, checked on a real model."""
