@@ -35,7 +35,7 @@ def test_the_example_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> N
     perplexity, key_bits, value_bits = map(float, capsys.readouterr().out.split()[-3:])
     assert perplexity > 1
     assert key_bits == pytest.approx(3.0)
-    assert value_bits == pytest.approx(3 + 32 / 16)
+    assert value_bits == pytest.approx(3 + (32 + 24) / 16)  # range and one outlier of a token
 
 
 @pytest.mark.usefixtures("reader")

@@ -154,7 +154,7 @@ def test_a_page_that_differs_is_found_with_its_line(checkout: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("tables", r"there is no docs/results/tables\.json; known are demo, headline, table"),
+        ("tables", r"there is no docs/results/tables\.json; known are demo, headline, smollm2, table"),
         ("table/--abits 5/loss_nats", "no row is called '--abits 5'; there are --abits 4"),
         ("table/--abits 4/loss", "row '--abits 4' has no figure 'loss'"),
         ("table/--abits 4/bits:.2f", "cannot be written as '.2f'"),

@@ -156,7 +156,8 @@ def with_small_tokens(model: LlamaForCausalLM) -> ModelStatistics:
 
 def recipe_around(name: str) -> Recipe:
     recipe = load_recipe(name)
-    value = {"method": "exact_sinks", "inner": recipe.value.model_dump(mode="json")}
+    own = recipe.value.model_dump(mode="json")
+    value = own if own["method"] == "exact_sinks" else {"method": "exact_sinks", "inner": own}
     return recipe.edited({"sink_tokens": 1, "value": value})
 
 
