@@ -67,8 +67,8 @@ def parts(text: str) -> Sequence[str]:
 
     Examples
     --------
-    >>> [part.split()[1] for part in parts("".join(f" = {name} = \\nwords\\n" for name in "ABCDEF"))]
-    ['A', 'D', 'E']
+    >>> [part.split()[1] for part in parts("".join(f" = {name} = \\nwords\\n" for name in "Ab Cd Ef Gh Ij Kl".split()))]
+    ['Ab', 'Gh', 'Ij']
     """
     titles = [title.start() for title in _TITLE.finditer(text)]
     cuts = [_nearest(titles, share * len(text)) for share in _SHARES]
