@@ -26,8 +26,8 @@ def all_recipes() -> dict[str, Recipe]:
 
 
 def quick_claims(found: Measurement) -> list[Claim]:
-    """Claims that short windows are enough for."""
-    return [sinks(found), lost(found, at_most=0.03), more_kl(found, "default-3", "default-4"), *times(found)]
+    """Claims that short windows are enough for; none is of times, which another process beside CI would change."""
+    return [sinks(found), lost(found, at_most=0.03), more_kl(found, "default-3", "default-4")]
 
 
 def all_claims(found: Measurement) -> list[Claim]:
