@@ -87,9 +87,10 @@ def _measured(
     positions = _rows(statistics, statistics.sample.positions, statistics.first.positions)
     ordinary = positions >= FIRST_POSITIONS
     errors, bits = torch.zeros(2, FIRST_POSITIONS + 1, dtype=torch.float64)
+    attention = {layer: _attention(statistics, layer) for layer in {site.layer for site in quantizers}}
     for site, x, context, decoded in _simulated(statistics, quantizers):
         quantizer = quantizers[site]
-        spread, squared = _weighed(statistics, site, [x - x[ordinary].mean(dim=0), x - decoded])
+        spread, squared = _weighed(statistics, site, attention[site.layer], [x - x[ordinary].mean(dim=0), x - decoded])
         variance = float(spread[ordinary].mean())
         errors += _by_position(squared, positions) / variance if variance else 0.0
         bits += _bits_by_position(quantizer, x, context, positions)
@@ -127,25 +128,27 @@ def _simulated(
 
 
 def _weighed(
-    statistics: ModelStatistics, site: Site, differences: Sequence[Float32[Tensor, "rows channels"]]
+    statistics: ModelStatistics,
+    site: Site,
+    attention: Float64[Tensor, "rows kv_heads"] | None,
+    differences: Sequence[Float32[Tensor, "rows channels"]],
 ) -> list[Float64[Tensor, " rows"]]:
     """Squares of differences at each token, weighted by its expected attention; those of keys are of logits."""
     heads = [rows.double().unflatten(1, (statistics.sites[site].shape.heads, -1)) for rows in differences]
-    layer = {name.tensor: name for name in statistics.sites if name.layer == site.layer}
-    key, query = layer.get("key"), layer.get("query")
-    if key is None or query is None:
+    if attention is None:
         return [x.square().sum(dim=(1, 2)) for x in heads]
-    metric, weights = statistics.site(key, FIRST_POSITIONS).query_metric, _attention(statistics, key, query)
-    if site == key and metric is not None:
-        # e^T G e, head by head.
-        return [(weights * ((x.transpose(0, 1) @ metric).transpose(0, 1) * x).sum(dim=2)).sum(dim=1) for x in heads]
-    return [(weights * x.square().sum(dim=2)).sum(dim=1) for x in heads]
+    metric = statistics.site(site, FIRST_POSITIONS).query_metric  # None for values
+    moved = heads if metric is None else [(x.transpose(0, 1) @ metric).transpose(0, 1) for x in heads]
+    # e^T G e, head by head.
+    return [(attention * (g * x).sum(dim=2)).sum(dim=1) for g, x in zip(moved, heads, strict=True)]
 
 
-def _attention(statistics: ModelStatistics, key: Site, query: Site) -> Float64[Tensor, "rows kv_heads"]:
-    """Expected attention to each token, in units of that to an ordinary one."""
-    own, queries = statistics.sites[key], statistics.sites[query]
-    queries = queries.from_position(FIRST_POSITIONS, statistics.sample, statistics.first)
+def _attention(statistics: ModelStatistics, layer: int) -> Float64[Tensor, "rows kv_heads"] | None:
+    """Expected attention to each token, in units of that to an ordinary one; None without queries."""
+    sites = {site.tensor: own for site, own in statistics.sites.items() if site.layer == layer}
+    if not {"key", "query"} <= sites.keys():
+        return None
+    own, queries = sites["key"], sites["query"].from_position(FIRST_POSITIONS, statistics.sample, statistics.first)
     rows = _rows(statistics, own.rows, own.first_rows)
     logits = log_attention(own.shape, rows, queries, statistics.seqlen)
     n_ordinary = int((statistics.sample.positions >= FIRST_POSITIONS).sum())

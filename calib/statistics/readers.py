@@ -83,19 +83,19 @@ def log_attention(
     """
     # For a logit s that is Gaussian, E[e^s] = exp(E s + Var s / 2). With queries turned by their distance,
     # E s = m . k / sqrt(d) and E s^2 = k^T G k / d, G being the metric of the head and m the mean of R_D q.
-    means = query.moments.mean().cpu().view(key.heads, -1, key.head_dim)
-    seconds: Tensor = query.moments.second().cpu().unflatten(0, (key.heads, -1))
-    keys, found = rows.double().unflatten(1, (key.heads, -1)), []
-    for mean, second in zip(means.unbind(1), seconds.unbind(1), strict=True):
-        first = (keys * _mean_turned(key, mean, context_tokens)).sum(dim=2) / key.head_dim**0.5
-        square = ((keys.transpose(0, 1) @ logit_metric(key, second, context_tokens)).transpose(0, 1) * keys).sum(dim=2)
-        found.append(first + (square / key.head_dim - first.square()).clamp_min(0) / 2)
-    return torch.stack(found, dim=2)
+    keys = rows.double().unflatten(1, (key.heads, -1))
+    means = _mean_turned(key, query.moments.mean().cpu().view(-1, key.head_dim), context_tokens)
+    metrics = logit_metric(key, query.moments.second().cpu(), context_tokens)
+    means, metrics = (found.unflatten(0, (key.heads, -1)) for found in (means, metrics))
+    first = torch.einsum("nhi,hgi->nhg", keys, means) / key.head_dim**0.5
+    square = torch.einsum("nhi,hgij,nhj->nhg", keys, metrics, keys) / key.head_dim
+    found: Tensor = first + (square - first.square()).clamp_min(0) / 2
+    return found
 
 
 def _mean_turned(
-    key: SiteShape, mean: Float64[Tensor, "kv_heads head_dim"], context_tokens: int
-) -> Float64[Tensor, "kv_heads head_dim"]:
+    key: SiteShape, mean: Float64[Tensor, "heads head_dim"], context_tokens: int
+) -> Float64[Tensor, "heads head_dim"]:
     """Mean over the distances of a context of a mean query of each head, turned by RoPE."""
     if not key.frequencies or key.site.stage == "post_rope":
         return mean

