@@ -5,7 +5,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +15,7 @@ from artifacts.model.attention import AttentionLayer, attention_layers
 from artifacts.model.evidence import text_config
 from artifacts.model.fingerprint import model_fingerprint, vocabulary_digest
 from artifacts.model.transformers_release import check_release
+from calib.recipe.errors import nearest
 from calib.text.conversations import ChatTemplate, Message
 from calib.text.corpus import Corpus, PaddingIds, Split, load_corpus
 from calib.text.hub_datasets import SELF
@@ -283,6 +283,6 @@ def _hint(source: Source, error: Exception) -> str:
         return ""
     if os.path.isdir(source.place):
         return " A folder needs config.json and model.safetensors as transformers writes them."
-    near = get_close_matches(source.place, KNOWN_MODELS, n=1)
-    meant = f" Did you mean {near[0]}?" if near else ""
-    return f"{meant} Pass the path of a local folder, or check the hub id and the network."
+    return (
+        f"{nearest(source.place, KNOWN_MODELS)} Pass the path of a local folder, or check the hub id and the network."
+    )

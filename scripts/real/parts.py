@@ -48,7 +48,7 @@ def write_parts(text: Path, folder: Path) -> list[Path]:
         If the file cannot be read, or has too few titles.
     """
     try:
-        found = dict(zip(PARTS, parts(text.read_text(encoding="utf-8")), strict=True))
+        found = dict(zip(PARTS, parts(text.read_text(encoding="utf-8"), str(text)), strict=True))
     except (OSError, UnicodeError) as error:
         raise UsageError(f"{text}: cannot be read: {error}") from error
     paths = [folder / f"{name}.txt" for name in found]
@@ -57,8 +57,8 @@ def write_parts(text: Path, folder: Path) -> list[Path]:
     return paths
 
 
-def parts(text: str) -> Sequence[str]:
-    """The three parts, cut at the titles nearest to 50 % and 67 % of the characters.
+def parts(text: str, name: str = "the text") -> Sequence[str]:
+    """The three parts, cut at the titles nearest to 50 % and 67 % of the characters; `name` is for errors.
 
     Raises
     ------
@@ -75,7 +75,7 @@ def parts(text: str) -> Sequence[str]:
     found = [text[start:end] for start, end in zip((0, *cuts), (*cuts, len(text)), strict=True)]
     if not all(found):
         raise UsageError(
-            f"text: expected articles in three parts of it, by titles such as ` = Title = `; got {len(titles)}"
+            f"{name}: expected articles in three parts of it, by titles such as ` = Title = `; got {len(titles)}"
         )
     return found
 
