@@ -1,7 +1,7 @@
 """Compare recipes on one model and the same windows: bits, losses, errors of single layers, and a Pareto plot.
 
 Statistics, fitted quantizers and scores are kept in the output folder; run the same command again, with the same or
-other --recipes, and it goes on from there.
+another --recipes, --dataset, --limit or --protocol, and it goes on from there.
 """
 
 import argparse
@@ -73,6 +73,12 @@ def parser() -> argparse.ArgumentParser:
         choices=("basic", "full"),
         default="full",
         help="statistics to gather; full serves every recipe and takes more memory (default: full)",
+    )
+    parser.add_argument(
+        "--protocol",
+        choices=("full", "decode", "cache"),
+        help="how the text goes through the quantized caches, see evaluate --help; decode and cache keep the recent "
+        "tokens exact that a recipe asks for (default: full)",
     )
     for name, what in (
         ("nsamples", f"calibration windows (default: {NSAMPLES})"),
@@ -146,7 +152,7 @@ def _compare(
     comparison.calibrate(model, settings)
     comparison.measure_layers(windows[: config.error_windows])
     pass_seconds = comparison.pass_seconds(windows[: config.error_windows])
-    rows = in_order(comparison.evaluate(windows, settings.batch_size))
+    rows = in_order(comparison.evaluate(windows, settings.batch_size, settings.protocol))
     warn_of_overlap(rows[0].artifact, windows)
     tell(rows[0].result)
     corpus = rows[0].artifact.manifest.corpus
@@ -161,7 +167,12 @@ def _compare(
             "seed": settings.seed,
             "tier": settings.statistics,
         },
-        "evaluation": {"text": held_out.name, "n_windows": len(windows), "batch_size": settings.batch_size},
+        "evaluation": {
+            "text": held_out.name,
+            "n_windows": len(windows),
+            "batch_size": settings.batch_size,
+            "protocol": settings.protocol,
+        },
         "seconds": {
             "gather": comparison.gather_seconds(),
             "bare": {"calibration": pass_seconds * corpus.n_windows, "evaluation": pass_seconds * len(windows)},

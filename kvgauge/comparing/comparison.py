@@ -25,6 +25,7 @@ from kvgauge.terminal.console import UsageError, bar, say
 from simquant.evaluate import evaluate_each
 from simquant.evaluation.attention_inputs import AttentionInputs, attention_inputs
 from simquant.evaluation.site_errors import AttentionErrors, attention_errors
+from simquant.protocols.protocol import ProtocolName
 
 
 @dataclass
@@ -109,8 +110,10 @@ class Comparison:
         """Wall time of gathering by stage of keys; None where it was interrupted."""
         return {stage: self.kept.gather_seconds(source) for stage, source in self._gatherings.items()}
 
-    def evaluate(self, windows: Int64[Tensor, "windows tokens"], batch_size: int) -> list[ComparedRecipe]:
-        """Measures the bits and the losses of each recipe.
+    def evaluate(
+        self, windows: Int64[Tensor, "windows tokens"], batch_size: int, protocol: ProtocolName
+    ) -> list[ComparedRecipe]:
+        """Measures the bits and the losses of each recipe, with the tokens in full precision that it asks for.
 
         Raises
         ------
@@ -125,6 +128,7 @@ class Comparison:
             self.model,
             windows,
             [self._artifacts[name] for name in names],
+            protocol=protocol,
             batch_size=batch_size,
             progress=lambda batches: bar(batches, "evaluating"),
             log=self.kept.scores_log(self._left()),

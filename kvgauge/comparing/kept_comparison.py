@@ -17,31 +17,38 @@ from kvgauge.terminal.console import bar, say
 from kvgauge.terminal.interrupt import between_items
 from simquant.evaluation.window_log import WindowLog
 
+_CALIBRATING = ("field", "nsamples", "seqlen", "bos", "seed", "statistics", "device", "dtype", "maxseqlen")
+"""Settings that what is fitted depends on."""
+
 
 @dataclass(frozen=True)
 class KeptComparison:
-    """A folder for one model and one set of settings; recipes may come and go.
+    """A folder for one model and its calibration; recipes, scored texts and protocols may come and go.
 
     Parameters
     ----------
     folder : Path
         Made where it does not exist.
+    scoring : str
+        Stands for all that scores and errors depend on besides, in the names of their files.
     """
 
     folder: Path
+    scoring: str
 
     @classmethod
     def under(cls, output: Path, model: str, settings: Settings) -> "KeptComparison":
         """The folder of a model and settings; says on standard error if an earlier run left something there."""
-        evaluated, calibrated = settings.evaluation(model).text.source, settings.calibration_source(model)
-        sources = sorted({model, evaluated, calibrated})
+        every, calibrated = settings.model_dump(mode="json"), settings.calibration_source(model)
         # Everything that a figure depends on, the version of the tool included: another release may fit other numbers.
         identity = {
             "model": model,
-            "settings": settings.model_dump(mode="json"),
-            "sources": {name: stamp(name) for name in sources},
+            "calibration_dataset": calibrated,
+            "settings": {name: every[name] for name in _CALIBRATING},
+            "sources": {name: stamp(name) for name in (model, calibrated)},
             "tool_version": tool_version(),
         }
+        scoring = {"settings": every, "source": stamp(settings.evaluation(model).text.source)}
         kept = output / "kept"
         folder = kept / digest(identity)[:12]
         if folder.exists():
@@ -49,7 +56,7 @@ class KeptComparison:
         elif kept.exists():
             say(f"{kept}: was made with other settings, texts or versions; this comparison starts from the beginning")
         folder.mkdir(parents=True, exist_ok=True)
-        return cls(folder)
+        return cls(folder, digest(scoring)[:12])
 
     def statistics(self, source: Gathering) -> ModelStatistics:
         """Statistics, kept or gathered now; Ctrl-C waits for the window at hand and keeps it."""
@@ -85,11 +92,12 @@ class KeptComparison:
 
     def errors_log(self, recipe: Recipe) -> WindowLog:
         """For the errors of single layers, window by window."""
-        return WindowLog(self._path(recipe).with_suffix(".errors.jsonl"))
+        return WindowLog(self._path(recipe).with_suffix(f".errors-{self.scoring}.jsonl"))
 
     def scores_log(self, recipes: Sequence[Recipe]) -> WindowLog:
         """For the scores of recipes that share their full-precision passes, batch by batch."""
-        return WindowLog(self.folder / f"scores-{digest([self._path(recipe).name for recipe in recipes])[:12]}.jsonl")
+        names = digest([self._path(recipe).name for recipe in recipes])[:12]
+        return WindowLog(self.folder / f"scores-{self.scoring}-{names}.jsonl")
 
     def _path(self, recipe: Recipe) -> Path:
         identity = recipe.model_dump(mode="json")

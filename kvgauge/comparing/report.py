@@ -60,6 +60,6 @@ def _title(about: dict[str, Any]) -> str:
     calibration, evaluation = about["calibration"], about["evaluation"]
     return (
         f"{short_name(about['model'])} on {evaluation['n_windows']} windows of {about['window_tokens']} tokens of "
-        f"{evaluation['text']} (perplexity {about['perplexity']:.4f}), calibrated on {calibration['n_windows']} of "
-        f"{calibration['text']}"
+        f"{evaluation['text']} (perplexity {about['perplexity']:.4f}), protocol {evaluation['protocol']}, calibrated "
+        f"on {calibration['n_windows']} of {calibration['text']}"
     )

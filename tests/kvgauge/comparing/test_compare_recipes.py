@@ -234,6 +234,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "exact": "key: {method: identity}\nvalue: {method: identity}",
         "sinks": f"key: {grid}\nvalue: {grid}\nsink_tokens: 8",
         "rotated": f"stage: post_rope\nkey: {grid}\nvalue: {grid}",
+        "recent": f"key: {grid}\nvalue: {grid}\ncache: {{residual_tokens: 16}}",
         "elsewhere": f"include: [layers.9.*]\nkey: {grid}\nvalue: {grid}",
     }
     for name, text in recipes.items():
@@ -348,7 +349,7 @@ def test_what_does_not_go_with_the_model_is_skipped_with_its_reason(results: dic
 
 def test_the_provenance_is_kept(results: dict) -> None:
     assert results["calibration"] == {"text": "a.txt", "n_windows": 3, "seed": 0, "tier": "full"}
-    assert results["evaluation"] == {"text": "b.txt", "n_windows": 4, "batch_size": 2}
+    assert results["evaluation"] == {"text": "b.txt", "n_windows": 4, "batch_size": 2, "protocol": "full"}
     assert (results["window_tokens"], results["error_windows"]) == (32, 2)
     assert set(results["versions"]) == {"kvgauge", "python", "transformers"}
     assert results["command"].startswith("kvgauge compare model --dataset b.txt")
@@ -455,6 +456,26 @@ def test_what_is_finished_is_not_done_again_and_other_settings_start_anew(
     for owner, name, _ in STEPS.values():
         monkeypatch.setattr(owner, name, forbidden)
     assert compare(f"--recipes rotated.yaml {output}")[0] == 0
+
+
+def test_other_windows_and_protocols_take_what_is_fitted(
+    compare: Callable[[str], tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another --limit used to gather and fit everything again."""
+    more = f"--recipes recent.yaml,rotated.yaml --output {tmp_path / 'out'}"
+    assert compare(more)[0] == 0
+    full = json.loads((tmp_path / "out" / "results.json").read_text())
+    for owner, name, _ in (STEPS["gathering"], STEPS["fitting"]):
+        monkeypatch.setattr(owner, name, Stop(lambda: None, 1))
+    status, _, err = compare(f"{more} --protocol decode --limit 3")
+    assert status == 0
+    assert "going on from what an earlier run has finished" in err
+    decode = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert decode["evaluation"]["protocol"] == "decode"
+    by_name = [{row["name"]: row for row in found["recipes"]} for found in (full, decode)]
+    assert by_name[0]["recent"]["kl_mean"] > by_name[1]["recent"]["kl_mean"]  # the last 16 tokens are exact
+    assert compare(more)[0] == 0
+    assert without_times(json.loads((tmp_path / "out" / "results.json").read_text())) == without_times(full)
 
 
 def test_a_recipe_that_cannot_encode_is_skipped_and_the_others_go_on(
