@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from kvgauge.cli.options import common as options
 from kvgauge.cli.options.common import parsed, parsed_settings
+from kvgauge.cli.options.recipe import named_recipes
 from kvgauge.configuration.gather import NSAMPLES
 from kvgauge.configuration.model import ModelConfig, short_name
 from kvgauge.running.evaluate_text import tell, warn_of_overlap
-from kvgauge.terminal.console import Parser, UsageError, run, say, set_up_logging
+from kvgauge.terminal.console import Parser, run, say, set_up_logging
 from kvgauge.terminal.outputs import output_folder
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def _main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     config, settings = parsed(CompareConfig, args), parsed_settings(args)
     set_up_logging(config.verbose)
-    recipes = _recipes(config.recipes)
+    recipes = named_recipes(config.recipes)
     folder = output_folder(config.output or Path("runs") / f"compare-{short_name(config.model.name)}")
     from kvgauge.comparing.report import write_report
 
@@ -114,17 +115,6 @@ def _main(argv: list[str]) -> int:
     print((folder / "table.md").read_text(encoding="utf-8"), end="")
     say(f"{folder}: results.json, table.md, pareto.png")
     return 0
-
-
-def _recipes(names: str | None) -> "list[Recipe]":
-    from calib import load_recipe, shipped_recipes
-
-    recipes = [load_recipe(name) for name in (shipped_recipes() if names is None else names.split(","))]
-    found = [recipe.name for recipe in recipes]
-    twice = [name for name in found if found.count(name) > 1]
-    if twice:
-        raise UsageError(f"--recipes: {twice[0]} is there twice; drop one, or change the entry `name:` in its file")
-    return recipes
 
 
 def _compare(

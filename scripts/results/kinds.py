@@ -237,6 +237,18 @@ KINDS: Mapping[KindName, Kind] = {
         suffix="--json results.json",
         tolerance=0.3,
     ),
+    "limits": Kind(
+        first="limit or recipe",
+        columns=(
+            Column("bits", ("{bits.key:.2f} / {bits.value:.2f}",)),
+            Column("distortion, dB", ("{decibels.key:.1f} / {decibels.value:.1f}",)),
+            *(
+                Column(f"above {limit}", (f"{{above.{limit}.key:.1f}} / {{above.{limit}.value:.1f}}",))
+                for limit in ("head", "layer", "predicted")
+            ),
+        ),
+        suffix="--json results.json",
+    ),
     "families": Kind(
         first="family",
         columns=(

@@ -9,7 +9,9 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError, model_validator
 
 Need = Literal["shared", "idle", "download", "hours"]
-KindName = Literal["evaluated", "compared", "tasks", "ablated", "demo", "benchmark", "saved_cache", "families"]
+KindName = Literal[
+    "evaluated", "compared", "tasks", "ablated", "demo", "benchmark", "saved_cache", "families", "limits"
+]
 Figures = dict[str, JsonValue]
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"

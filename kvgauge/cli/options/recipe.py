@@ -1,9 +1,13 @@
 """Options of the command line that edit a recipe."""
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvgauge.cli.options.common import BITS, FRACTION_HELP, number_or_auto
+from kvgauge.terminal.console import UsageError
+
+if TYPE_CHECKING:
+    from calib.recipe.recipe import Recipe
 
 
 def add_recipe_options(parser: argparse.ArgumentParser, default_recipe: str) -> None:
@@ -61,3 +65,21 @@ def _add_method_options(group: Any) -> None:
     group.add_argument(
         "--stage", choices=("pre_rope", "post_rope"), help="quantize keys before or after the rotary embedding"
     )
+
+
+def named_recipes(names: str | None) -> "list[Recipe]":
+    """Recipes by name or file, with commas between; None is all that are shipped.
+
+    Raises
+    ------
+    UsageError
+        If two have one name.
+    """
+    from calib.recipe.recipe import load_recipe, shipped_recipes
+
+    recipes = [load_recipe(name) for name in (shipped_recipes() if names is None else names.split(","))]
+    found = [recipe.name for recipe in recipes]
+    twice = [name for name in found if found.count(name) > 1]
+    if twice:
+        raise UsageError(f"--recipes: {twice[0]} is there twice; drop one, or change the entry `name:` in its file")
+    return recipes

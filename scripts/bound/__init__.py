@@ -1,0 +1,1 @@
+"""Recipes beside the rate-distortion limit of what they code."""
