@@ -188,7 +188,7 @@ def test_what_a_sample_of_tokens_cannot_tell_is_refused(chain: Chain, limits: Ma
 
 # --- the program
 
-TINY = ["--seqlen", "128", "--nsamples", "4", "--limit", "4", "--recipes", "default"]
+TINY = ["--seqlen", "128", "--nsamples", "4", "--limit", "4", "--recipes", "eigen"]
 
 
 def test_the_program_takes_the_bundled_model_and_writes_what_it_prints(
@@ -198,11 +198,11 @@ def test_the_program_takes_the_bundled_model_and_writes_what_it_prints(
     assert program.main([*TINY, "--bits", "2.5", "--json", str(path)]) == 0
     printed = capsys.readouterr().out.splitlines()[2:]
     found = KINDS["limits"].read(json.loads(path.read_text()), "")
-    assert list(found) == ["limit: head, 2.5 bits", "limit: layer, 2.5 bits", "limit: predicted, 2.5 bits", "default"]
+    assert list(found) == ["limit: head, 2.5 bits", "limit: layer, 2.5 bits", "limit: predicted, 2.5 bits", "eigen"]
     for line, (name, figures) in zip(printed, found.items(), strict=True):
         cells = [name, *(column.cell(figures) for column in KINDS["limits"].columns)]
         assert [cell.strip() for cell in line.strip("| ").split(" | ")] == cells
-    assert found["default"]["bits"]["key"] == pytest.approx(4, abs=0.1)  # type: ignore[index,call-overload]
+    assert found["eigen"]["bits"]["key"] == pytest.approx(2.5, abs=0.1)  # type: ignore[index,call-overload]
 
 
 @pytest.mark.parametrize(
