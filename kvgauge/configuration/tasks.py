@@ -3,13 +3,14 @@
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from kvgauge.configuration.fields import refuse_given
 from kvgauge.terminal.console import UsageError
 
 PERPLEXITY = "perplexity"
 
-_OF_TASKS = ("task_limit", "task_data", "task_prompts", "task_lengths", "task_depths", "predictions")
+_OF_TASKS = ("task_limit", "task_data", "task_prompts", "task_lengths", "task_depths", "task_format", "predictions")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,8 @@ class TaskConfig:
         Tokens of a prompt; for the demo model words of other text.
     task_depths : tuple of float or None
         Places of what has to be found, from 0 to 1.
+    task_format : {'plain', 'chat'} or None
+        How prompts are put; None is plain.
     predictions : Path or None
         File of answers to write, and to go on from.
     score : Path or None
@@ -42,6 +45,7 @@ class TaskConfig:
     task_prompts: Path | None = None
     task_lengths: tuple[int, ...] | None = None
     task_depths: tuple[float, ...] | None = None
+    task_format: Literal["plain", "chat"] | None = None
     predictions: Path | None = None
     score: Path | None = None
 

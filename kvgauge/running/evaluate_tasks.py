@@ -109,7 +109,7 @@ def run_tasks(
     Raises
     ------
     UsageError
-        If the model has no tokenizer.
+        If the model has no tokenizer, or the format of prompts has no effect.
     TaskError, NothingQuantizedError
         See `simquant.tasks.predict`.
     """
@@ -122,6 +122,11 @@ def run_tasks(
     tasks, options = _tasks(config), _options(config, names, loaded)
     settings = evaluated.settings(config, protocol="cache")
     items = [item for name in names for item in tasks[name].items(options)]
+    if options.format not in {item.format for item in items}:
+        raise UsageError(
+            f"--task-format {options.format}: no effect on {', '.join(names)}, whose prompts are text to go on with; "
+            "remove it"
+        )
     with _predictions_file(config.tasks.predictions) as path:
         predict(
             loaded.model,
@@ -148,10 +153,13 @@ def _tasks(config: EvaluateConfig) -> "Mapping[str, Task]":
 
 def _options(config: EvaluateConfig, names: Sequence[str], loaded: "LoadedModel") -> "TaskOptions":
     from simquant.tasks import TaskOptions
+    from simquant.tasks.prompt import prompt_ids
 
+    format = config.tasks.task_format or "plain"
     return TaskOptions(
-        count_tokens=lambda text: len(loaded.encode(text)),
+        count_tokens=lambda text: len(prompt_ids(loaded.tokenizer, text, format)),
         context_tokens=loaded.context,
+        format=format,
         limit=config.tasks.task_limit,
         seed=config.text.seed,
         lengths=config.tasks.task_lengths,

@@ -13,6 +13,7 @@ from kvgauge.configuration.gather import NSAMPLES
 from kvgauge.configuration.model import Dtype
 from kvgauge.configuration.protocol import OF_STEPS
 from simquant.protocols.protocol import ProtocolName
+from simquant.tasks.item import Format
 
 
 class Settings(BaseModel):
@@ -41,7 +42,7 @@ class Settings(BaseModel):
         How the quantized cache is run; what is None is as the recipe says.
     prefill_tokens, chunk_tokens : int or None
         In which steps.
-    task_limit, task_data, task_prompts, task_lengths, task_depths : int, Path, tuple
+    task_limit, task_data, task_prompts, task_lengths, task_depths, task_format : int, Path, tuple, str
         The items of tasks.
     device, dtype, maxseqlen
         How models are loaded.
@@ -72,6 +73,7 @@ class Settings(BaseModel):
     task_prompts: Path | None = None
     task_lengths: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(default=None, min_length=1)
     task_depths: tuple[Annotated[float, Field(ge=0, le=1)], ...] | None = Field(default=None, min_length=1)
+    task_format: Format | None = None
     device: str | None = None
     dtype: Dtype = "auto"
     maxseqlen: int | None = Field(default=None, ge=1)

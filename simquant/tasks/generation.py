@@ -13,6 +13,7 @@ from artifacts.model.transformers_release import cache_argument, returned_cache
 from simquant.protocols.chunking import Chunking
 from simquant.tasks.errors import TaskError
 from simquant.tasks.item import Item
+from simquant.tasks.prompt import prompt_ids
 
 
 @final
@@ -104,9 +105,9 @@ def prompt_tokens(model: nn.Module, tokenizer: Any, item: Item) -> list[int]:
     Raises
     ------
     TaskError
-        If the prompt is too long and may not be cut.
+        If the prompt is too long and may not be cut, or there is no chat template.
     """
-    ids: list[int] = tokenizer(item.prompt, verbose=False).input_ids
+    ids = prompt_ids(tokenizer, item.prompt, item.format)
     context_tokens = int(text_config(model).max_position_embeddings)
     room = context_tokens - item.max_new_tokens
     if len(ids) <= room:

@@ -100,7 +100,9 @@ class GSM8K(Task):
                 prompt=f"{_shots()}Question: {row['question'].strip()}\nAnswer:",
                 references=(_reference(row["answer"], f"{where}, line {number}"),),
                 max_new_tokens=self.max_new_tokens,
-                stop=("\nQuestion:", "\n\n"),
+                format=options.format,
+                # In a conversation an answer has paragraphs.
+                stop=("\nQuestion:",) if options.format == "chat" else ("\nQuestion:", "\n\n"),
             )
             for number, row in enumerate(rows[: options.limit or self.n_items], 1)
         ]

@@ -8,6 +8,9 @@ from artifacts.errors import InvalidValueError
 
 CellValue = str | int | float
 
+Format = Literal["plain", "chat"]
+"""Form of a prompt: text to go on with, or a turn of a conversation."""
+
 
 @final
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +24,9 @@ class Item:
     id : str
         Identifier, unique within the task, and the same for the same prompt in every run.
     prompt : str
-        Text of the prompt.
+        Text of the prompt; in a conversation, of the user's turn.
+    format : {'plain', 'chat'}
+        Form in which the model reads the prompt, see `prompt_text`.
     references : tuple of str
         Right answers, or parts of the right answer, depending on the task. Empty if the answer in full precision is the
         reference.
@@ -40,6 +45,7 @@ class Item:
     task: str
     id: str
     prompt: str
+    format: Format = "plain"
     references: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
     cell: Mapping[str, CellValue] = field(default_factory=dict)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import final
 
 from simquant.tasks.errors import TaskError
+from simquant.tasks.item import Format
 
 
 @final
@@ -16,9 +17,11 @@ class TaskOptions:
     Parameters
     ----------
     count_tokens : callable
-        Number of tokens of a text, special tokens of the tokenizer included.
+        Number of tokens of a prompt in the format below, special tokens included.
     context_tokens : int
         Context length of the model, for prompt and answer together.
+    format : {'plain', 'chat'}
+        Form of the prompts, for tasks that have both.
     limit : int or None
         Maximum number of items of a task; None is the task's own number.
     seed : int
@@ -35,6 +38,7 @@ class TaskOptions:
 
     count_tokens: Callable[[str], int]
     context_tokens: int
+    format: Format = "plain"
     limit: int | None = None
     seed: int = 0
     lengths: tuple[int, ...] | None = None

@@ -20,6 +20,7 @@ from simquant.tasks.errors import TaskError
 from simquant.tasks.generation import Answer, answer, prompt_tokens
 from simquant.tasks.item import Item
 from simquant.tasks.prediction import Prediction, Side, append_prediction, read_predictions
+from simquant.tasks.prompt import prompt_text
 from simquant.tasks.protocol import fp_line, prompt_digest, quantized_line
 from simquant.tasks.score import check_quantized
 from simquant.usage import Usage
@@ -82,7 +83,7 @@ def predict(
         prompt_tokens(model, tokenizer, item)  # raises for a prompt that is too long, before any answer
     done = {(p.task, p.id, p.side): p for p in _continued(path)}
     for prediction in done.values():
-        _check_same(path, prediction, models.protocols, by_task.get(prediction.task, {}).get(prediction.id))
+        _check_same(path, prediction, models, by_task.get(prediction.task, {}))
     with evaluating(model):
         for task, own in by_task.items():
             for side in _SIDES:
@@ -119,16 +120,21 @@ class _Models:
             task=item.task,
             id=item.id,
             side=side,
+            format=item.format,
             text=found.text,
             tokens=found.tokens,
             references=item.references,
             choices=item.choices,
             cell=dict(item.cell),
             n_prompt_tokens=found.n_prompt_tokens,
-            prompt_digest=prompt_digest(item.prompt),
+            prompt_digest=self.digest(item),
             protocol=self.protocols[side],
             quantized_fraction=fraction,
         )
+
+    def digest(self, item: Item) -> str:
+        """Digest of what the tokenizer reads, its chat template included."""
+        return prompt_digest(prompt_text(self._tokenizer, item.prompt, item.format))
 
     def _exact(self, item: Item) -> tuple[Answer, float | None]:
         return answer(self._model, self._tokenizer, item, chunking=self._chunking), None
@@ -173,14 +179,22 @@ def _continued(path: Path) -> list[Prediction]:
     return found
 
 
-def _check_same(path: Path, prediction: Prediction, protocols: Mapping[Side, str], item: Item | None) -> None:
+def _check_same(path: Path, prediction: Prediction, models: _Models, asked: Mapping[str, Item]) -> None:
     who = f"{path}: {prediction.task} {prediction.id}"
-    if prediction.protocol != protocols[prediction.side]:
+    protocol = models.protocols[prediction.side]
+    if prediction.protocol != protocol:
         raise TaskError(
-            f"{who}: expected answers of this protocol:\n  {protocols[prediction.side]}\ngot those of\n  "
+            f"{who}: expected answers of this protocol:\n  {protocol}\ngot those of\n  "
             f"{prediction.protocol}\nWrite to another file, or use the same model, quantizers and options."
         )
-    if item is not None and prediction.question != (prompt_digest(item.prompt), item.references, item.choices):
+    formats = {item.format for item in asked.values()}
+    if formats and prediction.format not in formats:
+        raise TaskError(
+            f"{who}: expected answers to prompts of --task-format {', '.join(formats)}; got one to a prompt of "
+            f"--task-format {prediction.format}. Write to another file, or use that format."
+        )
+    item = asked.get(prediction.id)
+    if item is not None and prediction.question != (models.digest(item), item.references, item.choices):
         raise TaskError(
             f"{who}: expected an answer to this prompt, with these references and choices; got one to another prompt. "
             "Write to another file, or use the same data, seed and lengths."

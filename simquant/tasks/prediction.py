@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, final, get_args
 
 from simquant.tasks.errors import TaskError
-from simquant.tasks.item import CellValue
+from simquant.tasks.item import CellValue, Format
 
 Side = Literal["fp", "quantized"]
 
@@ -20,7 +20,7 @@ class Prediction:
 
     Parameters
     ----------
-    task, id, references, choices, cell
+    task, id, format, references, choices, cell
         See `Item`.
     side : {'fp', 'quantized'}
         Model that answered: in full precision, or with a quantized cache.
@@ -43,6 +43,7 @@ class Prediction:
     id: str
     side: Side
     text: str
+    format: Format = "plain"
     tokens: tuple[int, ...] = ()
     references: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
@@ -78,6 +79,7 @@ def _is_number(value: Any) -> bool:
 _FITS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("task", "id", "text", "prompt_digest", "protocol"), _is_text),
     "side": lambda value: value in get_args(Side),
+    "format": lambda value: value in get_args(Format),
     "tokens": lambda value: isinstance(value, list) and all(map(_is_count, value)),
     **dict.fromkeys(("references", "choices"), lambda value: isinstance(value, list) and all(map(_is_text, value))),
     "cell": lambda value: isinstance(value, dict) and all(_is_text(v) or _is_number(v) for v in value.values()),

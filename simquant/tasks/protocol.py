@@ -19,7 +19,7 @@ _SHOWN = 12
 
 
 def prompt_digest(prompt: str) -> str:
-    """Short digest of a prompt."""
+    """Short digest of a prompt, as `prompt_text` gives it."""
     return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()[:_SHOWN]
 
 

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, final
 
 from simquant.evaluation.figures import error_text
+from simquant.tasks.item import Format
 
 
 @final
@@ -17,6 +18,8 @@ class TaskResult:
     ----------
     task, metric : str
         Name of the task, and of its score from 0 to 1.
+    format : {'plain', 'chat'}
+        Form of the prompts.
     n : int
         Items that both models answered.
     fp, quantized : float
@@ -38,6 +41,7 @@ class TaskResult:
 
     task: str
     metric: str
+    format: Format
     n: int
     fp: float
     fp_stderr: float
@@ -66,7 +70,8 @@ class TaskResult:
         ]
         width = max(len(name) for name, _ in rows)
         lines = [f"{name.rjust(width)}: {value}" for name, value in rows]
-        return "\n".join([f"{self.task}, {self.metric}, n = {self.n}", *lines])
+        asked = "" if self.format == "plain" else ", asked by chat template"
+        return "\n".join([f"{self.task}, {self.metric}{asked}, n = {self.n}", *lines])
 
 
 def _where(cell: Mapping[str, Any]) -> str:

@@ -97,6 +97,12 @@ def check_quantized(task: str, predictions: Iterable[Prediction]) -> float | Non
 
 
 def _pairs(path: Path, task: str, predictions: Sequence[Prediction]) -> list[Pair]:
+    formats = {prediction.format for prediction in predictions}
+    if len(formats) > 1:
+        raise TaskError(
+            f"{path}: {task}: expected answers to prompts of one --task-format; got {' and '.join(sorted(formats))}. "
+            "Split the file by format."
+        )
     exact = {prediction.id: prediction for prediction in predictions if prediction.side == "fp"}
     quantized = {prediction.id: prediction for prediction in predictions if prediction.side == "quantized"}
     pairs = [(exact[id], quantized[id]) for id in quantized if id in exact]
@@ -127,6 +133,7 @@ def _result(task: Task, pairs: Sequence[Pair]) -> TaskResult:
     return TaskResult(
         task=name,
         metric=task.metric,
+        format=pairs[0][0].format,
         n=len(pairs),
         fp=fp,
         fp_stderr=fp_stderr,

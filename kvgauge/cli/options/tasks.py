@@ -32,6 +32,12 @@ def add_task_options(parser: argparse.ArgumentParser) -> None:
         help="prompt lengths of passkey, needle, synthetic and drift, in tokens (demo model: words of filler text)",
     )
     group.add_argument(
+        "--task-format",
+        choices=("plain", "chat"),
+        help="form of prompts: text to go on with, or, for an instruct model, a user's turn of its chat template; "
+        "lengths count the template, too (default: plain)",
+    )
+    group.add_argument(
         "--task-depths",
         type=_depths,
         metavar="X,X,...",

@@ -68,6 +68,8 @@ class LongBench(Task):
         Language of the answers.
     first_line : bool
         Score only the first line of an answer.
+    continues : bool
+        Ask plainly whatever the format, as the authors do: the prompt is a row of examples, or code, to go on with.
 
     References
     ----------
@@ -81,6 +83,7 @@ class LongBench(Task):
     max_new_tokens: int
     language: Language = "en"
     first_line: bool = False
+    continues: bool = False
 
     @property
     def file_name(self) -> str:
@@ -92,7 +95,7 @@ class LongBench(Task):
         source, rows = self._rows(options)
         items: dict[str, Item] = {}
         for number, row in enumerate(rows[: options.limit], 1):
-            item = self._item(row, where := f"{source}, line {number}")
+            item = self._item(row, where := f"{source}, line {number}", options)
             if item.id in items:
                 raise TaskError(f"{where}: expected each _id once; got {item.id} again. Remove one of the lines.")
             items[item.id] = item
@@ -109,7 +112,7 @@ class LongBench(Task):
         path = options.data / self.file_name if options.data.is_dir() else options.data
         return str(path), read_rows(path, _FIELDS)
 
-    def _item(self, row: Row, where: str) -> Item:
+    def _item(self, row: Row, where: str, options: TaskOptions) -> Item:
         answers, classes = row["answers"], row.get("all_classes") or []
         if str(row.get("dataset", self.dataset)).removesuffix("_e") != self.dataset.removesuffix("_e"):
             raise TaskError(f"{where}: expected rows of {self.dataset}; got one of {row['dataset']}. Use another file.")
@@ -135,6 +138,7 @@ class LongBench(Task):
             references=tuple(answers),
             choices=tuple(classes),
             cell={"words": next((label for bound, label in _LENGTHS if row["length"] < bound), "8k+")},
+            format="plain" if self.continues else options.format,
             max_new_tokens=self.max_new_tokens,
             overlong="cut_middle",
         )

@@ -13,6 +13,7 @@ from simquant.tasks.prediction import Prediction
 from simquant.tasks.synthetic.grid import Place, places
 from simquant.tasks.synthetic.lengths import lengths_of, longest_fit
 from simquant.tasks.synthetic.puzzles import sample
+from simquant.tasks.synthetic.wording import answer_limits, worded
 from simquant.tasks.synthetic.words import THINGS
 from simquant.tasks.task import Task
 
@@ -22,7 +23,8 @@ _RARE = 2
 _LEAST = 10
 """Minimum words of a list: in shorter ones other words may be as frequent."""
 _OPENING = "Below is a list of words, some of which come again and again."
-_QUESTION = f"Question: Which {_COMMON} words are the most common in the list?\nAnswer: The words are"
+_QUESTION = f"Which {_COMMON} words are the most common in the list?"
+_BEGINNING = "The words are"
 
 
 @final
@@ -41,7 +43,7 @@ class CommonWords(Task):
 
     def items(self, options: TaskOptions) -> Sequence[Item]:
         """Items, with a list of each length in turn."""
-        lengths = lengths_of(self.name, options, self.max_new_tokens)
+        lengths = lengths_of(self.name, options, answer_limits(self.max_new_tokens, options)[0])
         return [self._item(options, place) for place in places(lengths, (None,), options.limit or self.n_items)]
 
     def score(self, text: str, item: Item | Prediction) -> float:
@@ -51,19 +53,21 @@ class CommonWords(Task):
     def _item(self, options: TaskOptions, place: Place) -> Item:
         seed = f"{self.name} {options.seed} {place.id}"
         words = sample(Random(seed), THINGS, len(THINGS))
-        write = partial(_prompt, words, seed)
+        write = partial(_prompt, words, seed, options)
+        max_new_tokens, stop = answer_limits(self.max_new_tokens, options)
         return Item(
             task=self.name,
             id=place.id,
             prompt=longest_fit(write, place.length, options, self.name),
             references=tuple(words[:_COMMON]),
             cell=place.cell("length"),
-            max_new_tokens=self.max_new_tokens,
-            stop=("\n",),
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+            format=options.format,
         )
 
 
-def _prompt(words: Sequence[str], seed: str, n_more: int) -> str:
+def _prompt(words: Sequence[str], seed: str, options: TaskOptions, n_more: int) -> str:
     """Prompt with a list in which the first words of `words` are the frequent ones."""
     draw, common, rare = Random(f"list {seed}"), words[:_COMMON], words[_COMMON:]
     listed: list[str] = []
@@ -72,4 +76,5 @@ def _prompt(words: Sequence[str], seed: str, n_more: int) -> str:
         first = _RARE * len(listed) // (_COMMON + _RARE)
         others = [rare[(first + i) % len(rare)] for i in range(_RARE)]
         listed += sample(draw, [*common, *others], _COMMON + _RARE)
-    return f"{_OPENING}\n\nWords: {' '.join(listed[: _LEAST + n_more])}\n\n{_QUESTION}"
+    text = f"Words: {' '.join(listed[: _LEAST + n_more])}"
+    return worded(_OPENING, text, _QUESTION, _BEGINNING, options)

@@ -12,6 +12,7 @@ from simquant.tasks.prediction import Prediction
 from simquant.tasks.synthetic.grid import DEPTHS, Place, places
 from simquant.tasks.synthetic.lengths import lengths_of, longest_fit
 from simquant.tasks.synthetic.puzzles import Puzzle
+from simquant.tasks.synthetic.wording import answer_limits, worded
 from simquant.tasks.synthetic.words import FILLER
 from simquant.tasks.task import Task
 
@@ -34,7 +35,7 @@ class Haystack(Task):
     single : bool
         True if puzzles have one needle.
     max_new_tokens : int
-        Maximum number of tokens of an answer, enough for tokenizers with a token per digit.
+        Maximum number of tokens of a plain answer, enough for tokenizers with a token per digit.
 
     References
     ----------
@@ -50,7 +51,7 @@ class Haystack(Task):
 
     def items(self, options: TaskOptions) -> Sequence[Item]:
         """Items, with a puzzle for each length and depth in turn."""
-        lengths = lengths_of(self.name, options, self.max_new_tokens)
+        lengths = lengths_of(self.name, options, answer_limits(self.max_new_tokens, options)[0])
         depths = (options.depths or DEPTHS) if self.single else (None,)
         return [self._item(options, place) for place in places(lengths, depths, options.limit or self.n_items)]
 
@@ -63,23 +64,25 @@ class Haystack(Task):
         draw = Random(seed)
         puzzle = self.draw(draw)
         depths = sorted(draw.random() for _ in puzzle.needles) if place.depth is None else [place.depth]
-        write = partial(_prompt, puzzle, depths, seed)
+        write = partial(_prompt, puzzle, depths, seed, options)
+        max_new_tokens, stop = answer_limits(self.max_new_tokens, options)
         return Item(
             task=self.name,
             id=place.id,
             prompt=longest_fit(write, place.length, options, self.name),
             references=puzzle.references,
             cell=place.cell("length"),
-            max_new_tokens=self.max_new_tokens,
-            stop=("\n",),
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+            format=options.format,
         )
 
 
-def _prompt(puzzle: Puzzle, depths: Sequence[float], seed: str, n_fillers: int) -> str:
+def _prompt(puzzle: Puzzle, depths: Sequence[float], seed: str, options: TaskOptions, n_fillers: int) -> str:
     """Prompt with the needles among filler sentences; depth 0 is before all of them, depth 1 after."""
     draw = Random(f"fillers {seed}")
     sentences = [FILLER[int(draw.random() * len(FILLER))] for _ in range(n_fillers)]
     # Inserting the last needle first leaves the positions of the others valid.
     for needle, depth in reversed(list(zip(puzzle.needles, depths, strict=True))):
         sentences.insert(round(depth * n_fillers), needle)
-    return f"{puzzle.opening}\n\n{' '.join(sentences)}\n\n{puzzle.question}"
+    return worded(puzzle.opening, " ".join(sentences), puzzle.question, puzzle.beginning, options)

@@ -29,7 +29,9 @@ class Puzzle:
     needles : tuple of str
         Sentences to hide in the text, in their order.
     question : str
-        Question after the text, up to the beginning of the answer.
+        Question after the text.
+    beginning : str
+        Beginning of the answer, for a model that goes on with text.
     references : tuple of str
         All parts of the answer.
     """
@@ -37,6 +39,7 @@ class Puzzle:
     opening: str
     needles: tuple[str, ...]
     question: str
+    beginning: str
     references: tuple[str, ...]
 
 
@@ -46,7 +49,8 @@ def passkey(draw: Random) -> Puzzle:
     return Puzzle(
         opening="Somewhere in the text below stands a pass key. Find it and remember it.",
         needles=(f"The pass key is {key}. Remember it: {key} is the pass key.",),
-        question="Question: What is the pass key?\nAnswer: The pass key is",
+        question="What is the pass key?",
+        beginning="The pass key is",
         references=(key,),
     )
 
@@ -57,7 +61,8 @@ def needle(draw: Random) -> Puzzle:
     return Puzzle(
         opening="Read the text below; a question about one of its sentences follows.",
         needles=(f"The {thing} that {name} brought from {town} is hidden in the {place}.",),
-        question=f"Question: Where is the {thing} that {name} brought from {town}?\nAnswer: It is hidden in the",
+        question=f"Where is the {thing} that {name} brought from {town}?",
+        beginning="It is hidden in the",
         references=(place,),
     )
 
@@ -70,7 +75,8 @@ def multi_key(draw: Random) -> Puzzle:
     return Puzzle(
         opening="The text below gives numbers to some things. Remember all of them.",
         needles=tuple(f"The number of the {thing} is {n}." for thing, n in zip(things, numbers, strict=True)),
-        question=f"Question: What is the number of the {things[asked]}?\nAnswer: The number of the {things[asked]} is",
+        question=f"What is the number of the {things[asked]}?",
+        beginning=f"The number of the {things[asked]} is",
         references=(numbers[asked],),
     )
 
@@ -83,7 +89,8 @@ def multi_value(draw: Random) -> Puzzle:
     return Puzzle(
         opening="The text below gives several numbers to some things. Remember all of them.",
         needles=tuple(sample(draw, needles, len(needles))),
-        question=f"Question: Which {_VALUES} numbers does the {asked} have?\nAnswer: The numbers of the {asked} are",
+        question=f"Which {_VALUES} numbers does the {asked} have?",
+        beginning=f"The numbers of the {asked} are",
         references=tuple(numbers[::2]),
     )
 
@@ -102,7 +109,8 @@ def variables(draw: Random) -> Puzzle:
     return Puzzle(
         opening="The text below sets variables, some of them to the value of another one. Keep track of them.",
         needles=tuple(told),
-        question=f"Question: Which {len(chain)} variables hold the value {value}?\nAnswer: They are",
+        question=f"Which {len(chain)} variables hold the value {value}?",
+        beginning="They are",
         references=tuple(chain),
     )
 

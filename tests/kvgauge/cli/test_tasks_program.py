@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from helpers.programs import save_model, save_tokenizer
 
 from calib.demo import model_folder
 from calib.demo import tasks as demo
@@ -97,6 +98,15 @@ def test_perplexity_and_tasks_stand_beside_each_other(type_in: Program, tmp_path
     assert 0 < drift["quantized_fraction"] < 1
 
 
+def test_a_model_is_asked_by_its_chat_template(type_in: Program, tmp_path: Path) -> None:
+    save_model(tmp_path / "own", eos_token_id=255, max_position_embeddings=600)
+    save_tokenizer(tmp_path / "own", eos_token="ÿ", chat_template="<{{ messages[0].content }}>")
+    line = f"own {DYNAMIC} --tasks passkey --task-limit 1 --task-lengths 400 --task-format chat --predictions p.jsonl"
+    assert found(type_in(f"{line} --json"))["tasks"]["passkey"]["format"] == "chat"
+    assert {json.loads(line)["format"] for line in (tmp_path / "p.jsonl").read_text().splitlines()} == {"chat"}
+    assert "asked by chat template" in type_in("--score p.jsonl")[1]
+
+
 @pytest.mark.parametrize(
     ("line", "status", "told"),
     [
@@ -113,6 +123,8 @@ def test_perplexity_and_tasks_stand_beside_each_other(type_in: Program, tmp_path
         (f"{DYNAMIC} --tasks gsm8k --task-data none.jsonl", 1, ["none.jsonl", "Check the path"]),
         ("--score none.jsonl", 1, ["none.jsonl", "Check the path"]),
         (f"mute {QUICK} --tasks passkey", 2, ["no tokenizer"]),
+        (f"{QUICK} --tasks passkey --task-format chat", 1, ["with a chat template; got one without", "--task-format"]),
+        (f"{QUICK} --tasks drift --task-format chat", 2, ["--task-format chat: no effect on drift"]),
     ],
 )
 def test_what_cannot_be_is_refused(type_in: Program, tmp_path: Path, line: str, status: int, told: list[str]) -> None:
