@@ -56,7 +56,6 @@ def relative_errors(model: LlamaForCausalLM, artifact: Artifact) -> dict[Site, f
     return found
 
 
-@pytest.mark.shapes
 @every_recipe
 def test_merged_shards_give_the_bytes_of_the_whole(tiny_llama: LlamaForCausalLM, tmp_path: Path, name: str) -> None:
     recipe = load_recipe(name)
