@@ -7,9 +7,13 @@ _SENTENCE = 32
 
 
 def worded(opening: str, text: str, question: str, beginning: str, options: TaskOptions) -> str:
-    """Prompt with a text between instruction and question; a plain one leads up to the answer with its beginning."""
+    """Prompt with a text between instruction and question.
+
+    A plain prompt leads up to the answer with its beginning. A turn of a conversation asks before the text, too: a
+    small model that is asked behind it alone talks of something else.
+    """
     if options.format == "chat":
-        return f"{opening}\n\n{text}\n\n{question}"
+        return f"{opening} {question}\n\n{text}\n\n{question}"
     return f"{opening}\n\n{text}\n\nQuestion: {question}\nAnswer: {beginning}"
 
 

@@ -69,13 +69,15 @@ def test_lengths_count_the_whole_prompt(name: str, format: Format, tokenizer: Pr
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_a_plain_prompt_begins_the_answer_and_a_chat_prompt_only_asks(
+def test_a_plain_prompt_begins_the_answer_and_a_chat_prompt_asks_twice(
     name: str, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     plain, chat = (TASKS[name].items(options(tokenizer, format))[0] for format in ("plain", "chat"))
     asked, _, begun = plain.prompt.rpartition("\nAnswer: ")
     assert begun
-    assert chat.prompt.rpartition("\n\n")[2] == asked.rpartition("\n\nQuestion: ")[2]
+    question = asked.rpartition("\n\nQuestion: ")[2]
+    assert chat.prompt.partition("\n\n")[0].endswith(question), "asked before the text"
+    assert chat.prompt.rpartition("\n\n")[2] == question, "and behind it"
     assert plain.references == chat.references
     assert plain.stop == ("\n",)
     assert chat.stop == (), "the model ends its turn itself, and may write a list"
