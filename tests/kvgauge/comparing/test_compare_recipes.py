@@ -27,7 +27,7 @@ from calib.fitting.fit import fit
 from kvgauge.cli import calibrate as calibrate_program
 from kvgauge.cli import compare as compare_recipes
 from kvgauge.cli import evaluate as evaluate_program
-from kvgauge.comparing import comparison
+from kvgauge.comparing import comparison, report
 from kvgauge.terminal.pareto import Point, label_points, pareto_front, plot_pareto, save_pareto
 from scripts.results.kinds import KINDS, kept
 from simquant import CachePolicy, evaluate, simulate
@@ -249,8 +249,9 @@ COMMON = ["model", "--dataset", "b.txt", "--seqlen", "32", "--limit", "4", "--ba
 def compare(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[[str], tuple[int, str, str]]:
-    """Runs the program in the folder; returns its status, what it printed, and what it said."""
+    """Runs the program in the folder, without the picture; returns its status, what it printed, and what it said."""
     monkeypatch.chdir(folder)
+    monkeypatch.setattr(report, "save_pareto", lambda *_: None)
 
     def call(more: str) -> tuple[int, str, str]:
         capsys.readouterr()
@@ -411,29 +412,52 @@ STEPS = {
 }
 
 
+PAIR = "--recipes rotated.yaml,sinks.yaml --error-windows 2 --output {}"
+
+
+def counted(patch: pytest.MonkeyPatch, step: str) -> list[int]:
+    """A list that grows with every call of a step."""
+    owner, name, _ = STEPS[step]
+    calls, function = list[int](), getattr(owner, name)
+    patch.setattr(owner, name, lambda *args, **kwargs: calls.append(1) or function(*args, **kwargs))
+    return calls
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict[str, int]]:
+    """What a comparison of two recipes finds, and how many calls of each step it takes."""
+    out = tmp_path_factory.mktemp("uninterrupted")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        calls = {step: counted(patch, step) for step in STEPS}
+        text = ["--calibration-dataset", "a.txt", "--nsamples", "3"]
+        assert compare_recipes.main([*COMMON, *text, *PAIR.format(out).split()]) == 0
+    found = json.loads((out / "results.json").read_text())
+    return without_times(found), {step: len(own) for step, own in calls.items()}
+
+
 @pytest.mark.parametrize("step", STEPS)
 def test_an_interrupted_comparison_goes_on_where_it_stopped(
-    step: str, compare: Callable[[str], tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    step: str,
+    uninterrupted: tuple[dict, dict[str, int]],
+    compare: Callable[[str], tuple[int, str, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Everything used to be lost until the last window: hours, for many recipes."""
-    more = "--recipes rotated.yaml,sinks.yaml --error-windows 2 --output {}"
+    whole, n_calls = uninterrupted
     owner, name, n = STEPS[step]
-    calls, function = [], getattr(owner, name)
-    monkeypatch.setattr(owner, name, lambda *args, **kwargs: calls.append(1) or function(*args, **kwargs))
-    assert compare(more.format(tmp_path / "whole"))[0] == 0
-    total = len(calls)
-    monkeypatch.setattr(owner, name, Stop(function, n))
-    status, out, err = compare(more.format(tmp_path / "out"))
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, Stop(getattr(owner, name), n))
+        status, out, err = compare(PAIR.format(tmp_path))
     assert (status, out) == (130, "")
-    assert f"What is finished is in {tmp_path / 'out' / 'kept'}; the same command goes on" in err
-    calls.clear()
-    monkeypatch.setattr(owner, name, lambda *args, **kwargs: calls.append(1) or function(*args, **kwargs))
-    status, _, err = compare(more.format(tmp_path / "out"))
+    assert f"What is finished is in {tmp_path / 'kept'}; the same command goes on" in err
+    calls = counted(monkeypatch, step)
+    status, _, err = compare(PAIR.format(tmp_path))
     assert status == 0
     assert "going on from what an earlier run has finished" in err
-    assert len(calls) < total
-    whole, resumed = (without_times(json.loads((tmp_path / f / "results.json").read_text())) for f in ("whole", "out"))
-    assert resumed == whole
+    assert len(calls) < n_calls[step]
+    assert without_times(json.loads((tmp_path / "results.json").read_text())) == whole
 
 
 def without_times(results: dict) -> dict:
