@@ -20,7 +20,7 @@ from calib.text.windows import sample_windows, split_windows
 from kvgauge.configuration.model import ModelConfig
 from kvgauge.loading.models import LoadedModel, load_model
 from kvgauge.terminal.console import bar, run, set_up_logging
-from simquant import evaluate
+from simquant import evaluate_each
 
 PASSKEY_TRIALS, TASK_TRIALS = 400, 100
 PASSKEY_WORDS = 880
@@ -97,10 +97,8 @@ def key_losses(loaded: LoadedModel, n_windows: int | None = None) -> dict[str, A
     shapes = {shape.site: shape for shape in site_shapes(loaded.layers(), recipe.stage)}
     estimators = resolve(per_token, list(shapes.values()))
     dynamic = {site: estimator.dynamic(shapes[site]) for site, estimator in estimators.items()}
-    results = {
-        "per_token": evaluate(loaded.model, held_out, dynamic),
-        "per_channel": evaluate(loaded.model, held_out, static),
-    }
+    found = evaluate_each(loaded.model, held_out, [dynamic, static])
+    results = dict(zip(("per_token", "per_channel"), found, strict=True))
     losses = {name: [result.loss_nats, result.loss_nats_stderr] for name, result in results.items()}
     return {
         "perplexity": results["per_token"].fp_perplexity,

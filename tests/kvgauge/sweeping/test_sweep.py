@@ -237,7 +237,7 @@ def test_a_killed_sweep_goes_on_where_it_was(here: Path) -> None:
     root = Path(sweep_program.__file__).parents[2]
     process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(root)}, stderr=subprocess.DEVNULL)
     while process.poll() is None and not (Path("out/cells").is_dir() and cells()):
-        time.sleep(0.002)
+        time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     before = cells()
