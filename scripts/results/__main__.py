@@ -85,12 +85,14 @@ def _run(args: argparse.Namespace) -> int:
 
 def _run_one(name: str, results: Results, args: argparse.Namespace) -> bool:
     """Runs a file's commands; whether a figure moved."""
-    from scripts.results.record import remeasured
+    from scripts.results.record import releases, remeasured
     from scripts.results.run import measured, moved, read
 
     started = time.monotonic()
+    machine = {}
     if args.written is not None:
-        figures = read(results, args.written)
+        figures, about = read(results, args.written)
+        machine = {"machine": about["hardware"], "versions": releases(about["versions"])}
     else:
         figures = measured(results, _data_folder() if "shared" in results.needs else None)
     lines = list(moved(results, figures))
@@ -99,7 +101,7 @@ def _run_one(name: str, results: Results, args: argparse.Namespace) -> bool:
     print(*(f"  {line}" for line in lines), sep="\n", end="\n" if lines else "")
     if args.write:
         path = args.checkout / "docs" / "results" / f"{name}.json"
-        replace_text(path, remeasured(results, figures))
+        replace_text(path, remeasured(results, figures, machine))
         say(f"{path}: written; `make results` puts it into the pages")
     return bool(lines)
 

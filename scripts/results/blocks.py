@@ -12,6 +12,17 @@ from scripts.results.tables import fenced, markdown_table, results_text
 _BLOCK = re.compile(r"(?<!`)<!-- results: ([^>]+?) -->(.*?)<!-- (/results|results: [^>]+?) -->", re.DOTALL)
 _OPEN = re.compile(r"(?<!`)<!-- results: ([^>]+?) -->")
 _HEADLINE = ("kivi-4", "kvquant-4", "kvquant-3", "eigen-fisher", "predictive-fisher", "predictive-fisher-entropy")
+_REAL = (
+    "predictive",
+    "kvquant-2-1pct",
+    "default-3",
+    "kvquant-3-1pct",
+    "default",
+    "kvquant-4-1pct",
+    "llama-cpp-q4-0",
+    "kivi-4",
+    "fp8",
+)
 
 Found = Mapping[str, Results]
 
@@ -38,11 +49,11 @@ def headline_text(found: Found) -> str:
 
 
 def smollm2_text(found: Found) -> str:
-    """Bits and losses on a real model, without the columns that a first look can do without."""
+    """Bits and losses of a few recipes on a real model, without the columns that a first look can do without."""
     heads = ("recipe", "bits", "nats lost", "KL", "flips")
     forms = ("{bits.average:.2f}", "{loss_nats:.4f} ± {loss_nats_stderr:.4f}", "{kl_mean:.4f}", "{top1_flips:.1%}")
     one = found["compare-smollm2"]
-    rows = [[f"`{row.name}`", *(filled(form, row.figures) for form in forms)] for row in one.rows]
+    rows = [[f"`{name}`", *(filled(form, one.row(name).figures) for form in forms)] for name in _REAL]
     return f"{fenced(one.commands, '')}\n\n{markdown_table([heads, ['---', *4 * ['--:']], *rows])}"
 
 

@@ -15,7 +15,7 @@ def now(model: str, text: str, note: str | None = None) -> Conditions:
     """This machine, these versions, today and this commit."""
     return Conditions(
         machine=hardware(),
-        versions=", ".join(f"{name} {release}" for name, release in versions().items()),
+        versions=releases(versions()),
         model=model,
         text=text,
         date=datetime.now(UTC).date().isoformat(),
@@ -51,8 +51,17 @@ def record(
     replace_text(path, to_text(hoisted(before.model_copy(update={"rows": tuple(rows.values())}))))
 
 
-def remeasured(results: Results, figures: Mapping[str, Figures]) -> str:
+def remeasured(results: Results, figures: Mapping[str, Figures], machine: Mapping[str, str]) -> str:
     """The text of a file whose rows have the figures that its commands give now, and the conditions of now.
+
+    Parameters
+    ----------
+    results : Results
+        The file as it is.
+    figures : Mapping[str, Figures]
+        By name of the row, and `SHARED`.
+    machine : Mapping[str, str]
+        `machine` and `versions` where the commands ran; empty for this machine.
 
     Raises
     ------
@@ -67,7 +76,8 @@ def remeasured(results: Results, figures: Mapping[str, Figures]) -> str:
         before = results.conditions_of(row)
         published = {"published": row.figures["published"]} if "published" in row.figures else {}
         today = now(before.model, before.text, before.note)
-        rows.append(row.model_copy(update={"figures": {**figures[row.name], **published}, "conditions": today}))
+        own = {"figures": {**figures[row.name], **published}, "conditions": today.model_copy(update=machine)}
+        rows.append(row.model_copy(update=own))
     return to_text(hoisted(results.model_copy(update={"rows": tuple(rows), "figures": figures[SHARED]})))
 
 
@@ -80,6 +90,11 @@ def hoisted(results: Results) -> Results:
             shared[name] = first
     rows = [row.model_copy(update=dict.fromkeys(shared)) for row in results.rows]
     return Results.model_validate({**dict(results), **shared, "rows": rows})
+
+
+def releases(found: Mapping[str, str]) -> str:
+    """Releases by the name of what was released, as conditions write them."""
+    return ", ".join(f"{name} {release}" for name, release in found.items())
 
 
 def _commit() -> str | None:

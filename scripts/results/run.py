@@ -48,8 +48,8 @@ def measured(results: Results, data: Path | None) -> dict[str, Figures]:
     return found
 
 
-def read(results: Results, written: Path) -> dict[str, Figures]:
-    """Figures by row that a command gave which was run by hand, for hours and in several goes.
+def read(results: Results, written: Path) -> tuple[dict[str, Figures], dict[str, Any]]:
+    """Figures by row that a command gave which was run by hand, in several goes, and its whole JSON.
 
     Parameters
     ----------
@@ -73,7 +73,7 @@ def read(results: Results, written: Path) -> dict[str, Figures]:
     typed = re.sub(r" --output \S+", "", str(found.get("command")))
     if typed != results.commands[-1]:
         raise UsageError(f"{written}: expected the JSON of `{results.commands[-1]}`; got that of `{typed}`")
-    return {**kind.read(found, ""), SHARED: kept(kind.shared, found)}
+    return {**kind.read(found, ""), SHARED: kept(kind.shared, found)}, found
 
 
 def moved(results: Results, found: dict[str, Figures]) -> Iterator[str]:

@@ -37,7 +37,7 @@ def losses() -> set[str]:
 def commands(text: str) -> list[list[str]]:
     """What a page tells to type: lines of code blocks, and code within lines, that begin with a program's name."""
     blocks = re.findall(r"^```\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines = [line for block in blocks for line in block.replace("\\\n", "").splitlines()]
     inline = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
     lines += [line for line in inline if len(line.split()) > 2]  # two words are a program's name
     typed = [shlex.split(line.partition(" >")[0], comments=True) for line in lines if line.startswith(PROGRAMS)]

@@ -65,7 +65,7 @@ def test_all_claims_are_made_of_what_was_measured(tiny_llama: LlamaForCausalLM) 
     calibration, scored = torch.randint(0, 64, (2, 4, 64)).unbind()
     found = measure(tiny_llama, calibration, scored, claims.all_recipes())
     made = claims.all_claims(found)
-    assert len({claim.what for claim in made}) == len(made) == 13
+    assert len({claim.what for claim in made}) == len(made) == 15
     assert all(math.isfinite(claim.measured) for claim in made)
     by_name = {claim.what: claim for claim in made}
     ratio = found.results["default-3"].kl_mean / found.results["default"].kl_mean

@@ -239,7 +239,7 @@ def test_figures_that_moved_beyond_rounding_are_told() -> None:
 
 def test_a_row_that_is_no_longer_measured_is_not_written_over() -> None:
     with pytest.raises(ResultsError, match="expected figures for --abits 4; the commands gave none"):
-        remeasured(results(), {SHARED: {}})
+        remeasured(results(), {SHARED: {}}, {})
 
 
 def test_figures_of_a_command_that_was_run_by_hand_are_those_of_the_same_command(tmp_path: Path) -> None:
@@ -247,7 +247,9 @@ def test_figures_of_a_command_that_was_run_by_hand_are_those_of_the_same_command
     file = tmp_path / "results.json"
     by_hand = {"perplexity": 3.5, "recipes": [{"name": "kivi-2", "kl_mean": 0.1}]}
     file.write_text(json.dumps({**by_hand, "command": "kvgauge compare --limit 2 --output runs/mine"}))
-    assert running.read(one, file) == {"kivi-2": {"kl_mean": 0.1}, SHARED: {"perplexity": 3.5}}
+    figures, written = running.read(one, file)
+    assert figures == {"kivi-2": {"kl_mean": 0.1}, SHARED: {"perplexity": 3.5}}
+    assert written["recipes"] == by_hand["recipes"]
     file.write_text(json.dumps({**by_hand, "command": "kvgauge compare --limit 3"}))
     with pytest.raises(UsageError, match="got that of `kvgauge compare --limit 3`"):
         running.read(one, file)
@@ -277,10 +279,13 @@ def test_commands_of_a_row_run_with_its_name_and_their_files(printed: list[str],
     assert (tmp_path / "mine.yaml").read_text() == "that of the data, which must stay"
     assert figures[SHARED] == {"fp": {"perplexity": 3.0}}
     assert [line.split(";")[0] for line in moved(one, figures)] == ["--abits 4: loss_nats was 0.25"]
-    written = Results.model_validate_json(remeasured(one, figures))
+    written = Results.model_validate_json(remeasured(one, figures, {}))
     assert written.rows[0].figures["loss_nats"] == 0.5
     assert written.conditions is not None
     assert written.conditions.machine == now("demo", "its own").machine
+    elsewhere = Results.model_validate_json(remeasured(one, figures, {"machine": "another", "versions": "others"}))
+    assert elsewhere.conditions is not None
+    assert (elsewhere.conditions.machine, elsewhere.conditions.versions) == ("another", "others")
 
 
 def test_commands_are_run_as_they_are_typed(tmp_path: Path) -> None:
