@@ -103,7 +103,7 @@ def test_one_token_repeated_shares_a_budget(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "key_bits", "value_bits"),
     [
-        ("default", 4.0, 4 + (32 + 24) / CHANNELS),
+        ("default", 3.875, 4 + (32 + 3 * 24) / CHANNELS),
         ("kvquant-3", 3.0, 3 + 32 / CHANNELS),
         ("kvquant-rank", 4 + 3 * 24 / CHANNELS, 4 + (32 + 3 * 24) / CHANNELS),
         ("kvquant-3-compact", 3 + (8 + 6) / HEAD_DIM, 3 + (8 + 6) / HEAD_DIM + 32 / CHANNELS),

@@ -431,7 +431,7 @@ def test_an_interrupted_run_goes_on(
 
 
 def test_ctrl_c_waits_for_the_window_at_hand(type_in: Program, works: Program, monkeypatch: pytest.MonkeyPatch) -> None:
-    line = "calibrate model --dataset a.txt --nsamples 4 --quantizer-path q.safetensors"
+    line = "calibrate model --dataset a.txt --nsamples 4 --abits 4 --quantizer-path q.safetensors"
     capture, before = calib.capture.capture, signal.getsignal(signal.SIGINT)
 
     def pressed_during(*args: object) -> object:
