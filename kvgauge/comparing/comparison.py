@@ -26,6 +26,10 @@ from simquant.evaluate import evaluate_each
 from simquant.evaluation.attention_inputs import AttentionInputs, attention_inputs
 from simquant.evaluation.site_errors import AttentionErrors, attention_errors
 from simquant.protocols.protocol import ProtocolName
+from simquant.simulate import simulate
+
+_TRIED = 64
+"""Tokens of a pass that only shows whether a recipe runs."""
 
 
 @dataclass
@@ -120,6 +124,7 @@ class Comparison:
         UsageError
             If no recipe goes with the model.
         """
+        self._try(windows[:1, :_TRIED])
         names = [recipe.name for recipe in self._left()]
         if not names:
             reasons = "\n  ".join(self.skipped.values())
@@ -143,6 +148,13 @@ class Comparison:
             )
             for name, result in zip(names, results, strict=True)
         ]
+
+    @torch.no_grad()
+    def _try(self, window: Int64[Tensor, "1 tokens"]) -> None:
+        """Skips recipes that the model cannot be run with, before hours of scoring others."""
+        for recipe in self._left():
+            with self._or_skipped(recipe.name), simulate(self.model, self._artifacts[recipe.name], layers=self.layers):
+                self.model(input_ids=window.to(next(self.model.parameters()).device), use_cache=False)
 
     def _left(self) -> list[Recipe]:
         return [recipe for recipe in self.recipes if recipe.name not in self.skipped]

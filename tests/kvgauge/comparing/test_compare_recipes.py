@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from artifacts.artifact import Artifact
+from artifacts.errors import MismatchError
 from artifacts.model.attention import AttentionLayer, attention_layers
 from artifacts.quantizer import Quantizer
 from artifacts.quantizers.dynamic_affine import DynamicAffine
@@ -517,6 +518,23 @@ def test_a_recipe_that_cannot_encode_is_skipped_and_the_others_go_on(
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [recipe["name"] for recipe in found["recipes"]] == ["rotated"]
     assert set(found["skipped"]) == {"sinks"}
+
+
+def test_a_recipe_that_the_model_cannot_run_is_skipped(
+    compare: Callable[[str], tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gemma 3 computes values before keys: `predictive` used to end a comparison when all else was fitted."""
+
+    def picky(model: nn.Module, artifact: Artifact, **more: Any) -> Any:
+        if artifact.manifest.recipe["name"] == "sinks":
+            raise MismatchError("layers.0.value: expected its sources to be computed first")
+        return simulate(model, artifact, **more)
+
+    monkeypatch.setattr(comparison, "simulate", picky)
+    assert compare(f"--recipes rotated.yaml,sinks.yaml --output {tmp_path / 'out'}")[0] == 0
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [recipe["name"] for recipe in found["recipes"]] == ["rotated"]
+    assert found["skipped"] == {"sinks": "layers.0.value: expected its sources to be computed first"}
 
 
 def test_as_many_first_tokens_are_exact_as_were_chosen(
