@@ -9,7 +9,9 @@ from scripts.results.schema import Figures, Results, ResultsError
 
 _AXES = ("bits.average", "loss_nats", "loss_nats_stderr")
 
-PLOTS: Mapping[str, str] = {f"pareto-{model}.svg": f"compare-{model}" for model in ("demo", "stories260k", "smollm2")}
+PLOTS: Mapping[str, str] = {
+    f"pareto-{model}.svg": f"compare-{model}" for model in ("demo", "stories260k", "smollm2", "gemma3-270m")
+}
 """Files under docs/ and the results that they show."""
 
 
