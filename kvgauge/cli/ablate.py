@@ -75,11 +75,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_model_options(parser)
     options.add_text_options(parser)
     add_protocol_options(parser)
-    parser.add_argument(
-        "--calibration-dataset",
-        metavar="NAME|FILE",
-        help="text for calibration (default: --dataset, its training part where it has one)",
-    )
+    options.add_calibration_text(parser)
     parser.add_argument(
         "--statistics", choices=("basic", "full"), help="statistics to gather (default: what the recipe needs)"
     )

@@ -61,11 +61,7 @@ def parser() -> argparse.ArgumentParser:
     parser = Parser("kvgauge compare", __doc__)
     options.add_model_options(parser)
     options.add_text_options(parser)
-    parser.add_argument(
-        "--calibration-dataset",
-        metavar="NAME|FILE",
-        help="text for calibration (default: --dataset, its training part where it has one)",
-    )
+    options.add_calibration_text(parser)
     parser.add_argument(
         "--recipes", metavar="A,B,...", help="recipes, by name or .yaml file (default: all shipped ones)"
     )
@@ -121,22 +117,14 @@ def _compare(
     config: CompareConfig, settings: "Settings", recipes: "list[Recipe]", folder: Path
 ) -> "tuple[dict[str, Any], list[ComparedRecipe]]":
     """Runs the comparison; returns its texts and settings as JSON values, and the recipes in order."""
-    from artifacts.model.evidence import text_config
-    from calib.text.corpus import check_dataset
-    from calib.text.windows import check_vocabulary, split_windows
     from kvgauge.comparing.compared_recipe import in_order
     from kvgauge.comparing.comparison import Comparison
     from kvgauge.comparing.kept_comparison import KeptComparison
-    from kvgauge.sweeping.gathering import loaded
+    from kvgauge.sweeping.gathering import held_out, loaded
 
-    model, text = config.model.name, settings.evaluation(config.model.name).text
-    for source in (settings.calibration_source(model), text.source):
-        check_dataset(source)
+    model = config.model.name
+    text, windows = held_out(model, settings)
     found = loaded(settings.evaluation(model).model)
-    seqlen, start_token = found.window_tokens(text.seqlen), found.start_token(text.bos)
-    held_out = found.corpus(text.source, "evaluation", text.field)
-    windows = split_windows(held_out, seqlen=seqlen, limit=settings.limit, start_token=start_token)
-    check_vocabulary(windows, text_config(found.model).vocab_size, held_out.name)
     kept = KeptComparison.under(folder, model, settings)
     comparison = Comparison(found.model, found.layers(), recipes, kept)
     comparison.calibrate(model, settings)
@@ -149,8 +137,8 @@ def _compare(
     about = {
         "model": model,
         "perplexity": rows[0].result.fp_perplexity,
-        "window_tokens": seqlen,
-        "start_token": start_token,
+        "window_tokens": windows.shape[1],
+        "start_token": found.start_token(settings.bos),
         "calibration": {
             "text": corpus.name,
             "n_windows": corpus.n_windows,
@@ -158,7 +146,7 @@ def _compare(
             "tier": settings.statistics,
         },
         "evaluation": {
-            "text": held_out.name,
+            "text": text.name,
             "n_windows": len(windows),
             "batch_size": settings.batch_size,
             "protocol": settings.protocol,

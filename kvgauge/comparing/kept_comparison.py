@@ -11,14 +11,11 @@ from artifacts.manifest import tool_version
 from calib.recipe.recipe import Recipe
 from calib.statistics.model_statistics import ModelStatistics
 from kvgauge.sweeping.cell import digest, digest_name, read_cell, stamp, write_cell
-from kvgauge.sweeping.gathering import Gathering
+from kvgauge.sweeping.gathering import CALIBRATING, Gathering
 from kvgauge.sweeping.settings import Settings
 from kvgauge.terminal.console import bar, say
 from kvgauge.terminal.interrupt import between_items
 from simquant.evaluation.window_log import WindowLog
-
-_CALIBRATING = ("field", "nsamples", "seqlen", "bos", "seed", "statistics", "device", "dtype", "maxseqlen")
-"""Settings that what is fitted depends on."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,7 @@ class KeptComparison:
         identity = {
             "model": model,
             "calibration_dataset": calibrated,
-            "settings": {name: every[name] for name in _CALIBRATING},
+            "settings": {name: every[name] for name in (*CALIBRATING, "statistics")},
             "sources": {name: stamp(name) for name in (model, calibrated)},
             "tool_version": tool_version(),
         }

@@ -3,10 +3,13 @@
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING
 
 from kvgauge.configuration.fields import refuse_given
 from kvgauge.terminal.console import UsageError
+
+if TYPE_CHECKING:
+    from simquant.tasks.item import Format
 
 PERPLEXITY = "perplexity"
 
@@ -45,7 +48,7 @@ class TaskConfig:
     task_prompts: Path | None = None
     task_lengths: tuple[int, ...] | None = None
     task_depths: tuple[float, ...] | None = None
-    task_format: Literal["plain", "chat"] | None = None
+    task_format: "Format | None" = None
     predictions: Path | None = None
     score: Path | None = None
 

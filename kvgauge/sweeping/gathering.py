@@ -6,14 +6,20 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from jaxtyping import Int64
+from torch import Tensor
+
 from artifacts.errors import ArtifactError
 from artifacts.manifest import tool_version
+from artifacts.model.evidence import text_config
 from artifacts.sites import Stage
 from calib.calibration import add_windows, new_statistics
 from calib.recipe.recipe import Recipe
 from calib.statistics.model_statistics import ModelStatistics
 from calib.statistics.site_statistics import Tier
-from calib.text.windows import sample_windows
+from calib.text.corpus import Corpus, check_dataset
+from calib.text.windows import check_vocabulary, sample_windows, split_windows
+from calib.text.written import WrittenText
 from kvgauge.configuration.model import ModelConfig
 from kvgauge.loading.models import LoadedModel, load_model
 from kvgauge.sweeping.cell import digest_name, stamp
@@ -22,11 +28,33 @@ from kvgauge.terminal.console import say
 from kvgauge.terminal.interrupt import remaining_windows
 from simquant.evaluate import Progress
 
+CALIBRATING = ("field", "nsamples", "seqlen", "bos", "seed", "device", "dtype", "maxseqlen")
+"""Settings that statistics depend on, besides the text and what is gathered."""
+
 
 @lru_cache(maxsize=1)
 def loaded(config: ModelConfig) -> LoadedModel:
     """A model, loaded once as long as a process uses no other."""
     return load_model(config)
+
+
+def held_out(model: str, settings: Settings) -> tuple[Corpus | WrittenText, Int64[Tensor, "windows tokens"]]:
+    """The text to evaluate on, and its windows; a wrong name of a text is told before the model is loaded.
+
+    Raises
+    ------
+    CorpusError
+        If there is no such text, or it has no window, or token ids that the model does not know.
+    """
+    config = settings.evaluation(model)
+    for source in (settings.calibration_source(model), config.text.source):
+        check_dataset(source)
+    found, text = loaded(config.model), config.text
+    corpus = found.corpus(text.source, "evaluation", text.field)
+    seqlen, start_token = found.window_tokens(text.seqlen), found.start_token(text.bos)
+    windows = split_windows(corpus, seqlen=seqlen, limit=settings.limit, start_token=start_token)
+    check_vocabulary(windows, text_config(found.model).vocab_size, corpus.name)
+    return corpus, windows
 
 
 @dataclass(frozen=True)
@@ -137,14 +165,13 @@ class Gathering:
 
     def _identity(self) -> dict[str, Any]:
         source = self.settings.calibration_source(self.model)
-        names = ("field", "nsamples", "seqlen", "bos", "seed", "device", "dtype", "maxseqlen")
         return {
             "model": self.model,
             "stage": self.stage,
             "tier": self.tier,
             "fisher": self.fisher,
             "calibration_dataset": source,
-            **{name: getattr(self.settings, name) for name in names},
+            **{name: getattr(self.settings, name) for name in CALIBRATING},
             "sources": [stamp(self.model), stamp(source)],
             "tool_version": tool_version(),
         }

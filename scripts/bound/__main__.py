@@ -30,24 +30,18 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from jaxtyping import Int64
-from torch import Tensor
-
-from artifacts.model.evidence import text_config
 from calib.calibration import gather
 from calib.fitting.chain import Chain
 from calib.fitting.fit import fit
 from calib.recipe.recipe import Recipe
 from calib.statistics.site_statistics import FIRST_POSITIONS
-from calib.text.corpus import check_dataset
-from calib.text.windows import check_vocabulary, split_windows
 from kvgauge.cli.options import common as options
 from kvgauge.cli.options.common import parsed, parsed_settings
 from kvgauge.cli.options.recipe import named_recipes
 from kvgauge.configuration.gather import NSAMPLES
 from kvgauge.configuration.model import ModelConfig
 from kvgauge.running.evaluate_text import warn_of_overlap
-from kvgauge.sweeping.gathering import Gathering
+from kvgauge.sweeping.gathering import Gathering, held_out
 from kvgauge.terminal.console import Parser, UsageError, bar, run, set_up_logging
 from kvgauge.terminal.outputs import replace_text
 from scripts.bound.coded import coded
@@ -67,11 +61,7 @@ def parser() -> argparse.ArgumentParser:
     parser = Parser("python -m scripts.bound", __doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_model_options(parser)
     options.add_text_options(parser)
-    parser.add_argument(
-        "--calibration-dataset",
-        metavar="NAME|FILE",
-        help="text for calibration (default: --dataset, its training part where it has one)",
-    )
+    options.add_calibration_text(parser)
     parser.add_argument(
         "--recipes", default=RECIPES, metavar="A,B,...", help=f"recipes, by name or .yaml file (default: {RECIPES})"
     )
@@ -112,7 +102,7 @@ def _main(argv: list[str]) -> int:
 
 def measure(source: Gathering, recipes: Sequence[Recipe], bits: Sequence[float]) -> list[Row]:
     """Rows of the limits at each rate, then those of recipes that are fitted to what is gathered."""
-    windows = held_out(source)
+    _, windows = held_out(source.model, source.settings)
     statistics = source.gather(partial(bar, what="calibrating"))
     artifacts = [fit(statistics, recipe, progress=partial(bar, what=f"fitting {recipe.name}")) for recipe in recipes]
     warn_of_overlap(artifacts[0], windows)
@@ -123,22 +113,6 @@ def measure(source: Gathering, recipes: Sequence[Recipe], bits: Sequence[float])
     for recipe, artifact in zip(recipes, bar(artifacts, "coding"), strict=True):
         rows.append(Row.of(recipe.name, coded(chain, artifact, limits), limits))
     return rows
-
-
-def held_out(source: Gathering) -> Int64[Tensor, "windows tokens"]:
-    """Windows to measure on."""
-    found, text = source.load_model(), source.settings.evaluation(source.model).text
-    for name in (source.settings.calibration_source(source.model), text.source):
-        check_dataset(name)
-    corpus = found.corpus(text.source, "evaluation", text.field)
-    windows = split_windows(
-        corpus,
-        seqlen=found.window_tokens(text.seqlen),
-        limit=source.settings.limit,
-        start_token=found.start_token(text.bos),
-    )
-    check_vocabulary(windows, text_config(found.model).vocab_size, corpus.name)
-    return windows
 
 
 if __name__ == "__main__":

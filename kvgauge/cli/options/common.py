@@ -44,6 +44,15 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
+def add_calibration_text(parser: argparse.ArgumentParser) -> None:
+    """Adds the text for calibration, where --dataset names the one for evaluation."""
+    parser.add_argument(
+        "--calibration-dataset",
+        metavar="NAME|FILE",
+        help="text for calibration (default: --dataset, its training part where it has one)",
+    )
+
+
 def add_text_options(parser: argparse.ArgumentParser) -> None:
     """Adds the text and its windows."""
     group = parser.add_argument_group("text")
